@@ -1,0 +1,147 @@
+"""Conversations as text, and where in that text the assistant's answers stand.
+
+The tokenizer's chat template renders a conversation. A tokenizer without one gets `PLAIN_TEMPLATE`:
+every message of the system or the user is followed by a line break, every answer by the
+end-of-text token. A question and its answer are then ``question\\nanswer<eos>``.
+
+A template does not say where an answer begins. It is found by rendering twice: the messages before
+the answer with the prompt for a generation are what the model is given, so what follows them in the
+whole conversation is what it has to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kdrun.data.formats import BadRowError, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' and eos_token %}{{ eos_token }}"
+    "{% else %}{{ '\\n' }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerSpan:
+    """The characters of one turn of the assistant: the answer and what the template ends it with.
+
+    Attributes:
+        start: The first character after the prompt for the answer.
+        end: The end of the turn; where `ends_turn` is false, a place somewhere after it.
+        ends_turn: Whether `end` is exact.
+    """
+
+    start: int
+    end: int
+    ends_turn: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A conversation as the template writes it, and the turns of the assistant in it."""
+
+    text: str
+    answers: tuple[AnswerSpan, ...]
+
+
+class HiddenAnswersError(Exception):
+    """The template gives no way to tell the answers from the rest of the conversation."""
+
+
+class ChatRenderer:
+    """Renders conversations with a tokenizer's chat template, or else with `PLAIN_TEMPLATE`.
+
+    Args:
+        tokenizer: The tokenizer that both models use.
+
+    Attributes:
+        has_template: Whether the tokenizer brings a chat template of its own.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Take the tokenizer's template."""
+        self._tokenizer = tokenizer
+        self.has_template = bool(tokenizer.chat_template)
+        self._template: str | None = None if self.has_template else _plain_template(tokenizer)
+
+    def render(self, messages: Sequence[Message], *, for_generation: bool = False) -> str:
+        """The conversation as text, special tokens included: tokenise it without adding any.
+
+        Args:
+            messages: The conversation.
+            for_generation: End with the template's prompt for the assistant's next answer.
+
+        Raises:
+            BadRowError: The template refuses the conversation.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            rendered: str = self._tokenizer.apply_chat_template(
+                as_dicts(messages),
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=for_generation,
+            )
+        except TemplateError as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise BadRowError(f"is refused by the chat template ({reason})") from error
+        return rendered
+
+    def render_with_answers(self, messages: Sequence[Message]) -> RenderedChat:
+        """Render a conversation that ends with an answer, and find its answers.
+
+        Raises:
+            BadRowError: The template refuses the conversation.
+            HiddenAnswersError: The template writes a message otherwise when others follow it.
+        """
+        text = self.render(messages)
+        answers = []
+        for turn, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            start = self._start_of_answer(messages[:turn], text)
+            end = len(text)
+            ends_turn = turn == len(messages) - 1
+            if not ends_turn:
+                through = self.render(messages[: turn + 1])
+                # Qwen3's template drops the reasoning from all answers but the last: a turn in the
+                # middle then differs from the same turn at the end, and its end stays open.
+                ends_turn = text.startswith(through)
+                end = len(through) if ends_turn else end
+            answers.append(AnswerSpan(start, end, ends_turn))
+        return RenderedChat(text, tuple(answers))
+
+    def _start_of_answer(self, before: Sequence[Message], text: str) -> int:
+        prompt = self.render(before, for_generation=True)
+        if text.startswith(prompt):
+            return len(prompt)
+        # Templates of reasoning models end the prompt with an opening <think> that a given answer
+        # need not have: what both share beyond the earlier messages is the head of the turn.
+        if text.startswith(self.render(before)):
+            return _shared_length(text, prompt)
+        raise HiddenAnswersError
+
+
+def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Messages in the form that chat templates read."""
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _shared_length(left: str, right: str) -> int:
+    differ = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+    return next(differ, min(len(left), len(right)))
+
+
+def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """`PLAIN_TEMPLATE`, after a begin-of-text token where the tokenizer puts one before texts."""
+    bos = tokenizer.bos_token_id
+    begins = bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
+    return ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE

@@ -1,0 +1,71 @@
+"""From examples to a padded batch, and the one place where labels are shifted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORE_INDEX = -100
+
+
+def shift_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Align labels with logits: the target of position i is the label of token i + 1.
+
+    Args:
+        labels: ``[..., length]``, each label at the place of its own token.
+
+    Returns:
+        ``[..., length]``; the last position has no target.
+    """
+    import torch
+
+    return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads examples on the right to the longest of the batch.
+
+    Padding is told from text by its place, not by its id: with ``pad == eos`` the end-of-text
+    token of an answer is text, attended to and a target.
+
+    Attributes:
+        pad_token_id: What to pad with; any id will do, since nothing looks at it. `None`, where
+            the tokenizer has no padding token, means 0.
+    """
+
+    pad_token_id: int | None = None
+
+    def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+        """Make a batch.
+
+        Args:
+            examples: ``input_ids`` and ``labels`` of equal length, as `kdrun.data.encode` makes
+                them.
+
+        Returns:
+            Tensors ``[rows, length]``: ``input_ids``; ``attention_mask``; ``labels``, each at its
+            own token, in Hugging Face's convention; ``shift_labels``, aligned with the logits.
+        """
+        import torch
+
+        length = max(len(example["input_ids"]) for example in examples)
+        shape = (len(examples), length)
+        input_ids = torch.full(shape, self.pad_token_id or 0, dtype=torch.long)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
+        for row, example in enumerate(examples):
+            size = len(example["input_ids"])
+            input_ids[row, :size] = torch.as_tensor(example["input_ids"], dtype=torch.long)
+            attention_mask[row, :size] = 1
+            labels[row, :size] = torch.as_tensor(example["labels"], dtype=torch.long)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "shift_labels": shift_labels(labels),
+        }

@@ -1,0 +1,300 @@
+"""Conversations as token ids and labels.
+
+Labels follow Hugging Face's convention: ``labels[i] == input_ids[i]`` where token i is a target,
+-100 elsewhere. Nothing is shifted here; `kdrun.data.collate` does that. Only the assistant's
+answers are targets, each with its end-of-turn token, and nothing that the template writes after it.
+Whether a token is a target is decided by its place, never by its id, so that an end-of-text token
+that is also the padding token stays a target.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from kdrun.data.chat import AnswerSpan, ChatRenderer, HiddenAnswersError, RenderedChat, as_dicts
+from kdrun.data.collate import IGNORE_INDEX
+from kdrun.data.formats import BadRowError, ChatRow
+from kdrun.data.records import Position
+from kdrun.data.rows import BadRow, describe_bad_rows, name_positions
+from kdrun.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+_BATCH = 1000
+
+
+class Example(TypedDict):
+    """One row as the models see it."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What became of the rows.
+
+    Attributes:
+        rows: How many there were.
+        kept: How many became examples.
+        skipped: The others, with the reason.
+        cut: The rows whose end did not fit.
+        tokens: Tokens of all examples.
+        supervised_tokens: Those of them that are targets.
+    """
+
+    rows: int
+    kept: int
+    skipped: tuple[BadRow, ...]
+    cut: tuple[Position, ...]
+    tokens: int
+    supervised_tokens: int
+
+    def warnings(self) -> list[str]:
+        """One line for each kind of loss, with the numbers of the first five rows."""
+        lines = describe_bad_rows(self.skipped, self.rows)
+        if self.cut:
+            lines.append(
+                f"{self.cut[0].file}: cut the end of {len(self.cut)} of {self.rows} rows at "
+                f"data.max_length: {name_positions(self.cut)}"
+            )
+        return lines
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Examples, in the order of the rows, and the report on them."""
+
+    examples: list[Example]
+    report: EncodeReport
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """A whole conversation: its ids, and the ranges of them that are answers."""
+
+    ids: list[int]
+    answers: list[range]
+
+
+def encode_chats(
+    rows: Sequence[ChatRow], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> EncodedRows:
+    """Turn conversations into examples.
+
+    An example that is longer than `max_length` is cut at its end. Where nothing of an answer is
+    left, because the prompt fills the length, the row is skipped.
+
+    Args:
+        rows: Conversations.
+        tokenizer: The tokenizer of both models; its chat template is used where it has one.
+        max_length: The most tokens in an example.
+
+    Returns:
+        At least one example.
+
+    Raises:
+        InputError: No row is left, or the chat template hides where answers are.
+    """
+    if max_length < 2:
+        raise InputError(f"data.max_length={max_length}: must be at least 2")
+    examples: list[Example] = []
+    skipped: list[BadRow] = []
+    cut: list[Position] = []
+    shortest_prompt: int | None = None
+    for row, tokens in _tokenise(rows, tokenizer):
+        if isinstance(tokens, BadRowError):
+            skipped.append(BadRow(row.position, str(tokens)))
+            continue
+        prompt = tokens.answers[0].start
+        shortest_prompt = min(prompt, shortest_prompt or prompt)
+        example = _example(tokens, max_length)
+        # The first token of a row has nothing before it that could predict it.
+        if all(label == IGNORE_INDEX for label in example["labels"][1:]):
+            reason = f"has a prompt that leaves no room for an answer in {max_length} tokens"
+            skipped.append(BadRow(row.position, reason))
+            continue
+        if len(tokens.ids) > max_length:
+            cut.append(row.position)
+        examples.append(example)
+    if not examples:
+        raise _nothing_left(skipped, shortest_prompt, max_length)
+    report = EncodeReport(
+        rows=len(rows),
+        kept=len(examples),
+        skipped=tuple(skipped),
+        cut=tuple(cut),
+        tokens=sum(len(example["input_ids"]) for example in examples),
+        supervised_tokens=sum(
+            len(labels) - labels.count(IGNORE_INDEX)
+            for labels in (example["labels"][1:] for example in examples)
+        ),
+    )
+    return EncodedRows(examples, report)
+
+
+def _nothing_left(
+    skipped: Sequence[BadRow], shortest_prompt: int | None, max_length: int
+) -> InputError:
+    if shortest_prompt is not None:
+        return InputError(
+            f"data.max_length={max_length}: all {len(skipped)} rows are skipped, since no prompt "
+            f"leaves room for an answer (the shortest has {shortest_prompt} tokens); raise it"
+        )
+    if not skipped:
+        return InputError("there are no rows to encode")
+    return InputError(
+        f"{skipped[0].position}: none of the {len(skipped)} rows can be used; "
+        f"this one {skipped[0].reason}"
+    )
+
+
+def _example(tokens: _Tokens, max_length: int) -> Example:
+    ids = tokens.ids[:max_length]
+    labels = [IGNORE_INDEX] * len(ids)
+    for answer in tokens.answers:
+        labels[answer.start : answer.stop] = ids[answer.start : answer.stop]
+    return Example(input_ids=ids, labels=labels)
+
+
+def _tokenise(
+    rows: Sequence[ChatRow], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[ChatRow, _Tokens | BadRowError]]:
+    renderer = ChatRenderer(tokenizer)
+    finder = _AnswerFinder(tokenizer)
+    for first in range(0, len(rows), _BATCH):
+        batch = rows[first : first + _BATCH]
+        chats = [_render(renderer, row) for row in batch]
+        texts = [chat.text for chat in chats if isinstance(chat, RenderedChat)]
+        encoded = iter(_encode_texts(tokenizer, texts))
+        for row, chat in zip(batch, chats, strict=True):
+            if isinstance(chat, RenderedChat):
+                ids, ends = next(encoded)
+                yield row, finder.find(chat, ids, ends)
+            elif isinstance(chat, HiddenAnswersError):
+                yield row, _by_generation_blocks(tokenizer, row)
+            else:
+                yield row, chat
+
+
+def _render(
+    renderer: ChatRenderer, row: ChatRow
+) -> RenderedChat | BadRowError | HiddenAnswersError:
+    try:
+        return renderer.render_with_answers(row.messages)
+    except (BadRowError, HiddenAnswersError) as error:
+        return error
+
+
+def _encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str]
+) -> list[tuple[list[int], list[int] | None]]:
+    """Token ids of rendered conversations, and where in the text each token ends.
+
+    The special tokens stand in the text already, so none is added: a second begin-of-text token
+    would follow otherwise. A tokenizer written in Python does not know where its tokens end.
+    """
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_offsets_mapping=tokenizer.is_fast,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    if not tokenizer.is_fast:
+        return [(list(ids), None) for ids in encoded["input_ids"]]
+    ends = [[end for _, end in offsets] for offsets in encoded["offset_mapping"]]
+    return list(zip(encoded["input_ids"], ends, strict=True))
+
+
+class _AnswerFinder:
+    """Finds the tokens of answers, up to and with the end-of-turn token of each."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder
+        self._special = {token for token, added_token in added.items() if added_token.special}
+        self._special.update(tokenizer.all_special_ids)
+        self._added = self._special | set(added)
+        self._eos: int | None = tokenizer.eos_token_id
+        self._blank: dict[tuple[int, ...], bool] = {}
+
+    def find(self, chat: RenderedChat, ids: list[int], ends: list[int] | None) -> _Tokens:
+        if ends is None:
+            ids, answers = self._tokenise_in_pieces(chat)
+        else:
+            # A token belongs to the span that it ends in: one that joins the last character of
+            # the prompt to the first of the answer is still for the model to say.
+            answers = [
+                range(bisect_right(ends, span.start), bisect_right(ends, span.end))
+                for span in chat.answers
+            ]
+        found = [self._end_turn(ids, a, s) for a, s in zip(answers, chat.answers, strict=True)]
+        last = found[-1]
+        if self._eos is not None and not self._added.intersection(ids[last.start : last.stop][-1:]):
+            # This template ends no turn. Without an end the student would learn never to stop.
+            ids = [*ids[: last.stop], self._eos]
+            found[-1] = range(last.start, last.stop + 1)
+        return _Tokens(ids, found)
+
+    def _end_turn(self, ids: list[int], answer: range, span: AnswerSpan) -> range:
+        """Stop after the end-of-turn token; without one, after the last visible token."""
+        if not span.ends_turn:
+            stops = (i for i in answer if ids[i] in self._special)
+            return range(answer.start, next(stops, answer.stop - 1) + 1)
+        stop = answer.stop
+        while stop > answer.start and self._is_blank(ids[stop - 1 : stop]):
+            stop -= 1
+        return range(answer.start, stop)
+
+    def _is_blank(self, ids: list[int]) -> bool:
+        """Whether tokens are white space; the template may put some after its end-of-turn token."""
+        key = tuple(ids)
+        if key not in self._blank:
+            text: str = self._tokenizer.decode(ids)
+            self._blank[key] = not self._special.intersection(ids) and not text.strip()
+        return self._blank[key]
+
+    def _tokenise_in_pieces(self, chat: RenderedChat) -> tuple[list[int], list[range]]:
+        ids: list[int] = []
+        answers: list[range] = []
+        place = 0
+        for span in chat.answers:
+            ids += self._encode(chat.text[place : span.start])
+            answer = self._encode(chat.text[span.start : span.end])
+            answers.append(range(len(ids), len(ids) + len(answer)))
+            ids += answer
+            place = span.end
+        return ids + self._encode(chat.text[place:]), answers
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def _by_generation_blocks(
+    tokenizer: PreTrainedTokenizerBase, row: ChatRow
+) -> _Tokens | BadRowError:
+    """Answers as the template itself marks them, with ``{% generation %}`` blocks."""
+    template = tokenizer.get_chat_template()
+    if "generation %}" not in template and "generation -%}" not in template:
+        raise InputError(
+            f"{row.position}: the chat template writes earlier messages otherwise when later ones "
+            "follow, so that its answers cannot be found; use rows with one answer, or mark the "
+            "answers in the template with {% generation %}"
+        )
+    encoded: Any = tokenizer.apply_chat_template(
+        as_dicts(row.messages), return_dict=True, return_assistant_tokens_mask=True
+    )
+    mask: list[int] = list(encoded["assistant_masks"])
+    edges = [i for i, (a, b) in enumerate(zip([0, *mask], [*mask, 0], strict=True)) if a != b]
+    answers = [range(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    if not answers:
+        return BadRowError("has no answer in the template's {% generation %} blocks")
+    return _Tokens(list(encoded["input_ids"]), answers)

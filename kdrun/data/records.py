@@ -1,0 +1,247 @@
+"""Raw records of a data set: what stands in a file, before any meaning is given to it.
+
+The kind of a file is told from its content. A file that begins like JSON (``[{``, ``["``, ``{"``)
+is a JSON list, a JSON object that holds one, or JSON lines; everything else is plain text. The
+extension only decides what is broken: a file called ``.json`` or ``.jsonl`` that is not JSON is an
+error and not a text.
+
+In a plain text file the documents are separated by blank lines; where there is no blank line,
+every line is a document.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kdrun.errors import InputError
+from kdrun.paths import did_you_mean
+
+_JSON_START = re.compile(r"""\s*(\[\s*[\[{"\]]|\{\s*["}])""")
+_JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
+_LIST_KEYS = ("data", "train", "rows", "examples")
+_BINARY_STARTS = {
+    b"\x1f\x8b": "is compressed (gzip); unpack it first",
+    b"PK\x03\x04": "is a zip archive; unpack it first",
+    b"\x28\xb5\x2f\xfd": "is compressed (zstd); unpack it first",
+    b"PAR1": "is a Parquet file; write its rows as JSON lines",
+    b"\xff\xfe": "is UTF-16, not UTF-8; save it again as UTF-8",
+    b"\xfe\xff": "is UTF-16, not UTF-8; save it again as UTF-8",
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a row stands, for messages: a file (or data set) and a number that counts from 1."""
+
+    file: str
+    number: int
+    unit: Literal["line", "row"] = "line"
+
+    def __str__(self) -> str:
+        """The position as messages name it, such as ``train.jsonl, line 12``."""
+        return f"{self.file}, {self.unit} {self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A JSON value, or a document of plain text, and where it stands."""
+
+    value: Any
+    position: Position
+
+
+def read_records(source: str | Path, *, as_text: bool = False) -> list[Record]:
+    """Read every record of a file, or of a data set of the Hugging Face hub.
+
+    Args:
+        source: A file; or ``owner/name`` or ``owner/name:configuration``, where no such file
+            exists, for a data set that the optional package ``datasets`` loads.
+        as_text: The user says that this is text: a file that only looks like JSON is plain text.
+
+    Returns:
+        At least one record, in the order of the file.
+
+    Raises:
+        InputError: Nothing is there, it is empty, it is not UTF-8, or its JSON is broken.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise InputError(f"{source} is a folder; name one data file in it{_files_in(path)}")
+    if not path.exists():
+        if _is_hub_id(str(source)):
+            return _read_hub(str(source))
+        raise InputError(f"{source}: no such file{did_you_mean(path)}")
+    name = str(source)
+    text = _read_text(path, name)
+    if not text.strip():
+        raise InputError(f"{name}: the file is empty; it must hold at least one row")
+    is_json_file = path.suffix.lower() in _JSON_SUFFIXES
+    if _JSON_START.match(text) or (is_json_file and not as_text):
+        try:
+            records = _parse_json(text, name)
+        except InputError:
+            if not as_text or is_json_file:
+                raise
+            records = _parse_text(text, name)
+    else:
+        records = _parse_text(text, name)
+    if not records:
+        raise InputError(f"{name}: the file holds no rows")
+    return records
+
+
+def _files_in(folder: Path) -> str:
+    names = sorted(
+        p.name for p in folder.iterdir() if p.suffix.lower() in _JSON_SUFFIXES | {".txt"}
+    )
+    return f" ({', '.join(names[:3])})" if names else ""
+
+
+def _is_hub_id(source: str) -> bool:
+    """Tell ``owner/name`` from a path with a spelling mistake."""
+    if not _HUB_ID.fullmatch(source):
+        return False
+    path = Path(source)
+    return not path.parent.is_dir() and path.suffix.lower() not in _JSON_SUFFIXES | {".txt", ".csv"}
+
+
+def _read_text(path: Path, name: str) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read ({error.strerror})") from error
+    for start, cure in _BINARY_STARTS.items():
+        if data.startswith(start):
+            raise InputError(f"{name} {cure}")
+    try:
+        # Decoding the bytes, not opening as text: no platform's default encoding has a say, and
+        # "utf-8-sig" takes away the byte-order mark that Windows editors write.
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{name}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x}); "
+            "save the file again as UTF-8"
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _parse_text(text: str, name: str) -> list[Record]:
+    lines = text.split("\n")
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    first, last = numbered[0][0], numbered[-1][0]
+    if last - first + 1 == len(numbered):
+        return [Record(line.strip(), Position(name, number)) for number, line in numbered]
+    records: list[Record] = []
+    paragraph: list[str] = []
+    for number, line in enumerate([*lines, ""], 1):
+        if line.strip():
+            paragraph.append(line)
+        elif paragraph:
+            position = Position(name, number - len(paragraph))
+            records.append(Record("\n".join(paragraph).strip(), position))
+            paragraph = []
+    return records
+
+
+def _parse_json(text: str, name: str) -> list[Record]:
+    if text.lstrip().startswith("["):
+        return _from_document(_load_document(text, name), name)
+    first = next(line for line in text.split("\n") if line.strip())
+    try:
+        json.loads(first)
+    except ValueError as error:
+        if _ends_early(error, first):
+            return _parse_spread_out(text, name)
+    return _parse_json_lines(text, name)
+
+
+def _ends_early(error: ValueError, line: str) -> bool:
+    """Whether a line is JSON that goes on in the next line."""
+    return isinstance(error, json.JSONDecodeError) and error.pos >= len(line.rstrip())
+
+
+def _parse_spread_out(text: str, name: str) -> list[Record]:
+    """Parse one object spread over lines; else JSON lines whose first line is cut off."""
+    try:
+        return _from_document(_load_document(text, name), name)
+    except InputError:
+        if any(_is_object(line) for line in text.split("\n")):
+            return _parse_json_lines(text, name)
+        raise
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _parse_json_lines(text: str, name: str) -> list[Record]:
+    records = []
+    # Not splitlines(): it also splits at U+2028 and others that may stand inside a JSON string.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            records.append(Record(json.loads(line), Position(name, number)))
+        except ValueError as error:
+            raise _broken_json(name, number, error) from error
+    return records
+
+
+def _load_document(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise _broken_json(name, getattr(error, "lineno", 1), error) from error
+
+
+def _broken_json(name: str, line: int, error: ValueError) -> InputError:
+    what = (
+        f"{error.msg}, column {error.colno}"
+        if isinstance(error, json.JSONDecodeError)
+        else str(error).splitlines()[0]
+    )
+    return InputError(
+        f"{name}, line {line}: broken JSON ({what}); mend the line, or for plain text "
+        "use the extension .txt and data.format=text"
+    )
+
+
+def _from_document(document: Any, name: str) -> list[Record]:
+    rows = document if isinstance(document, list) else [document]
+    if isinstance(document, dict):
+        lists = [document[key] for key in _LIST_KEYS if isinstance(document.get(key), list)]
+        if len(lists) == 1:
+            rows = lists[0]
+    return [Record(row, Position(name, number, "row")) for number, row in enumerate(rows, 1)]
+
+
+def _read_hub(source: str) -> list[Record]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"{source}: no such file; to read it as a data set of the Hugging Face hub, "
+            "install the package that loads them: pip install datasets"
+        ) from error
+    name, _, configuration = source.partition(":")
+    try:
+        rows = datasets.load_dataset(name, configuration or None, split="train")
+    except Exception as error:
+        # The package raises whatever its many back-ends raise; the user needs one line of it.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{source}: no such file, and not a data set that the hub gives ({reason})"
+        ) from error
+    records = [Record(dict(row), Position(source, i, "row")) for i, row in enumerate(rows, 1)]
+    if not records:
+        raise InputError(f"{source}: the data set's split 'train' holds no rows")
+    return records

@@ -1,0 +1,35 @@
+"""Help for a path that does not exist: what the user may have meant."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+
+def close_paths(path: Path, limit: int = 3) -> list[str]:
+    """Existing paths whose last differing part is spelled much like that of ``path``.
+
+    Args:
+        path: A path that does not exist.
+        limit: The most paths to return.
+
+    Returns:
+        Paths as the user would write them, the closest first; empty where nothing is close.
+    """
+    missing = path
+    while not missing.parent.is_dir():
+        if missing.parent == missing:
+            return []
+        missing = missing.parent
+    try:
+        names = {entry.name.casefold(): entry.name for entry in missing.parent.iterdir()}
+    except OSError:
+        return []
+    close = difflib.get_close_matches(missing.name.casefold(), names, n=limit, cutoff=0.6)
+    return [str(missing.with_name(names[name])) for name in close]
+
+
+def did_you_mean(path: Path) -> str:
+    """``"; did you mean A or B?"`` for a missing path, or an empty string."""
+    close = close_paths(path)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
