@@ -1,0 +1,94 @@
+"""What the user gave as a model: a folder, a GGUF file, or a name on the hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdrun.errors import InputError
+from kdrun.paths import did_you_mean
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_GGUF_ON_HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)/([\w.-]+\.gguf)")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model is loaded from.
+
+    Attributes:
+        path: A folder, or the name of a model on the hub.
+        gguf_file: The file in it that holds the weights, where that is a GGUF file.
+    """
+
+    path: str
+    gguf_file: str | None = None
+
+    def __str__(self) -> str:
+        """The model as messages name it."""
+        return f"{self.path}/{self.gguf_file}" if self.gguf_file else self.path
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on this machine, and not a name on the hub."""
+        return Path(self.path).is_dir()
+
+
+def locate_model(given: str | Path) -> ModelSource:
+    """Decide what a model's name or path means; nothing is loaded.
+
+    Args:
+        given: A folder with a ``config.json``; a folder with one GGUF file; a GGUF file;
+            ``owner/name`` or ``name`` on the hub, also with ``/file.gguf`` after it.
+
+    Returns:
+        The folder or hub name, and the GGUF file.
+
+    Raises:
+        InputError: Nothing is there, or the folder holds no model, or more than one.
+    """
+    path = Path(given).expanduser()
+    if path.is_dir():
+        return _in_folder(path)
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return ModelSource(str(path.parent), path.name)
+        raise InputError(
+            f"{given} is not a model; give the folder that holds its config.json, or a GGUF file"
+        )
+    name = str(given)
+    if not _is_path(name):
+        if on_hub := _GGUF_ON_HUB.fullmatch(name):
+            return ModelSource(on_hub[1], on_hub[2])
+        if _HUB_ID.fullmatch(name):
+            return ModelSource(name)
+    raise InputError(f"{given}: no such file or folder{did_you_mean(path)}")
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name that does not exist was meant as a path here, and not as one on the hub."""
+    first, *rest = name.split("/")
+    if name.endswith(".gguf") and len(rest) < 2:
+        return True
+    return bool(rest) and Path(first).is_dir()
+
+
+def _in_folder(folder: Path) -> ModelSource:
+    if (folder / "config.json").is_file():
+        return ModelSource(str(folder))
+    gguf_files = sorted(p.name for p in folder.iterdir() if p.suffix.lower() == ".gguf")
+    if len(gguf_files) == 1:
+        return ModelSource(str(folder), gguf_files[0])
+    if gguf_files:
+        raise InputError(
+            f"{folder} holds {len(gguf_files)} GGUF files; name one of them: "
+            f"{', '.join(gguf_files[:3])}"
+        )
+    if (folder / "student" / "config.json").is_file():
+        raise InputError(f"{folder} is the folder of a run; its model is {folder / 'student'}")
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{folder} holds an adapter without its model; merge the two and save the result"
+        )
+    raise InputError(f"{folder} holds no model: it has neither a config.json nor a GGUF file")
