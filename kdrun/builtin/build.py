@@ -130,6 +130,8 @@ def train_teacher(windows: TextWindows, steps: int, seed: int) -> LlamaForCausal
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
+    # The trainer switches the cache off in the configuration, where it would slow generation.
+    model.config.use_cache = True
     return model.eval()
 
 
