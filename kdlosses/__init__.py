@@ -1,0 +1,49 @@
+"""Knowledge-distillation losses: write one small function, get every variant.
+
+The public names are imported on first use, so that listing losses does not load torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdlosses import testing as testing
+    from kdlosses.divergence import Divergence as Divergence
+    from kdlosses.divergence import Loss as Loss
+    from kdlosses.divergence import RowLoss as RowLoss
+    from kdlosses.objective import KDObjective as KDObjective
+    from kdlosses.objective import KDOutput as KDOutput
+    from kdlosses.objective import TokenLoss as TokenLoss
+    from kdlosses.registry import BrokenLossError as BrokenLossError
+    from kdlosses.registry import LossRef as LossRef
+    from kdlosses.registry import LossSpecError as LossSpecError
+    from kdlosses.registry import available_losses as available_losses
+    from kdlosses.registry import get_loss as get_loss
+    from kdlosses.sources import Logits as Logits
+    from kdlosses.sources import Projected as Projected
+
+_HOME = {
+    "BrokenLossError": "registry",
+    "Divergence": "divergence",
+    "KDObjective": "objective",
+    "KDOutput": "objective",
+    "Logits": "sources",
+    "Loss": "divergence",
+    "LossRef": "registry",
+    "LossSpecError": "registry",
+    "Projected": "sources",
+    "RowLoss": "divergence",
+    "TokenLoss": "objective",
+    "available_losses": "registry",
+    "get_loss": "registry",
+}
+
+__all__ = [*sorted(_HOME), "testing"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name == "testing":
+        return import_module("kdlosses.testing")
+    if name not in _HOME:
+        raise AttributeError(f"module 'kdlosses' has no attribute {name!r}")
+    return getattr(import_module(f"kdlosses.{_HOME[name]}"), name)

@@ -1,0 +1,104 @@
+"""The two things a distillation loss can be: a :class:`Divergence` or a :class:`RowLoss`.
+
+A loss is a small pure function of two next-token distributions. It is written as a frozen
+pydantic model: its annotated fields are its hyper-parameters, validated with their bounds; its
+class variables are its traits, the statements that the conformance checks hold it to.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+
+class Loss(BaseModel, ABC):
+    """What :class:`Divergence` and :class:`RowLoss` share. Derive from one of those two.
+
+    Every loss constructs without arguments: each hyper-parameter has a default.
+
+    Class variables (traits; the defaults describe an ordinary divergence):
+
+    Attributes:
+        zero_at_equality: the value is 0 where the two distributions are equal.
+        nonnegative: no value, and for a divergence no term of the sum, is below 0.
+        coarse_graining_monotone: merging tokens never raises the value (f-divergences, Renyi).
+        temperature_power: the value near equality falls like ``T ** -temperature_power`` when
+            both sides are softened by a temperature T; the softened term is multiplied by
+            ``T ** temperature_power`` (Hinton et al. 2015, arXiv:1503.02531, for the power 2).
+        detached: names of the quantities through which no gradient flows by design.
+        stateful: the loss carries state from step to step.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    zero_at_equality: ClassVar[bool] = True
+    nonnegative: ClassVar[bool] = True
+    coarse_graining_monotone: ClassVar[bool] = False
+    temperature_power: ClassVar[int] = 2
+    detached: ClassVar[tuple[str, ...]] = ()
+    stateful: ClassVar[bool] = False
+
+    def curvature(self) -> float | None:
+        """Second-order strength near equality, relative to the KL divergence (which has 1).
+
+        For ``q`` close to ``p`` the value is ``curvature / 2 * sum (p - q)^2 / p``. None where the
+        loss has no such expansion (total variation) or states none.
+        """
+        return None
+
+
+class Divergence(Loss):
+    """A loss that is additive over the vocabulary: ``finish(sum_v integrand(log p_v, log q_v))``.
+
+    ``p`` is the teacher, ``q`` the student. Define :meth:`integrand`; the plain, chunked and fused
+    evaluations, softening, masking and gradients come from it.
+
+    Use :class:`RowLoss` instead when a term needs the whole row (a ranking, a split by mass).
+
+    Attributes:
+        reduction: ``"sum"``, or ``"logsumexp"`` where the terms are logarithms because a plain sum
+            would overflow (Renyi); their logsumexp is then passed to :meth:`finish`.
+        linear_finish: :meth:`finish` is linear, so that an unbiased estimate of the total gives an
+            unbiased estimate of the loss.
+    """
+
+    reduction: ClassVar[Literal["sum", "logsumexp"]] = "sum"
+    linear_finish: ClassVar[bool] = True
+
+    @abstractmethod
+    def integrand(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
+        """One term per vocabulary entry.
+
+        Args:
+            teacher_log_probs: ``[..., V]`` normalised, finite (log 0 is -1e30), float32.
+            student_log_probs: the same for the student; the gradient flows through these.
+
+        Returns:
+            ``[..., V]``. It must be elementwise: entry v depends on entry v alone.
+        """
+
+    def finish(self, total: Tensor) -> Tensor:
+        """Turn the reduced terms ``[...]`` into the value ``[...]``; the identity by default."""
+        return total
+
+
+class RowLoss(Loss):
+    """A loss that needs the whole row: a ranking, a head/tail split, mixed logits, the label.
+
+    Prefer :class:`Divergence` where the loss is a sum over the vocabulary: only that form works
+    with compressed teachers and with a vocabulary that is split over devices.
+    """
+
+    @abstractmethod
+    def row(self, teacher_log_probs: Tensor, student_log_probs: Tensor, labels: Tensor) -> Tensor:
+        """One value per row.
+
+        Args:
+            teacher_log_probs: ``[..., V]`` normalised, finite (log 0 is -1e30), float32.
+            student_log_probs: the same for the student; the gradient flows through these.
+            labels: ``[...]`` the target token of each row, int64 in ``[0, V)``.
+
+        Returns:
+            ``[...]``.
+        """

@@ -1,0 +1,132 @@
+"""Evaluation of a loss over the supervised rows of a batch, plain or chunked."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kdlosses.engine.chunked import Job, chunked_values, weighted_sum
+from kdlosses.engine.plan import Chunking, chunk_rows, compiles
+from kdlosses.engine.rows import Program, row_values
+from kdlosses.numerics import restore_infinity
+from kdlosses.sources import Projected, Source
+
+__all__ = ["Chunking", "Program", "Supervised", "evaluate", "supervised_rows"]
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """The rows whose label is not ignored.
+
+    Attributes:
+        kept: indices ``[n]`` in the flattened batch, or None when every row is supervised.
+        labels: ``[n]`` their labels.
+        shape: the leading shape of the batch.
+    """
+
+    kept: Tensor | None
+    labels: Tensor
+    shape: torch.Size
+
+    def pick(self, values: Tensor) -> Tensor:
+        """The supervised entries ``[n]`` of a tensor of the batch's shape."""
+        flat = values.reshape(-1)
+        return flat if self.kept is None else flat.index_select(0, self.kept)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values ``[n]`` put back in the batch's shape, 0 where ignored."""
+        if self.kept is None:
+            return values.view(self.shape)
+        full = values.new_zeros(self.shape.numel())
+        return full.index_copy(0, self.kept, values).view(self.shape)
+
+
+def supervised_rows(labels: Tensor, ignore_index: int, vocab_size: int) -> Supervised:
+    """Find the supervised rows; they are dropped before projecting, not multiplied by zero.
+
+    Raises:
+        ValueError: a label lies outside the vocabulary.
+    """
+    flat = labels.reshape(-1)
+    kept = (flat != ignore_index).nonzero().squeeze(1)
+    chosen = flat.index_select(0, kept)
+    if len(kept):
+        lowest, highest = torch.stack([chosen.min(), chosen.max()]).tolist()
+        if lowest < 0 or highest >= vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(
+                f"labels: token {wrong} is outside the vocabulary of {vocab_size} "
+                f"(ignored positions carry {ignore_index})"
+            )
+    everything = len(kept) == len(flat)
+    return Supervised(None if everything else kept, chosen, labels.shape)
+
+
+def evaluate(
+    program: Program,
+    student: Source,
+    teacher: Source | None,
+    rows: Supervised,
+    kd_weight: Tensor,
+    ce_weight: Tensor,
+    temperature: Tensor,
+    vocab_size: int,
+    chunking: Chunking | None,
+    per_row: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted sum, KD and CE of the supervised rows.
+
+    Args:
+        program: the static part of the mathematics.
+        student: the student's logits.
+        teacher: the teacher's logits, detached; None without a loss.
+        rows: which rows take part.
+        kd_weight: ``[n]`` weight of each row's KD value.
+        ce_weight: ``[n]`` weight of each row's CE value.
+        temperature: 0-d.
+        vocab_size: both sides are cut to this width before the softmax.
+        chunking: how to chunk, or None for the plain evaluation by autograd.
+        per_row: whether gradients flow through the row values instead of the sum.
+
+    Returns:
+        The 0-d sum, KD ``[n]`` and CE ``[n]``.
+    """
+    if chunking is not None:
+        head_width = student.width if isinstance(student, Projected) else 0
+        size = chunking.size or chunk_rows(vocab_size, head_width, student.tensors[0].device)
+        job = Job(
+            program=program,
+            student=student,
+            teacher=teacher,
+            kept=rows.kept,
+            labels=rows.labels,
+            temperature=temperature,
+            vocab_size=vocab_size,
+            chunk_rows=max(1, min(size, len(rows.labels))),
+            compiled=compiles(vocab_size) if chunking.compiled is None else chunking.compiled,
+        )
+        return chunked_values(job, kd_weight, ce_weight, per_row)
+    device_type = student.tensors[0].device.type
+    with torch.autocast(device_type, enabled=False):
+        raw_student = _plain_raw(student, rows, vocab_size)
+        with torch.no_grad():
+            raw_teacher = None if teacher is None else _plain_raw(teacher, rows, vocab_size)
+        kd, ce = row_values(program, raw_student, raw_teacher, rows.labels, temperature)
+        total = weighted_sum(kd, ce, kd_weight, ce_weight)
+        kd, ce = restore_infinity(kd), restore_infinity(ce)
+    if per_row:
+        return total.detach(), kd, ce
+    kd, ce = kd.detach(), ce.detach()
+    exact = weighted_sum(kd, ce, kd_weight.detach(), ce_weight.detach())
+    return total + torch.where(exact.isinf(), exact, 0.0), kd, ce
+
+
+def _plain_raw(source: Source, rows: Supervised, vocab_size: int) -> Tensor:
+    values = source.tensors[0].reshape(-1, source.width)
+    if rows.kept is not None:
+        values = values.index_select(0, rows.kept)
+    if not isinstance(source, Projected):
+        return values[:, :vocab_size]
+    bias = None if source.bias is None else source.bias[:vocab_size].to(values.dtype)
+    return functional.linear(values, source.weight[:vocab_size].to(values.dtype), bias)

@@ -1,0 +1,49 @@
+"""How many rows a chunk has, and whether its row functions are compiled.
+
+Both follow from the configuration alone, never from a timer or from how much memory happens to be
+free, so that a repeated or resumed run rounds in the same way.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+_COMPILE_FROM_VOCABULARY = 1024
+_LOWEST, _HIGHEST = 64, 4096
+_CHUNK_BYTES = {"cpu": 32 * 2**20}
+_CHUNK_BYTES_ACCELERATOR = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """The user's wishes; None leaves the choice to this module.
+
+    Attributes:
+        size: rows a chunk.
+        compiled: compile the row functions (True), run them eagerly (False).
+    """
+
+    size: int | None = None
+    compiled: bool | None = None
+
+
+def chunk_rows(vocab_size: int, head_width: int, device: torch.device) -> int:
+    """Rows a chunk: a power of two that keeps a chunk's float32 logits within a budget.
+
+    The budget grows with the head, because each chunk adds to the head's whole gradient once:
+    with a wide head, small chunks spend their time there (measured in docs/benchmarks/).
+
+    Args:
+        vocab_size: width of the logits.
+        head_width: width of the hidden states; 0 where logits are given and there is no head.
+        device: where the product runs.
+    """
+    budget = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ACCELERATOR)
+    budget = max(budget, vocab_size * head_width)  # a quarter of the head's float32 gradient
+    rows = max(_LOWEST, min(_HIGHEST, budget // (4 * vocab_size)))
+    return 1 << (rows.bit_length() - 1)
+
+
+def compiles(vocab_size: int) -> bool:
+    """Whether compiling pays for a vocabulary of this size by default."""
+    return vocab_size >= _COMPILE_FROM_VOCABULARY

@@ -1,0 +1,94 @@
+"""Numerically safe building blocks that every loss shares.
+
+Log-probabilities that reach a loss are finite: an impossible token has ``LOG_ZERO`` (-1e30), not
+``-inf``, so that ``0 * log 0`` is 0 in value and gradient and no author has to guard against NaN.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+LOG_ZERO = -1e30
+"""Stands for log 0. Large enough to make any positive weight on it read as infinite."""
+
+INFINITE = 1e20
+"""A row value beyond this is the finite shadow of an infinite one (see :data:`LOG_ZERO`)."""
+
+_SMALL = 0.25
+_TERMS = {torch.float32: 8, torch.float64: 13}
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities over the last axis, in float32 (float64 stays float64).
+
+    ``(x - max) - log(sum(exp(x - max)))``: subtracting the maximum first keeps the rounding error
+    at the size of the differences, not of the logits. Entries of ``-inf`` stay ``-inf``, and their
+    gradient is 0.
+
+    Args:
+        logits: ``[..., V]``, any floating type; at least one finite entry in each row.
+
+    Returns:
+        ``[..., V]`` normalised log-probabilities.
+    """
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    z = x - x.amax(-1, keepdim=True).detach()
+    return z - z.exp().sum(-1, keepdim=True).log()
+
+
+def finite_log_probs(log_probs: Tensor) -> Tensor:
+    """Replace ``-inf`` by :data:`LOG_ZERO`; the gradient of replaced entries is 0."""
+    return log_probs.clamp_min(LOG_ZERO)
+
+
+def restore_infinity(values: Tensor) -> Tensor:
+    """Turn row values that only :data:`LOG_ZERO` can have made back into infinities.
+
+    The gradient passes through unchanged: where a value is infinite its finite shadow still
+    points in the right direction.
+    """
+    infinity = torch.full_like(values, math.inf).copysign(values.detach())
+    return values + torch.where(values.detach().abs() > INFINITE, infinity, 0.0)
+
+
+def _taylor(x: Tensor) -> Tensor:
+    """``x^2/2! + x^3/3! + ...`` to the precision of ``x`` for ``|x| < 0.25``."""
+    highest = _TERMS[x.dtype]
+    total = torch.full_like(x, 1.0 / math.factorial(highest))
+    for power in range(highest - 1, 1, -1):
+        total = total * x + 1.0 / math.factorial(power)
+    return total * x * x
+
+
+def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The terms ``q - p - p (log q - log p)``, whose sum over the vocabulary is ``KL(p || q)``.
+
+    For normalised rows the extra ``q - p`` sums to 0. It makes every term non-negative, so no
+    cancellation between large terms can turn a small divergence negative. The small-difference
+    branch is ``p (exp(x) - 1 - x)`` with ``x = log q - log p``.
+
+    Args:
+        log_p: ``[..., V]`` finite log-probabilities of the distribution that weighs the terms.
+        log_q: ``[..., V]`` finite log-probabilities of the other one.
+
+    Returns:
+        ``[..., V]``, each entry at least 0.
+    """
+    x = log_q - log_p
+    p = log_p.exp()
+    small = x.abs() < _SMALL
+    near = _taylor(torch.where(small, x, 0.0)) * p
+    far = log_q.exp() - p - p * x
+    return torch.where(small, near, far)
+
+
+def log_mix(log_a: Tensor, log_b: Tensor, weight: float | Tensor) -> Tensor:
+    """``log(weight * a + (1 - weight) * b)`` from log-probabilities, elementwise.
+
+    The mixture is formed in probabilities: an entry that underflows there carries no mass in any
+    divergence. Where both are 0 the result is :data:`LOG_ZERO`-like (about -87), and any weight
+    on it is 0.
+    """
+    mixture = weight * log_a.exp() + (1 - weight) * log_b.exp()
+    return mixture.clamp_min(torch.finfo(mixture.dtype).tiny).log()

@@ -1,0 +1,248 @@
+"""The entry-point registry: names, specs, and losses that are imported only when asked for.
+
+Built-in losses and plugins come in by the same door, the entry-point group ``kdlosses.losses``.
+Listing reads metadata only; a plugin that cannot be imported breaks nothing but itself.
+"""
+
+import difflib
+import os
+import re
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdlosses.divergence import Loss
+    from kdlosses.objective import TokenLoss
+
+GROUP = "kdlosses.losses"
+CHUNKED = "_chunked"
+BUILT_IN = "kdlosses"
+DEBUG_VARIABLE = "KDLOSSES_DEBUG"
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+class LossSpecError(ValueError):
+    """A spec that names no loss, or gives it parameters that it does not take."""
+
+
+class BrokenLossError(ImportError):
+    """A registered loss that cannot be imported; the message names its distribution."""
+
+
+@dataclass(frozen=True)
+class LossRef:
+    """A registered loss, not yet imported.
+
+    Attributes:
+        name: the name on the command line.
+        distribution: the installed distribution that registers it.
+        module: ``package.module:Class``.
+    """
+
+    name: str
+    distribution: str
+    module: str
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A parsed spec such as ``generalized_jsd_chunked:beta=0.1``.
+
+    Attributes:
+        name: the registered name, without the chunked suffix.
+        chunked: whether the suffix was there.
+        parameters: the given hyper-parameters, still as text.
+    """
+
+    name: str
+    chunked: bool
+    parameters: Mapping[str, str]
+
+
+def available_losses() -> tuple[LossRef, ...]:
+    """All registered losses by name; imports none of them and lists no ``_chunked`` twins.
+
+    Names that two distributions claim are listed once for each of them; using such a name is an
+    error (the built-in losses excepted, which cannot be replaced).
+    """
+    return tuple(
+        sorted(
+            (LossRef(entry.name, _distribution(entry), entry.value) for entry in _entries()),
+            key=lambda ref: (ref.name, ref.distribution),
+        )
+    )
+
+
+def parse_spec(spec: str) -> LossSpec:
+    """Split ``name[_chunked][:key=value[,key=value...]]``.
+
+    Raises:
+        LossSpecError: if the text has another form. Whether the name exists is not looked at.
+    """
+    name, colon, tail = spec.strip().partition(":")
+    if not _NAME.fullmatch(name) or name == CHUNKED:
+        raise LossSpecError(
+            f"loss {spec!r}: expected a name such as forward_kl_chunked or "
+            "generalized_jsd_chunked:beta=0.1"
+        )
+    parameters: dict[str, str] = {}
+    for item in tail.split(",") if colon else ():
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not (equals and key and value):
+            raise LossSpecError(f"loss {spec!r}: expected key=value after the colon, got {item!r}")
+        if key in parameters:
+            raise LossSpecError(f"loss {spec!r}: {key} is given twice")
+        parameters[key] = value
+    chunked = name.endswith(CHUNKED)
+    return LossSpec(name.removesuffix(CHUNKED), chunked, parameters)
+
+
+def load_loss(name: str) -> "type[Loss]":
+    """Import the class registered under a name (without the chunked suffix).
+
+    Raises:
+        LossSpecError: unknown name, a name claimed by two distributions, or an object that is not
+            a loss.
+        BrokenLossError: the import failed. With the environment variable ``KDLOSSES_DEBUG`` set,
+            the message holds the traceback.
+    """
+    entry = _find(name)
+    origin = f"loss {name!r} of distribution {_distribution(entry)!r} ({entry.value})"
+    try:
+        loaded = entry.load()
+    # SystemExit too: a plugin that calls sys.exit() on import must not end the command line.
+    except (Exception, SystemExit) as error:
+        detail = f"{type(error).__name__}: {error}"
+        if os.environ.get(DEBUG_VARIABLE):
+            detail = traceback.format_exc()
+        raise BrokenLossError(
+            f"{origin} cannot be imported: {detail}"
+            + ("" if os.environ.get(DEBUG_VARIABLE) else f" (set {DEBUG_VARIABLE}=1 for more)")
+        ) from error
+    from kdlosses.divergence import Divergence, RowLoss
+
+    if not (isinstance(loaded, type) and issubclass(loaded, Divergence | RowLoss)):
+        raise LossSpecError(f"{origin} is not a subclass of kdlosses.Divergence or RowLoss")
+    return loaded
+
+
+def build_loss(spec: LossSpec) -> "Loss":
+    """Construct the loss of a parsed spec, its parameters validated.
+
+    Raises:
+        LossSpecError: unknown parameter (with a suggestion) or a value out of bounds.
+        BrokenLossError: see :func:`load_loss`.
+    """
+    from pydantic import ValidationError
+
+    loss_class = load_loss(spec.name)
+    known = list(loss_class.model_fields)
+    for key in spec.parameters:
+        if key not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes no parameters"
+            raise LossSpecError(
+                f"loss {spec.name!r} has no parameter {key!r}{_did_you_mean(key, known)}; {takes}"
+            )
+    try:
+        return loss_class(**spec.parameters)
+    except ValidationError as error:
+        first: Any = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "parameters"
+        raise LossSpecError(
+            f"loss {spec.name!r}: {where}={first['input']!r}: {first['msg']}"
+        ) from error
+
+
+def get_loss(
+    spec: str,
+    *,
+    chunk_size: int | None = None,
+    temperature: float = 1.0,
+    temperature_scaling: bool = True,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    compiled: bool | None = None,
+) -> "TokenLoss":
+    """Build a loss from a spec.
+
+    Args:
+        spec: ``name``, with the suffix ``_chunked`` for the chunked evaluation, and parameters
+            after a colon: ``"skew_forward_kl_chunked:alpha=0.2"``.
+        chunk_size: tokens a chunk; by default chosen from vocabulary, width and device.
+        temperature: T > 0 softens both sides of the loss.
+        temperature_scaling: multiply by ``T ** temperature_power``.
+        ignore_index: label of positions that are left out.
+        vocab_size: cut both heads to this many entries before the softmax.
+        compiled: compile the element-wise part of a chunk; by default where the vocabulary is
+            large enough to pay for it.
+
+    Returns:
+        An ``nn.Module`` called as ``loss(student, teacher, labels)``.
+
+    Raises:
+        LossSpecError: unknown loss or parameter, a value out of bounds, or ``chunk_size`` and
+            ``compiled`` given to an unchunked loss.
+        BrokenLossError: the loss cannot be imported.
+    """
+    parsed = parse_spec(spec)
+    if not parsed.chunked and (chunk_size is not None or compiled is not None):
+        option = "chunk_size" if chunk_size is not None else "compiled"
+        raise LossSpecError(
+            f"{option} was given to the unchunked loss {spec!r}; write {parsed.name}{CHUNKED}"
+        )
+    if chunk_size is not None and chunk_size < 1:
+        raise LossSpecError(f"chunk_size: must be at least 1, got {chunk_size}")
+    loss = build_loss(parsed)
+    from kdlosses.engine import Chunking
+    from kdlosses.objective import TokenLoss
+
+    return TokenLoss(
+        loss,
+        chunking=Chunking(chunk_size, compiled) if parsed.chunked else None,
+        temperature=temperature,
+        temperature_scaling=temperature_scaling,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+    )
+
+
+def _entries() -> list[EntryPoint]:
+    return list(entry_points(group=GROUP))
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else "unknown"
+
+
+def _find(name: str) -> EntryPoint:
+    entries = _entries()
+    matches = [entry for entry in entries if entry.name == name]
+    if not matches:
+        names = sorted({entry.name for entry in entries})
+        hint = _did_you_mean(name, names)
+        raise LossSpecError(
+            f"unknown loss {name!r}{hint}; 'kdrun losses list' shows all {len(names)}"
+        )
+    distributions = sorted({_distribution(entry) for entry in matches})
+    if len(distributions) > 1 or len({entry.value for entry in matches}) > 1:
+        built_in = [entry for entry in matches if _distribution(entry) == BUILT_IN]
+        if built_in:
+            return built_in[0]
+        raise LossSpecError(
+            f"loss {name!r} is registered by {' and '.join(distributions)}; uninstall all but one"
+        )
+    if name.endswith(CHUNKED):
+        raise LossSpecError(
+            f"loss {name!r} of {distributions[0]} ends in the reserved suffix {CHUNKED!r}; "
+            "its author must rename it"
+        )
+    return matches[0]
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""

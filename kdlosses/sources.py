@@ -1,0 +1,199 @@
+"""Where logits come from: a stored tensor, or hidden states and an output projection.
+
+A source knows its leading shape, its vocabulary, and how to make the raw logits of some rows.
+What happens to raw logits before the softmax (scale, soft cap, cut) is :func:`postprocess`,
+once for every source.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Postprocess:
+    """What a model does to the product of hidden states and head before the softmax.
+
+    Attributes:
+        logit_scale: multiplies the logits (Cohere's ``logit_scale``, one over Granite's
+            ``logits_scaling``).
+        softcap: bounds the scaled logits, ``softcap * tanh(z / softcap)`` (Gemma 2).
+    """
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Apply scale, then cap, in float32 (float64 stays float64)."""
+        logits = raw if raw.dtype == torch.float64 else raw.float()
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+IDENTITY = Postprocess()
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits that exist as a tensor.
+
+    Args:
+        values: ``[..., V]`` raw (unnormalised) scores, floating point.
+    """
+
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        _require_float("logits", self.values)
+        if self.values.ndim < 1:
+            raise ValueError("logits: needs at least the vocabulary axis, got a scalar")
+
+    @property
+    def leading_shape(self) -> torch.Size:
+        """The shape without the vocabulary axis."""
+        return self.values.shape[:-1]
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the vocabulary axis."""
+        return self.values.shape[-1]
+
+    @property
+    def post(self) -> Postprocess:
+        """Stored logits are final."""
+        return IDENTITY
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that may receive a gradient."""
+        return (self.values,)
+
+    @property
+    def width(self) -> int:
+        """Length of the rows that are gathered to make logits: here the logits themselves."""
+        return self.vocab_size
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Logits that are never stored: hidden states and the output projection that makes them.
+
+    ``logits = softcap(logit_scale * (hidden @ weight.T + bias))``.
+
+    Args:
+        hidden: ``[..., H]`` last hidden states, after the final norm.
+        weight: ``[V, H]`` the output embedding.
+        bias: ``[V]`` or None.
+        logit_scale: factor on the logits, e.g. Cohere's ``logit_scale``.
+        softcap: bound of the logits as in Gemma 2, or None.
+
+    Raises:
+        ValueError: on shapes that do not fit together.
+        TypeError: on tensors that are not floating point.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        _require_float("hidden", self.hidden)
+        _require_float("weight", self.weight)
+        if self.weight.ndim != 2 or self.hidden.ndim < 1:
+            raise ValueError(
+                f"Projected: expected hidden [..., H] and weight [V, H], got "
+                f"{list(self.hidden.shape)} and {list(self.weight.shape)}"
+            )
+        if self.hidden.shape[-1] != self.weight.shape[1]:
+            raise ValueError(
+                f"Projected: hidden has width {self.hidden.shape[-1]} but weight expects "
+                f"{self.weight.shape[1]}"
+            )
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            raise ValueError(
+                f"Projected: bias has shape {list(self.bias.shape)}, expected "
+                f"[{self.weight.shape[0]}]"
+            )
+
+    @property
+    def leading_shape(self) -> torch.Size:
+        """The shape without the hidden axis."""
+        return self.hidden.shape[:-1]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of rows of the projection."""
+        return self.weight.shape[0]
+
+    @property
+    def post(self) -> Postprocess:
+        """Scale and soft cap."""
+        return Postprocess(self.logit_scale, self.softcap)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that may receive a gradient."""
+        head = (self.hidden, self.weight)
+        return head if self.bias is None else (*head, self.bias)
+
+    @property
+    def width(self) -> int:
+        """Length of the rows that are gathered to make logits."""
+        return self.hidden.shape[-1]
+
+
+Source = Logits | Projected
+
+
+def as_source(value: Tensor | Source, name: str) -> Source:
+    """Accept a tensor of logits or a source.
+
+    Raises:
+        TypeError: for anything else, naming the argument.
+    """
+    if isinstance(value, Logits | Projected):
+        return value
+    if isinstance(value, Tensor):
+        return Logits(value)
+    raise TypeError(
+        f"{name}: expected a tensor of logits or kdlosses.Projected, got {type(value).__name__}"
+    )
+
+
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None) -> Tensor:
+    """Raw logits of some rows, ``hidden @ weight.T + bias``, outside autograd.
+
+    The product is float32 where the device offers that for 16-bit inputs, so that rounding the
+    logits to 16 bits is avoided.
+
+    Args:
+        hidden: ``[n, H]``.
+        weight: ``[V, H]``, the same dtype.
+        bias: ``[V]`` or None.
+        buffer: ``[>= n, V]`` to write into, where the product has the inputs' dtype.
+
+    Returns:
+        ``[n, V]``.
+    """
+    if float32_products(hidden):
+        raw = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    else:
+        out = None if buffer is None else buffer[: len(hidden)]
+        raw = torch.mm(hidden, weight.t(), out=out)
+    return raw if bias is None else raw.add_(bias)
+
+
+def float32_products(operand: Tensor) -> bool:
+    """Whether a product of 16-bit operands can be had in float32 here (CUDA's ``out_dtype``)."""
+    return operand.is_cuda and operand.dtype in (torch.bfloat16, torch.float16)
+
+
+def _require_float(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected floating-point values, got {tensor.dtype}")
