@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from kdlosses.divergence import RowLoss as RowLoss
     from kdlosses.objective import KDObjective as KDObjective
     from kdlosses.objective import KDOutput as KDOutput
+    from kdlosses.objective import Measures as Measures
     from kdlosses.objective import TokenLoss as TokenLoss
+    from kdlosses.objective import measure as measure
     from kdlosses.registry import BrokenLossError as BrokenLossError
     from kdlosses.registry import LossRef as LossRef
     from kdlosses.registry import LossSpecError as LossSpecError
     from kdlosses.registry import available_losses as available_losses
     from kdlosses.registry import get_loss as get_loss
+    from kdlosses.registry import parse_spec as parse_spec
     from kdlosses.sources import Logits as Logits
     from kdlosses.sources import Projected as Projected
 
@@ -28,6 +31,7 @@ _HOME = {
     "KDObjective": "objective",
     "KDOutput": "objective",
     "Logits": "sources",
+    "Measures": "objective",
     "Loss": "divergence",
     "LossRef": "registry",
     "LossSpecError": "registry",
@@ -36,6 +40,8 @@ _HOME = {
     "TokenLoss": "objective",
     "available_losses": "registry",
     "get_loss": "registry",
+    "measure": "objective",
+    "parse_spec": "registry",
 }
 
 __all__ = [*sorted(_HOME), "testing"]  # noqa: PLE0604

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kdlosses.divergence import Loss
-from kdlosses.engine import Chunking, Program, Supervised, evaluate, supervised_rows
-from kdlosses.sources import IDENTITY, Source, as_source
+from kdlosses.engine import Chunking, Program, Supervised, evaluate, measure_rows, supervised_rows
+from kdlosses.sources import Source, as_source
 
 Denominator = int | float | Tensor
 
@@ -192,6 +192,63 @@ class KDObjective(nn.Module):
 
 
 @dataclass(frozen=True)
+class Measures:
+    """Sums over the supervised tokens of a batch, all 0-d without gradient.
+
+    Attributes:
+        num_tokens: supervised tokens.
+        cross_entropy: of the student.
+        kd: the distillation loss with its temperature; None without a teacher.
+        forward_kl: KL(teacher || student) at temperature 1; None without a teacher.
+        reverse_kl: KL(student || teacher) at temperature 1; None without a teacher.
+        top1_agreement: tokens on whose most likely continuation both agree; None without a
+            teacher.
+    """
+
+    num_tokens: Tensor
+    cross_entropy: Tensor
+    kd: Tensor | None
+    forward_kl: Tensor | None
+    reverse_kl: Tensor | None
+    top1_agreement: Tensor | None
+
+
+def measure(
+    loss: TokenLoss,
+    student: Tensor | Source,
+    teacher: Tensor | Source | None,
+    labels: Tensor,
+    *,
+    compiled: bool | None = None,
+) -> Measures:
+    """Measure a student on a batch in one chunked pass, whatever the loss; no gradients.
+
+    Args:
+        loss: gives the KD value, the cut of the vocabulary, the ignored label and the chunk size.
+        student: logits ``[..., V]`` or :class:`Projected`.
+        teacher: likewise, or None.
+        labels: ``[...]`` aligned with the logits.
+        compiled: as for :func:`kdlosses.get_loss`.
+    """
+    batch = _Batch.of(loss, student, teacher, labels)
+    size = None if loss.chunking is None else loss.chunking.size
+    rows = measure_rows(
+        batch.program(loss),
+        batch.student,
+        batch.teacher,
+        batch.rows,
+        batch.temperature(loss),
+        batch.vocab_size,
+        Chunking(size, compiled),
+    )
+    ce, kd, forward_kl, reverse_kl, agreement = rows.sum(0, dtype=torch.float64).unbind()
+    num_tokens = torch.tensor(len(rows), device=rows.device)
+    if teacher is None:
+        return Measures(num_tokens, ce, None, None, None, None)
+    return Measures(num_tokens, ce, kd * loss._factor(), forward_kl, reverse_kl, agreement)
+
+
+@dataclass(frozen=True)
 class _Batch:
     """A batch whose shapes have been checked."""
 
@@ -244,24 +301,35 @@ class _Batch:
             return num_tokens.clamp_min(1)
         return max(1, num_tokens)
 
+    def program(self, loss: TokenLoss) -> Program:
+        """The static part of the evaluation."""
+        if self.teacher is None:
+            return Program(loss=None, student_post=self.student.post)
+        return Program(
+            loss=loss.loss,
+            student_post=self.student.post,
+            teacher_post=self.teacher.post,
+            softened=loss.temperature != 1.0,
+        )
+
+    def temperature(self, loss: TokenLoss) -> Tensor:
+        """The temperature as a 0-d tensor of the values' type."""
+        values = self.student.tensors[0]
+        dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+        return torch.tensor(loss.temperature, device=values.device, dtype=dtype)
+
     def evaluate(
         self, loss: TokenLoss, kd_weight: Tensor, ce_weight: Tensor, per_row: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        softened = loss.temperature != 1.0
-        program = Program(
-            loss=None if self.teacher is None else loss.loss,
-            student_post=self.student.post,
-            teacher_post=IDENTITY if self.teacher is None else self.teacher.post,
-            softened=softened and self.teacher is not None,
-        )
+        """Weighted sum, KD and CE of the supervised rows."""
         return evaluate(
-            program,
+            self.program(loss),
             self.student,
             self.teacher,
             self.rows,
             kd_weight,
             ce_weight,
-            torch.tensor(loss.temperature, device=kd_weight.device, dtype=kd_weight.dtype),
+            self.temperature(loss),
             self.vocab_size,
             loss.chunking,
             per_row,

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdlosses.engine.chunked import Job, chunked_values, weighted_sum
+from kdlosses.engine.chunked import Job, chunked_measures, chunked_values, weighted_sum
 from kdlosses.engine.plan import Chunking, chunk_rows, compiles
 from kdlosses.engine.rows import Program, row_values
 from kdlosses.numerics import restore_infinity
 from kdlosses.sources import Projected, Source
 
-__all__ = ["Chunking", "Program", "Supervised", "evaluate", "supervised_rows"]
+__all__ = ["Chunking", "Program", "Supervised", "evaluate", "measure_rows", "supervised_rows"]
 
 
 @dataclass(frozen=True)
@@ -93,19 +93,7 @@ def evaluate(
         The 0-d sum, KD ``[n]`` and CE ``[n]``.
     """
     if chunking is not None:
-        head_width = student.width if isinstance(student, Projected) else 0
-        size = chunking.size or chunk_rows(vocab_size, head_width, student.tensors[0].device)
-        job = Job(
-            program=program,
-            student=student,
-            teacher=teacher,
-            kept=rows.kept,
-            labels=rows.labels,
-            temperature=temperature,
-            vocab_size=vocab_size,
-            chunk_rows=max(1, min(size, len(rows.labels))),
-            compiled=compiles(vocab_size) if chunking.compiled is None else chunking.compiled,
-        )
+        job = _job(program, student, teacher, rows, temperature, vocab_size, chunking)
         return chunked_values(job, kd_weight, ce_weight, per_row)
     device_type = student.tensors[0].device.type
     with torch.autocast(device_type, enabled=False):
@@ -120,6 +108,45 @@ def evaluate(
     kd, ce = kd.detach(), ce.detach()
     exact = weighted_sum(kd, ce, kd_weight.detach(), ce_weight.detach())
     return total + torch.where(exact.isinf(), exact, 0.0), kd, ce
+
+
+def measure_rows(
+    program: Program,
+    student: Source,
+    teacher: Source | None,
+    rows: Supervised,
+    temperature: Tensor,
+    vocab_size: int,
+    chunking: Chunking,
+) -> Tensor:
+    """CE, KD, forward KL, reverse KL and top-1 agreement of each supervised row, ``[n, 5]``."""
+    return chunked_measures(
+        _job(program, student, teacher, rows, temperature, vocab_size, chunking)
+    )
+
+
+def _job(
+    program: Program,
+    student: Source,
+    teacher: Source | None,
+    rows: Supervised,
+    temperature: Tensor,
+    vocab_size: int,
+    chunking: Chunking,
+) -> Job:
+    head_width = student.width if isinstance(student, Projected) else 0
+    size = chunking.size or chunk_rows(vocab_size, head_width, student.tensors[0].device)
+    return Job(
+        program=program,
+        student=student,
+        teacher=teacher,
+        kept=rows.kept,
+        labels=rows.labels,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        chunk_rows=max(1, min(size, len(rows.labels))),
+        compiled=compiles(vocab_size) if chunking.compiled is None else chunking.compiled,
+    )
 
 
 def _plain_raw(source: Source, rows: Supervised, vocab_size: int) -> Tensor:

@@ -5,6 +5,7 @@ the gradients at once, so that no ``[rows, V]`` tensor outlives its chunk and no
 twice: four matrix products a step. ``backward`` only scales.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from kdlosses.engine import compiled
 from kdlosses.engine.gather import Gradients, Rows
-from kdlosses.engine.rows import Program, row_gradients, row_values
+from kdlosses.engine.rows import Program, row_gradients, row_measures, row_values
 from kdlosses.numerics import restore_infinity
 from kdlosses.sources import Source
 
@@ -71,9 +72,7 @@ def chunked_values(
     """
     recording = torch.is_grad_enabled()
     needed = tuple(recording and tensor.requires_grad for tensor in job.student.tensors)
-    total, kd, ce = _Chunked.apply(
-        job, per_row, needed, kd_weight, ce_weight, *job.student.tensors
-    )  # type: ignore[no-untyped-call]
+    total, kd, ce = _Chunked.apply(job, per_row, needed, kd_weight, ce_weight, *job.student.tensors)  # type: ignore[no-untyped-call]
     return total, kd, ce
 
 
@@ -165,12 +164,7 @@ def _run(
     device = job.student.tensors[0].device
     # Autocast would cast inside the row functions and differ between forward and gradient.
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        student = Rows(job.student, job.kept, job.vocab_size, job.chunk_rows)
-        teacher = (
-            None
-            if job.teacher is None
-            else Rows(job.teacher, job.kept, job.vocab_size, job.chunk_rows)
-        )
+        student, teacher = _sides(job)
         sink = None if needed is None else Gradients(job.student, needed, student)
         total = len(job.labels)
         dtype = _value_dtype(job.student.tensors[0])
@@ -178,12 +172,9 @@ def _run(
         ce = torch.empty(total, dtype=dtype, device=device)
         if unit is not None:
             kd_weight, ce_weight = kd_weight / unit, ce_weight / unit
-        for start in range(0, total, job.chunk_rows):
-            span = slice(start, min(start + job.chunk_rows, total))
+        for span in _spans(job):
             inputs = student.inputs(span)
-            raw = student.raw(inputs)
-            raw_teacher = None if teacher is None else teacher.raw(teacher.inputs(span))
-            data = (raw, raw_teacher, job.labels[span], job.temperature)
+            data = _tile_inputs(job, span, student.raw(inputs), teacher)
             if sink is None:
                 values = compiled.run(row_values, (job.program,), data, job.compiled)
                 kd[span], ce[span] = restore_infinity(values[0]), restore_infinity(values[1])
@@ -196,6 +187,40 @@ def _run(
                 )
                 sink.add(span, inputs, gradient)
         return kd, ce, None if sink is None else sink.finish()
+
+
+def chunked_measures(job: Job) -> Tensor:
+    """What :func:`row_measures` gives for each supervised row, without gradients: ``[n, 5]``."""
+    values = job.student.tensors[0]
+    device = values.device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        student, teacher = _sides(job)
+        result = torch.empty(len(job.labels), 5, dtype=_value_dtype(values), device=device)
+        for span in _spans(job):
+            data = _tile_inputs(job, span, student.raw(student.inputs(span)), teacher)
+            columns = compiled.run(row_measures, (job.program,), data, job.compiled)
+            result[span] = torch.stack([restore_infinity(column) for column in columns], dim=-1)
+        return result
+
+
+def _sides(job: Job) -> tuple[Rows, Rows | None]:
+    student = Rows(job.student, job.kept, job.vocab_size, job.chunk_rows)
+    if job.teacher is None:
+        return student, None
+    return student, Rows(job.teacher, job.kept, job.vocab_size, job.chunk_rows)
+
+
+def _spans(job: Job) -> Iterator[slice]:
+    total = len(job.labels)
+    for start in range(0, total, job.chunk_rows):
+        yield slice(start, min(start + job.chunk_rows, total))
+
+
+def _tile_inputs(
+    job: Job, span: slice, raw_student: Tensor, teacher: Rows | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    raw_teacher = None if teacher is None else teacher.raw(teacher.inputs(span))
+    return raw_student, raw_teacher, job.labels[span], job.temperature
 
 
 def _unit(values: Tensor, kd_weight: Tensor, ce_weight: Tensor) -> Tensor | None:
@@ -212,5 +237,3 @@ def _unit(values: Tensor, kd_weight: Tensor, ce_weight: Tensor) -> Tensor | None
 
 def _value_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-

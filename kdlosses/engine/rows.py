@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdlosses.divergence import Divergence, Loss, RowLoss
-from kdlosses.numerics import finite_log_probs, log_softmax, restore_infinity
+from kdlosses.numerics import finite_log_probs, kl_terms, log_softmax, restore_infinity
 from kdlosses.sources import IDENTITY, Postprocess
 
 
@@ -109,6 +109,36 @@ def row_gradients(
         raw_student.copy_(gradient)
         gradient = raw_student
     return restore_infinity(kd), restore_infinity(ce), gradient
+
+
+def row_measures(
+    program: Program,
+    raw_student: Tensor,
+    raw_teacher: Tensor | None,
+    labels: Tensor,
+    temperature: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What a student is judged by, each ``[n]``; arguments as for :func:`row_values`.
+
+    Returns:
+        CE, KD (as in :func:`row_values`), forward KL, reverse KL, and 1 where both models find the
+        same token most likely. The last three are at temperature 1, and 0 without a teacher.
+    """
+    kd, ce = row_values(program, raw_student, raw_teacher, labels, temperature)
+    if raw_teacher is None:
+        return ce, kd, kd, kd, kd
+    student = program.student_post(raw_student)
+    teacher = program.teacher_post(raw_teacher)
+    student_log_probs = finite_log_probs(log_softmax(student))
+    teacher_log_probs = finite_log_probs(log_softmax(teacher))
+    agreement = student.argmax(-1) == teacher.argmax(-1)
+    return (
+        ce,
+        kd,
+        kl_terms(teacher_log_probs, student_log_probs).sum(-1),
+        kl_terms(student_log_probs, teacher_log_probs).sum(-1),
+        agreement.to(ce.dtype),
+    )
 
 
 def _divergence(loss: Loss, teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
