@@ -72,13 +72,14 @@ def chunked_values(
     """
     recording = torch.is_grad_enabled()
     needed = tuple(recording and tensor.requires_grad for tensor in job.student.tensors)
-    total, kd, ce = _Chunked.apply(job, per_row, needed, kd_weight, ce_weight, *job.student.tensors)  # type: ignore[no-untyped-call]
+    arguments = (job, per_row, needed, kd_weight, ce_weight, *job.student.tensors)
+    total, kd, ce = _Chunked.apply(*arguments)  # type: ignore[no-untyped-call]
     return total, kd, ce
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         job: Job,
         per_row: bool,
@@ -103,7 +104,7 @@ class _Chunked(torch.autograd.Function):
         return total, kd, ce
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, total_grad: Tensor | None, kd_grad: Tensor | None, ce_grad: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
@@ -140,17 +141,12 @@ def weighted_sum(kd: Tensor, ce: Tensor, kd_weight: Tensor, ce_weight: Tensor) -
 def _per_row_gradients(
     ctx: Any, kd_grad: Tensor | None, ce_grad: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
+    tensors: tuple[Tensor, ...] = ctx.saved_tensors
     rows = len(ctx.job.labels)
     zeros = torch.zeros(rows, dtype=_value_dtype(tensors[0]), device=tensors[0].device)
-    _, _, gradients = _run(
-        ctx.job,
-        zeros if kd_grad is None else kd_grad,
-        zeros if ce_grad is None else ce_grad,
-        ctx.needed,
-        None,
-    )
-    return gradients
+    kd_weight = zeros if kd_grad is None else kd_grad
+    ce_weight = zeros if ce_grad is None else ce_grad
+    return _run(ctx.job, kd_weight, ce_weight, ctx.needed, None)[2]
 
 
 def _run(
@@ -159,7 +155,7 @@ def _run(
     ce_weight: Tensor,
     needed: tuple[bool, ...] | None,
     unit: Tensor | None,
-) -> tuple[Tensor, Tensor, Any]:
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """All chunks: KD ``[n]``, CE ``[n]``, and the student's gradients where ``needed`` is given."""
     device = job.student.tensors[0].device
     # Autocast would cast inside the row functions and differ between forward and gradient.
@@ -186,7 +182,7 @@ def _run(
                     job.compiled,
                 )
                 sink.add(span, inputs, gradient)
-        return kd, ce, None if sink is None else sink.finish()
+        return kd, ce, () if sink is None else sink.finish()
 
 
 def chunked_measures(job: Job) -> Tensor:

@@ -103,7 +103,9 @@ def row_gradients(
         kd, ce = row_values(program, raw, raw_teacher, labels, temperature)
         return kd * kd_weight + ce * ce_weight, (kd, ce)
 
-    total, pull_back, (kd, ce) = torch.func.vjp(weighted, raw_student, has_aux=True)
+    total, pull_back, (kd, ce) = torch.func.vjp(  # type: ignore[misc]
+        weighted, raw_student, has_aux=True
+    )
     (gradient,) = pull_back(torch.ones_like(total))
     if overwrite:
         raw_student.copy_(gradient)
