@@ -7,10 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdlosses import testing as testing
     from kdlosses.divergence import Divergence as Divergence
     from kdlosses.divergence import Loss as Loss
     from kdlosses.divergence import RowLoss as RowLoss
+    from kdlosses.engine.plan import automatic_chunk_size as automatic_chunk_size
     from kdlosses.objective import KDObjective as KDObjective
     from kdlosses.objective import KDOutput as KDOutput
     from kdlosses.objective import Measures as Measures
@@ -38,18 +38,17 @@ _HOME = {
     "Projected": "sources",
     "RowLoss": "divergence",
     "TokenLoss": "objective",
+    "automatic_chunk_size": "engine.plan",
     "available_losses": "registry",
     "get_loss": "registry",
     "measure": "objective",
     "parse_spec": "registry",
 }
 
-__all__ = [*sorted(_HOME), "testing"]  # noqa: PLE0604
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "testing":
-        return import_module("kdlosses.testing")
     if name not in _HOME:
         raise AttributeError(f"module 'kdlosses' has no attribute {name!r}")
     return getattr(import_module(f"kdlosses.{_HOME[name]}"), name)

@@ -87,8 +87,10 @@ def log_mix(log_a: Tensor, log_b: Tensor, weight: float | Tensor) -> Tensor:
     """``log(weight * a + (1 - weight) * b)`` from log-probabilities, elementwise.
 
     The mixture is formed in probabilities: an entry that underflows there carries no mass in any
-    divergence. Where both are 0 the result is :data:`LOG_ZERO`-like (about -87), and any weight
-    on it is 0.
+    divergence. Where both are 0 the result is about -87 (-708 in float64), and any weight on it
+    is 0. A weight of exactly 0 or 1 returns the one side as it is, which may underflow alone.
     """
+    if isinstance(weight, float | int) and weight in {0, 1}:
+        return log_a if weight else log_b
     mixture = weight * log_a.exp() + (1 - weight) * log_b.exp()
     return mixture.clamp_min(torch.finfo(mixture.dtype).tiny).log()

@@ -1,14 +1,22 @@
 """What a training loop calls: a loss as a module, and its mix with cross-entropy."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from kdlosses.divergence import Loss
-from kdlosses.engine import Chunking, Program, Supervised, evaluate, measure_rows, supervised_rows
+from kdlosses.engine import (
+    Chunking,
+    Program,
+    Supervised,
+    evaluate,
+    measure_rows,
+    silenced,
+    supervised_rows,
+)
 from kdlosses.sources import Source, as_source
 
 Denominator = int | float | Tensor
@@ -99,7 +107,7 @@ class TokenLoss(nn.Module):
         total, kd, _ = batch.evaluate(
             self, weight * (factor / divisor), torch.zeros_like(weight), per_row
         )
-        return batch.rows.spread(kd * factor * weight) if per_row else total
+        return batch.rows.spread(silenced(kd, weight) * (factor * weight)) if per_row else total
 
     def _factor(self) -> float:
         power = self.loss.temperature_power if self.temperature_scaling else 0
@@ -168,11 +176,11 @@ class KDObjective(nn.Module):
         ``teacher`` may be None where ``kd_ratio`` is 0. Where it is given it is not evaluated at
         ``kd_ratio`` 0 and ``kd_loss`` is None.
         """
-        if self.kd_ratio == 0:
-            teacher = None
-        elif teacher is None:
+        if teacher is None and self.kd_ratio > 0:
             raise ValueError(f"teacher: needed at kd_ratio {self.kd_ratio}, got None")
         batch = _Batch.of(self.loss, student, teacher, labels)
+        if self.kd_ratio == 0:  # the teacher only had its say on the width of the vocabulary
+            batch = replace(batch, teacher=None)
         weight = batch.weights(token_weights)
         divisor = batch.denominator(num_tokens)
         factor = self.loss._factor()
@@ -185,8 +193,12 @@ class KDObjective(nn.Module):
         weight = weight.detach()
         return KDOutput(
             loss=total,
-            class_loss=(ce * weight).sum() / divisor,
-            kd_loss=None if teacher is None else (kd * weight).sum() * (factor / divisor),
+            class_loss=(silenced(ce, weight) * weight).sum() / divisor,
+            kd_loss=(
+                None
+                if batch.teacher is None
+                else (silenced(kd, weight) * weight).sum() * (factor / divisor)
+            ),
             num_tokens=torch.tensor(len(batch.rows.labels), device=labels.device),
         )
 

@@ -5,6 +5,7 @@ Listing reads metadata only; a plugin that cannot be imported breaks nothing but
 """
 
 import difflib
+import inspect
 import os
 import re
 import traceback
@@ -127,6 +128,9 @@ def load_loss(name: str) -> "type[Loss]":
 
     if not (isinstance(loaded, type) and issubclass(loaded, Divergence | RowLoss)):
         raise LossSpecError(f"{origin} is not a subclass of kdlosses.Divergence or RowLoss")
+    if inspect.isabstract(loaded):
+        missing = ", ".join(sorted(loaded.__abstractmethods__))
+        raise LossSpecError(f"{origin} does not define {missing}")
     return loaded
 
 
@@ -221,6 +225,12 @@ def _distribution(entry: EntryPoint) -> str:
 def _find(name: str) -> EntryPoint:
     entries = _entries()
     matches = [entry for entry in entries if entry.name == name]
+    reserved = [entry for entry in entries if entry.name == name + CHUNKED]
+    if not matches and reserved:
+        raise LossSpecError(
+            f"loss {reserved[0].name!r} of {_distribution(reserved[0])} ends in the reserved "
+            f"suffix {CHUNKED!r}; its author must rename it"
+        )
     if not matches:
         names = sorted({entry.name for entry in entries})
         hint = _did_you_mean(name, names)
@@ -234,11 +244,6 @@ def _find(name: str) -> EntryPoint:
             return built_in[0]
         raise LossSpecError(
             f"loss {name!r} is registered by {' and '.join(distributions)}; uninstall all but one"
-        )
-    if name.endswith(CHUNKED):
-        raise LossSpecError(
-            f"loss {name!r} of {distributions[0]} ends in the reserved suffix {CHUNKED!r}; "
-            "its author must rename it"
         )
     return matches[0]
 

@@ -6,13 +6,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdlosses.engine.chunked import Job, chunked_measures, chunked_values, weighted_sum
-from kdlosses.engine.plan import Chunking, chunk_rows, compiles
+from kdlosses.engine.chunked import (
+    Job,
+    chunked_measures,
+    chunked_values,
+    silenced,
+    weighted_sum,
+)
+from kdlosses.engine.plan import Chunking, automatic_chunk_size, compiles
 from kdlosses.engine.rows import Program, row_values
 from kdlosses.numerics import restore_infinity
 from kdlosses.sources import Projected, Source
 
-__all__ = ["Chunking", "Program", "Supervised", "evaluate", "measure_rows", "supervised_rows"]
+__all__ = [
+    "Chunking",
+    "Program",
+    "Supervised",
+    "evaluate",
+    "measure_rows",
+    "silenced",
+    "supervised_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -135,7 +149,7 @@ def _job(
     chunking: Chunking,
 ) -> Job:
     head_width = student.width if isinstance(student, Projected) else 0
-    size = chunking.size or chunk_rows(vocab_size, head_width, student.tensors[0].device)
+    size = chunking.size or automatic_chunk_size(vocab_size, head_width, student.tensors[0].device)
     return Job(
         program=program,
         student=student,

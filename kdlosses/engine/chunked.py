@@ -98,7 +98,7 @@ class _Chunked(torch.autograd.Function):
             ctx.save_for_backward(*tensors)
             ctx.mark_non_differentiable(total)
         else:
-            ctx.save_for_backward(kd, ce)
+            ctx.save_for_backward(silenced(kd, kd_weight), silenced(ce, ce_weight))
             ctx.mark_non_differentiable(kd, ce)
         ctx.set_materialize_grads(False)
         return total, kd, ce
@@ -133,9 +133,13 @@ class _Chunked(torch.autograd.Function):
 
 def weighted_sum(kd: Tensor, ce: Tensor, kd_weight: Tensor, ce_weight: Tensor) -> Tensor:
     """``sum(kd_weight * kd + ce_weight * ce)``, where a weight of 0 silences infinities too."""
-    kd = torch.where(kd_weight == 0, 0.0, kd)
-    ce = torch.where(ce_weight == 0, 0.0, ce)
-    return (kd * kd_weight).sum() + (ce * ce_weight).sum()
+    kd_sum = (silenced(kd, kd_weight) * kd_weight).sum()
+    return kd_sum + (silenced(ce, ce_weight) * ce_weight).sum()
+
+
+def silenced(values: Tensor, weight: Tensor) -> Tensor:
+    """The values with 0 in place of the infinite ones that have weight 0."""
+    return torch.where(values.isinf() & (weight == 0), 0.0, values)
 
 
 def _per_row_gradients(

@@ -4,6 +4,7 @@ Each program has a function object of its own with isolated recompiles, so that 
 one process never meet torch.compile's recompile limit together.
 """
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Hashable
@@ -54,14 +55,19 @@ def _call(
 
     key = (function, static, *(_signature(argument) for argument in arguments))
     tile = _tiles.get(key)
+    new = tile is None
     if tile is None:
-        bound = functools.partial(function, *static)
-        tile = _tiles[key] = torch.compile(bound, fullgraph=True, isolate_recompiles=True)
+        tile = _tiles[key] = torch.compile(  # type: ignore[call-overload]
+            functools.partial(function, *static), fullgraph=True, isolate_recompiles=True
+        )
     for argument in arguments:
         if argument is not None and argument.ndim:
             mark_dynamic(argument, 0)
     try:
-        return tile(*arguments)  # type: ignore[no-any-return]
+        with warnings.catch_warnings() if new else contextlib.nullcontext():
+            if new:  # the compiler's own warnings are no business of the caller's filters
+                warnings.simplefilter("ignore")
+            return tile(*arguments)  # type: ignore[no-any-return]
     except (TorchDynamoException, InductorError) as error:
         # Raised before anything ran: the function is pure, so eager is a safe second try.
         _tiles[key] = functools.partial(function, *static)
@@ -70,7 +76,7 @@ def _call(
 
 
 def _warn_once(error: Exception) -> None:
-    reason = str(error).strip().split("\n", 1)[0]
+    reason = " ".join(str(error).split("\n\n", 1)[0].split())
     if reason not in _failures:
         _failures.add(reason)
         warnings.warn(

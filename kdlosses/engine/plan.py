@@ -27,7 +27,7 @@ class Chunking:
     compiled: bool | None = None
 
 
-def chunk_rows(vocab_size: int, head_width: int, device: torch.device) -> int:
+def automatic_chunk_size(vocab_size: int, head_width: int, device: torch.device) -> int:
     """Rows a chunk: a power of two that keeps a chunk's float32 logits within a budget.
 
     The budget grows with the head, because each chunk adds to the head's whole gradient once:
