@@ -12,8 +12,11 @@ from torch import Tensor
 LOG_ZERO = -1e30
 """Stands for log 0. Large enough to make any positive weight on it read as infinite."""
 
-INFINITE = 1e20
-"""A row value beyond this is the finite shadow of an infinite one (see :data:`LOG_ZERO`)."""
+INFINITE = 1e12
+"""A row value beyond this is the finite shadow of an infinite one (see :data:`LOG_ZERO`).
+
+A mass as small as 1e-18 on an impossible token still reads as infinite.
+"""
 
 _SMALL = 0.25
 _TERMS = {torch.float32: 8, torch.float64: 13}
