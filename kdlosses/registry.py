@@ -225,8 +225,9 @@ def _distribution(entry: EntryPoint) -> str:
 def _find(name: str) -> EntryPoint:
     entries = _entries()
     matches = [entry for entry in entries if entry.name == name]
-    reserved = [entry for entry in entries if entry.name == name + CHUNKED]
-    if not matches and reserved:
+    twins = [entry for entry in entries if entry.name == name + CHUNKED]
+    reserved = matches if name.endswith(CHUNKED) else [] if matches else twins
+    if reserved:
         raise LossSpecError(
             f"loss {reserved[0].name!r} of {_distribution(reserved[0])} ends in the reserved "
             f"suffix {CHUNKED!r}; its author must rename it"

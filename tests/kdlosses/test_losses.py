@@ -265,7 +265,9 @@ def test_values_on_any_logits(logits, which):
     measured = value(
         spec(name, parameters), torch.from_numpy(teacher.copy()), torch.from_numpy(student.copy())
     ).item()
-    if math.isinf(expected):  # the weight of "log 0" is finite, so the tiniest mass on it is not seen
+    if math.isinf(
+        expected
+    ):  # the weight of "log 0" is finite, so the tiniest mass on it is not seen
         heaviest = max(p[q == 0].max(initial=0), q[p == 0].max(initial=0))
         assert measured == math.inf or heaviest < 1e-17
     else:

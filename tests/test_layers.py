@@ -1,0 +1,148 @@
+"""Imports point one way. Read from the source, so that no import has to succeed."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import kdlosses
+
+ROOT = Path(kdlosses.__file__).resolve().parents[1]
+LIBRARY = ROOT / "kdlosses"
+RUNNER = ROOT / "kdrun"
+SOURCES = sorted(LIBRARY.rglob("*.py"))
+
+
+def parse(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_type_checking(node):
+    return isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING"
+
+
+def imports(node, *, at_import=False):
+    """(module, names) of every import below a node.
+
+    With ``at_import`` only those that run when the module is imported.
+    """
+    if isinstance(node, ast.Import):
+        yield from ((alias.name, ()) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports are absolute"
+        yield node.module, tuple(alias.name for alias in node.names)
+    elif at_import and (
+        is_type_checking(node) or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ):
+        return
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from imports(child, at_import=at_import)
+
+
+def inner(path):
+    """The kdlosses modules that a module imports, by the first name below the package."""
+    found = set()
+    for module, names in imports(parse(path)):
+        if module == "kdlosses":
+            found.update(names or {"kdlosses"})
+        elif module.startswith("kdlosses."):
+            found.add(module.split(".")[1])
+    return found
+
+
+ALLOWED = {
+    "divergence": set(),
+    "numerics": set(),
+    "sources": set(),
+    "losses": {"divergence", "numerics"},
+    "engine": {"engine", "sources", "divergence", "numerics"},
+    "objective": {"engine", "sources", "divergence", "numerics"},
+    "registry": {"divergence", "objective", "engine"},
+}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_a_module_imports_only_the_layers_below(path):
+    parts = module_name(path).split(".")
+    if len(parts) == 1 or parts[1] == "testing":
+        return  # the package's names, and the conformance checks, may use all layers
+    assert parts[1] in ALLOWED, f"{parts[1]} has no place in the layering"
+    assert inner(path) <= ALLOWED[parts[1]]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_the_library_depends_on_torch_and_pydantic_only(path):
+    packages = {module.split(".")[0] for module, _ in imports(parse(path))}
+    assert packages - set(sys.stdlib_module_names) <= {"torch", "pydantic", "kdlosses"}
+
+
+@pytest.mark.parametrize("name", ["__init__", "registry"])
+def test_names_load_without_torch(name):
+    modules = [module for module, _ in imports(parse(LIBRARY / f"{name}.py"), at_import=True)]
+    assert modules
+    assert {module.split(".")[0] for module in modules} <= set(sys.stdlib_module_names)
+
+
+def test_every_loss_is_one_file_registered_by_one_line():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    registered = project["entry-points"]["kdlosses.losses"]
+    files = {path.stem for path in (LIBRARY / "losses").glob("*.py")} - {"__init__"}
+    assert set(registered) == files
+    for name, target in registered.items():
+        module, _, attribute = target.partition(":")
+        assert module == f"kdlosses.losses.{name}"
+        tree = parse(LIBRARY / "losses" / f"{name}.py")
+        classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+        assert classes == [attribute]
+
+
+def test_kdrun_uses_only_the_public_names():
+    wrong = []
+    for path in sorted(RUNNER.rglob("*.py")):
+        tree = parse(path)
+        for module, names in imports(tree):
+            if module.startswith("kdlosses."):
+                wrong.append(f"{module_name(path)} imports {module}")
+            elif module == "kdlosses":
+                wrong += [
+                    f"{module_name(path)} imports {name} from kdlosses"
+                    for name in names
+                    if name not in kdlosses.__all__
+                ]
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "kdlosses"
+                and node.attr not in kdlosses.__all__
+            ):
+                wrong.append(f"{module_name(path)} uses kdlosses.{node.attr}")
+    assert not wrong
+
+
+def test_there_is_one_autograd_function():
+    found = []
+    for path in [*SOURCES, *RUNNER.rglob("*.py"), *(ROOT / "plugins").rglob("*.py")]:
+        found += [
+            f"{module_name(path)}.{node.name}"
+            for node in ast.walk(parse(path))
+            if isinstance(node, ast.ClassDef)
+            and any(ast.unparse(base).split(".")[-1] == "Function" for base in node.bases)
+        ]
+    assert found == ["kdlosses.engine.chunked._Chunked"]
+
+
+def test_all_public_names_exist():
+    for name in kdlosses.__all__:
+        assert getattr(kdlosses, name) is not None
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        kdlosses.nothing_like_it  # noqa: B018
