@@ -1,0 +1,23 @@
+"""kdrun: distil a student with any registered loss, from the command line or from Python.
+
+The public names are imported on first use, so that ``kdrun --help`` loads nothing heavy.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdrun.config import RunConfig as RunConfig
+    from kdrun.distillation import distill as distill
+    from kdrun.trainer import DistillTrainer as DistillTrainer
+
+_HOME = {"DistillTrainer": "trainer", "RunConfig": "config", "distill": "distillation"}
+
+__all__ = ["DistillTrainer", "RunConfig", "distill"]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _HOME:
+        raise AttributeError(f"module 'kdrun' has no attribute {name!r}")
+    return getattr(import_module(f"kdrun.{_HOME[name]}"), name)

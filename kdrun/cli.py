@@ -1,0 +1,258 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kdrun.errors import InputError, Interrupted, TrainingError
+
+# Flag, configuration key, placeholder, help. Every flag is a short name for one key.
+_FLAGS: tuple[tuple[str, str, str, str], ...] = (
+    ("--teacher", "model.teacher", "MODEL", "Folder, hub id or GGUF file of the teacher."),
+    ("--student", "model.student", "MODEL", "Folder or hub id of the student."),
+    ("--data", "data.train", "FILE", "Training rows: a file or a hub id."),
+    ("--eval-data", "data.eval", "FILE", "Held-out rows; by default 5 % of the training rows."),
+    ("--loss", "loss.spec", "SPEC", "Loss, such as generalized_jsd_chunked:beta=0.1."),
+    ("--kd-ratio", "loss.kd_ratio", "R", "Weight of the loss; 1 - R weighs cross-entropy."),
+    ("--temperature", "loss.temperature", "T", "Softens both sides of the loss."),
+    ("--max-steps", "training.max_steps", "N", "Optimiser steps."),
+    ("--batch-size", "training.batch_size", "B", "Rows per process and micro-batch."),
+    ("--max-length", "data.max_length", "L", "Tokens a row."),
+    ("--lr", "optimizer.lr", "LR", "Highest learning rate."),
+    ("--seed", "training.seed", "SEED", "Initial weights, order of rows and dropout."),
+    ("--output", "output.dir", "DIR", "Folder of the run; by default runs/<time>-<loss>."),
+)
+
+
+def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for flag, key, placeholder, text in reversed(_FLAGS):
+        name = key.replace(".", "__")
+        command = click.option(flag, name, metavar=placeholder, help=text)(command)
+    return command
+
+
+class _Group(click.Group):
+    """Shows commands in the order of their definition and suggests close names."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            import difflib
+
+            close = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise click.UsageError(f"{error.message.rstrip('.')}.{hint}", ctx) from error
+
+
+def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        click.echo(f"kdrun {version('kdlosses')}")
+        ctx.exit()
+
+
+@click.group(cls=_Group, invoke_without_command=True)
+@_run_options
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file with sections and keys.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set section.key; repeatable."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the run in --output.")
+@click.option("--resume", is_flag=True, help="Continue the run in --output.")
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
+@click.pass_context
+def cli(
+    ctx: click.Context,
+    /,
+    config: Path | None,
+    settings: tuple[str, ...],
+    overwrite: bool,
+    resume: bool,
+    **flags: str | None,
+) -> None:
+    """Distil a teacher into a student with any registered loss.
+
+    Without a command it trains: "kdrun --loss forward_kl_chunked --kd-ratio 0.5" distils the
+    built-in pair, and --teacher, --student and --data name another. Exit codes: 0 done, 1 failure
+    in training, 2 wrong input, 130 interrupted after saving.
+    """
+    given = [(key.replace("__", "."), text) for key, text in flags.items() if text is not None]
+    if ctx.invoked_subcommand is not None:
+        if given or config or settings or overwrite or resume:
+            raise click.UsageError(
+                f"options of a run stand before the command {ctx.invoked_subcommand!r}, where they "
+                "have no effect; see its own --help"
+            )
+        return
+    from kdrun.config import load_config, parse_value
+    from kdrun.distillation import distill
+
+    overrides: list[tuple[str, Any]] = []
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting}: expected section.key=value")
+        overrides.append((key.strip(), parse_value(value)))
+    overrides += [(key, _flag_value(key, text)) for key, text in given]
+    run_config = load_config(config, overrides)
+    if resume and run_config.output.dir is None:
+        raise InputError("--resume needs --output, the folder of the run to continue")
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
+    if resume and config is None and not given_beyond(overrides, "output.dir"):
+        run_config = _config_of(Path(str(run_config.output.dir)))
+    distill(run_config, resume=resume, overwrite=overwrite)
+
+
+def given_beyond(overrides: Sequence[tuple[str, Any]], key: str) -> bool:
+    """Whether anything but one key was given."""
+    return any(name != key for name, _ in overrides)
+
+
+def _config_of(folder: Path) -> Any:
+    """The configuration that a run wrote, so that ``--resume --output DIR`` is enough."""
+    from kdrun.config import load_config
+    from kdrun.runs import CONFIG
+
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"--resume: {folder} holds no run to continue")
+    return load_config(folder / CONFIG, [("output.dir", str(folder))])
+
+
+def _flag_value(key: str, text: str) -> Any:
+    """Numbers are read as YAML; names and paths stay as they are (a folder may be called 1e3)."""
+    from kdrun.config import parse_value
+
+    if key.startswith(("model.", "data.train", "data.eval", "output.")) or key == "loss.spec":
+        return None if key == "model.teacher" and text == "none" else text
+    return parse_value(text)
+
+
+@cli.group()
+def losses() -> None:
+    """List, show, check and create losses."""
+
+
+@losses.command("list")
+@click.option("--details", is_flag=True, help="Import each loss; show parameters and reference.")
+def list_losses(details: bool) -> None:
+    """List the registered losses; each also exists with the suffix _chunked."""
+    from kdrun.show_losses import print_list
+
+    print_list(details)
+
+
+@losses.command("show")
+@click.argument("name")
+def show_loss(name: str) -> None:
+    """Show the formula, parameters and traits of a loss."""
+    from kdrun.show_losses import print_loss
+
+    print_loss(name)
+
+
+@cli.command("generate")
+@click.argument("student")
+@click.option("--prompt", required=True, metavar="TEXT", help="The user's message.")
+@click.option(
+    "--max-new-tokens", default=128, show_default=True, metavar="N", type=click.IntRange(1)
+)
+@click.option(
+    "--sampling-temperature",
+    default=0.0,
+    show_default=True,
+    metavar="T",
+    type=click.FloatRange(0),
+    help="0 takes the most likely token.",
+)
+@click.option("--seed", default=0, show_default=True, metavar="SEED")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+def generate(
+    student: str,
+    prompt: str,
+    max_new_tokens: int,
+    sampling_temperature: float,
+    seed: int,
+    trust_remote_code: bool,
+) -> None:
+    """Let a model answer a prompt; STUDENT is a folder, a run's folder or a hub id."""
+    from kdrun.generation import answer
+
+    for piece in answer(
+        student, prompt, max_new_tokens, sampling_temperature, seed, trust_remote_code
+    ):
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+@cli.command("init-student")
+@click.argument("teacher")
+@click.option("--keep-layers", required=True, type=click.IntRange(1), metavar="N")
+@click.option("--output", required=True, metavar="DIR", help="Folder of the student.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+def init_student(teacher: str, keep_layers: int, output: str, trust_remote_code: bool) -> None:
+    """Make a student of evenly spaced layers of TEACHER, first and last kept."""
+    from kdrun.models.init_student import init_student as make
+    from kdrun.quiet import quiet_libraries
+
+    with quiet_libraries():
+        made = make(teacher, keep_layers, output, trust_remote_code)
+    layers = ", ".join(str(layer) for layer in made.kept_layers)
+    click.echo(
+        f"{made.folder}: {made.parameters / 1e6:.1f} M parameters, layers {layers} of "
+        f"{made.teacher_layers}"
+    )
+
+
+def main() -> None:
+    """Run the command line with the project's exit codes."""
+    # A tokenizer's threads and the forks of data loaders do not mix; silence its advice about it.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from kdlosses import BrokenLossError, LossSpecError
+
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (InputError, LossSpecError, BrokenLossError) as error:
+        click.echo(f"kdrun: {error}", err=True)
+        sys.exit(2)
+    except TrainingError as error:
+        click.echo(f"kdrun: {error}", err=True)
+        sys.exit(1)
+    except Interrupted as error:
+        click.echo(f"kdrun: {error}", err=True)
+        sys.exit(130)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("kdrun: interrupted", err=True)
+        sys.exit(130)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        click.echo(f"kdrun: {place}{error.strerror or error}", err=True)
+        sys.exit(1)

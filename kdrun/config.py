@@ -1,0 +1,261 @@
+"""The configuration of a run: sections, defaults, and where values come from.
+
+Later sources win: the schema's defaults, the built-in pair's defaults, a YAML file, then
+``--set section.key=value`` and the flags in the order of the command line.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kdrun.builtin import DEFAULTS
+from kdrun.errors import InputError
+
+BUILT_IN = "builtin"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(_Section):
+    """Which models."""
+
+    teacher: str | None = Field(
+        None, description="folder, hub id or GGUF file; 'builtin'; null trains without a teacher"
+    )
+    student: str = Field(BUILT_IN, description="folder or hub id; 'builtin'")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="type of both models' weights"
+    )
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with a model, for both models"
+    )
+
+
+class DataConfig(_Section):
+    """Which rows, and how they become tokens."""
+
+    train: str = Field(BUILT_IN, description="file or hub id; 'builtin'")
+    eval: str | None = Field(
+        None, description="held-out rows; by default 5 % of the training rows, by content hash"
+    )
+    format: Literal["auto", "text", "prompt_response", "alpaca", "messages"] = Field(
+        "auto", description="how a row is read"
+    )
+    prompt_field: str | None = Field(None, description="field of the prompt")
+    response_field: str | None = Field(None, description="field of the answer")
+    max_length: int = Field(512, ge=2, description="tokens a row; longer answers are cut")
+    strict: bool = Field(False, description="refuse unusable rows instead of skipping them")
+
+
+class LossConfig(_Section):
+    """The objective."""
+
+    spec: str = Field("forward_kl_chunked", description="a registered loss and its parameters")
+    kd_ratio: float = Field(
+        0.5, ge=0, le=1, description="weight of the distillation loss; the rest is cross-entropy"
+    )
+    temperature: float = Field(1.0, gt=0, description="softens both sides of the loss")
+    temperature_scaling: bool = Field(
+        True, description="multiply by temperature ** temperature_power"
+    )
+    chunk_size: int | None = Field(
+        None, ge=1, description="tokens a chunk; null chooses by vocabulary and width"
+    )
+    compiled: bool | None = Field(
+        None, description="compile the loss; null decides by the length of the run"
+    )
+
+
+class OptimizerConfig(_Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(1e-4, gt=0, description="highest learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="on matrices only")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment decays")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 clips nothing")
+    scheduler: str = Field("cosine", description="a scheduler of transformers")
+    scheduler_kwargs: dict[str, Any] = Field({}, description="its further arguments")
+    warmup_steps: int = Field(0, ge=0, description="steps from 0 to the highest rate")
+
+
+class TrainingConfig(_Section):
+    """Steps, batches, and what is written when."""
+
+    max_steps: int | None = Field(None, ge=1, description="optimiser steps; wins over num_epochs")
+    num_epochs: float = Field(1.0, gt=0, description="passes over the training rows")
+    batch_size: int = Field(8, ge=1, description="rows per process and micro-batch")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches a step")
+    eval_steps: int | None = Field(None, ge=1, description="evaluate every so many steps")
+    save_steps: int = Field(250, ge=1, description="write a checkpoint every so many steps")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints that are kept")
+    logging_steps: int = Field(10, ge=1, description="steps a line of metrics.jsonl")
+    seed: int = Field(0, ge=0, description="initial weights, order of rows and dropout")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
+    report_to: str = Field("none", description="a tracker of transformers, such as tensorboard")
+
+
+class OutputConfig(_Section):
+    """Where the run goes."""
+
+    dir: str | None = Field(None, description="the run's folder; null: runs/<time>-<loss>")
+
+
+class RunConfig(_Section):
+    """The configuration of one run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    output: OutputConfig = OutputConfig()
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; ``kdrun --config`` takes it back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(file: Path | None = None, overrides: Sequence[tuple[str, Any]] = ()) -> RunConfig:
+    """Build the configuration of a run.
+
+    Args:
+        file: YAML with sections and keys.
+        overrides: ``("section.key", value)``; text is read as YAML (``1e-3`` is a number).
+
+    Raises:
+        InputError: unreadable YAML, an unknown key (with a suggestion), or a wrong value.
+    """
+    given = _read_yaml(file) if file is not None else {}
+    for key, value in overrides:
+        _put(given, key, value)
+    _check_keys(given, origin=str(file) if file is not None else "configuration")
+    return validate(complete_pair(given))
+
+
+def validate(values: Mapping[str, Any]) -> RunConfig:
+    """Check values against the schema.
+
+    Raises:
+        InputError: a wrong value, naming its key.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{key}={first['input']!r}: {first['msg']}") from error
+
+
+def complete_pair(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in the teacher, and the built-in pair's own settings where that pair is trained.
+
+    Raises:
+        InputError: a student without a teacher or data, or the reverse.
+    """
+    model = dict(_section(given, "model"))
+    data = _section(given, "data")
+    ratio = _section(given, "loss").get("kd_ratio", 0.5)
+    student = model.get("student")
+    if student in (None, BUILT_IN):
+        if model.get("teacher") not in (None, BUILT_IN):
+            raise InputError(
+                f"--teacher {model['teacher']} was given without --student; "
+                "'kdrun init-student' makes one from the teacher's layers"
+            )
+        if "teacher" not in model:
+            model["teacher"] = BUILT_IN
+    else:
+        if model.get("teacher") is None and ratio != 0:
+            raise InputError(
+                f"--student {student} was given without --teacher; add one, or --kd-ratio 0 to "
+                "train on the data alone"
+            )
+        if "train" not in data:
+            raise InputError(
+                f"--student {student} was given without --data; name a file, or 'builtin' for the "
+                "built-in text"
+            )
+    result = {**given, "model": model}
+    if student in (None, BUILT_IN):
+        for section, defaults in DEFAULTS.items():
+            result[section] = {**defaults, **_section(given, section)}
+    return result
+
+
+def _section(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = given.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}; name an existing YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file}: not valid YAML: {reason}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise InputError(f"{file}: expected sections such as 'loss:', got {type(loaded).__name__}")
+    return loaded
+
+
+def parse_value(text: str) -> Any:
+    """Read the value of ``--set`` as YAML, with plain exponents (``1e-3``) as numbers."""
+    try:
+        return float(text) if "e" in text.lower() else yaml.safe_load(text)
+    except ValueError:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    section, dot, name = key.partition(".")
+    if not dot or not name:
+        raise InputError(f"--set {key}: expected section.key=value, such as optimizer.lr=1e-3")
+    _check_key(section, name, "--set")
+    target = values.get(section)
+    values[section] = {**target, name: value} if isinstance(target, dict) else {name: value}
+
+
+def _check_keys(values: Mapping[str, Any], origin: str) -> None:
+    for section, content in values.items():
+        _check_key(section, None, origin)
+        if content is None:
+            continue
+        if not isinstance(content, Mapping):
+            raise InputError(f"{origin}: section {section!r} must hold keys, got {content!r}")
+        for name in content:
+            _check_key(section, str(name), origin)
+
+
+def _check_key(section: str, name: str | None, origin: str) -> None:
+    sections = {key: field.annotation for key, field in RunConfig.model_fields.items()}
+    if section not in sections:
+        raise InputError(f"{origin}: unknown section {section!r}{_hint(section, list(sections))}")
+    model = sections[section]
+    assert isinstance(model, type)
+    assert issubclass(model, BaseModel)
+    keys = list(model.model_fields)
+    if name is not None and name not in keys:
+        every = [f"{other}.{key}" for other, kind in sections.items() for key in _keys(kind)]
+        hint = _hint(name, keys, f"{section}.") or _hint(f"{section}.{name}", every)
+        raise InputError(f"{origin}: unknown key '{section}.{name}'{hint}")
+
+
+def _keys(kind: Any) -> list[str]:
+    return list(kind.model_fields)
+
+
+def _hint(word: str, known: list[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean '{prefix}{close[0]}'?" if close else f"; known: {', '.join(known)}"

@@ -1,0 +1,350 @@
+"""One run from its configuration to its folder: what ``kdrun`` and ``kdrun.distill`` do."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrun import runs
+from kdrun.config import LossConfig, RunConfig, validate
+from kdrun.errors import InputError, Interrupted
+from kdrun.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kdlosses import TokenLoss
+    from kdrun.trainer import DistillTrainer
+
+_COMPILE_FROM_ELEMENTS = 2e8
+_VERSIONS = ("kdlosses", "torch", "transformers", "accelerate")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves.
+
+    Attributes:
+        folder: the run's folder.
+        summary: the content of ``summary.json``.
+    """
+
+    folder: Path
+    summary: Mapping[str, Any]
+
+    @property
+    def student(self) -> Path:
+        """The folder of the trained student."""
+        return self.folder / runs.STUDENT
+
+
+def distill(
+    config: RunConfig | Mapping[str, Any],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> RunResult:
+    """Distil a student, as the command ``kdrun`` does.
+
+    Args:
+        config: a :class:`RunConfig` or its sections as a mapping.
+        resume: continue the run in ``output.dir`` from its newest complete checkpoint.
+        overwrite: replace the run in ``output.dir``.
+        console: where progress is shown; by default standard error.
+
+    Returns:
+        The run's folder and its summary.
+
+    Raises:
+        InputError: wrong input; nothing was written over.
+        TrainingError: training failed, such as a loss that became NaN.
+        Interrupted: stopped by Ctrl-C, after a checkpoint was saved.
+    """
+    if not isinstance(config, RunConfig):
+        from kdrun.config import complete_pair
+
+        config = validate(complete_pair(config))
+    build_loss(config.loss, vocab_size=None)  # a wrong spec is told before anything is loaded
+    folder = runs.choose_folder(config.output.dir, config.loss.spec)
+    runs.prepare_folder(folder, resume, overwrite)
+
+    from kdrun.progress import make_console
+
+    console = console or make_console()
+    with quiet_libraries():
+        return _run(config, folder, resume, console)
+
+
+def build_loss(config: LossConfig, vocab_size: int | None) -> TokenLoss:
+    """The loss of a configuration.
+
+    Raises:
+        InputError: an unknown loss, a parameter that it does not take or a value out of bounds.
+    """
+    from kdlosses import BrokenLossError, LossSpecError, get_loss
+
+    try:
+        return get_loss(
+            config.spec,
+            chunk_size=config.chunk_size,
+            temperature=config.temperature,
+            temperature_scaling=config.temperature_scaling,
+            vocab_size=vocab_size,
+            compiled=config.compiled,
+        )
+    except (LossSpecError, BrokenLossError) as error:
+        raise InputError(str(error)) from error
+
+
+def _run(config: RunConfig, folder: Path, resume: bool, console: Console) -> RunResult:
+    from kdrun.data.collate import Collator
+    from kdrun.data.prepare import prepare_examples
+    from kdrun.pairs import check_head, describe_cut, find_pair, load_student, load_teacher
+    from kdrun.progress import ShowProgress, WriteMetrics, before_after
+    from kdrun.trainer import COMPLETE, DistillTrainer, TokenRate
+
+    started = time.monotonic()
+    pair = find_pair(config.model)
+    examples = prepare_examples(config.data, pair.tokenizer, config.training.seed)
+    for note in (*pair.notes, *examples.notes):
+        console.print(note, markup=False)
+    teacher = load_teacher(pair, config.model)
+    if teacher is not None:
+        check_head(teacher, pair, str(pair.teacher))
+    student = load_student(pair, config.model, config.training.seed)
+    widths = {"student": _width(student)}
+    if teacher is not None:
+        widths["teacher"] = _width(teacher)
+    describe_cut(widths, pair.vocab_size, lambda line: console.print(line, markup=False))
+    for name, model in (("teacher", teacher), ("student", student)):
+        if model is not None:
+            size = sum(p.numel() for p in model.parameters())
+            console.print(f"{name}: {model.config.model_type}, {size / 1e6:.2f} M parameters")
+
+    arguments = training_arguments(config, folder)
+    config = _settle(config, student, pair.vocab_size, len(examples.train))  # type: ignore[arg-type]
+    trainer = DistillTrainer(
+        model=student,
+        teacher=teacher,
+        loss=build_loss(config.loss, pair.vocab_size),
+        kd_ratio=config.loss.kd_ratio,
+        args=arguments,
+        data_collator=Collator(pair.tokenizer.pad_token_id),
+        train_dataset=examples.train,
+        eval_dataset=examples.held_out,
+        processing_class=pair.tokenizer,
+    )
+    for name, split in trainer.splits.items():
+        if split.reason is not None:
+            console.print(f"{name}: chunks of its full logits are used: {split.reason}")
+    checkpoint = runs.newest_checkpoint(folder, COMPLETE) if resume else None
+    if resume and checkpoint is None:
+        console.print("no complete checkpoint: the run starts anew")
+    runs.write_text(folder / runs.CONFIG, config.to_yaml())
+    first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    metrics = runs.MetricsFile(folder / runs.METRICS, first_step)
+    rate = TokenRate(trainer, time.monotonic)
+    show = ShowProgress(console)
+    _replace_callbacks(trainer, rate, show, WriteMetrics(metrics))
+
+    before = _before(trainer, folder, resume)
+    try:
+        _train(trainer, checkpoint, folder)
+    finally:
+        show.close()
+    after = _evaluate(trainer)
+    _save_student(trainer, folder / runs.STUDENT)
+    summary = {
+        "before": before,
+        "after": after,
+        "steps": trainer.state.global_step,
+        "supervised_tokens_per_second": round(rate.rate * arguments.world_size, 1),
+        "training_seconds": round(rate.seconds, 2),
+        "total_seconds": round(time.monotonic() - started, 2),
+        "peak_memory_mib": _peak_memory_mib(),
+        "seed": config.training.seed,
+        "versions": _versions(),
+        "git": _git_state(),
+        "command": sys.argv,
+    }
+    runs.write_json(folder / runs.SUMMARY, summary)
+    console.print(before_after(before, after))
+    console.print(
+        f"{trainer.state.global_step} steps in {rate.seconds:.0f} s "
+        f"({summary['supervised_tokens_per_second']:.0f} supervised tokens/s), "
+        f"{summary['total_seconds']:.0f} s in all, peak memory {summary['peak_memory_mib']} MiB"
+    )
+    console.print(f"student: {folder / runs.STUDENT}", markup=False)
+    return RunResult(folder, summary)
+
+
+def training_arguments(config: RunConfig, folder: Path) -> Any:
+    """The Trainer's arguments for a configuration."""
+    from transformers import TrainingArguments
+
+    optimizer, training = config.optimizer, config.training
+    return TrainingArguments(
+        output_dir=str(folder / runs.CHECKPOINTS),
+        max_steps=training.max_steps or -1,
+        num_train_epochs=training.num_epochs,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        activation_checkpointing=training.gradient_checkpointing,
+        learning_rate=optimizer.lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1],
+        max_grad_norm=optimizer.max_grad_norm,
+        lr_scheduler_type=optimizer.scheduler,
+        lr_scheduler_kwargs=dict(optimizer.scheduler_kwargs),
+        warmup_steps=optimizer.warmup_steps,
+        logging_steps=training.logging_steps,
+        eval_strategy="no" if training.eval_steps is None else "steps",
+        eval_steps=training.eval_steps,
+        save_strategy="steps",
+        save_steps=training.save_steps,
+        save_total_limit=training.save_total_limit,
+        seed=training.seed,
+        data_seed=training.seed,
+        report_to=training.report_to,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+
+def _settle(config: RunConfig, student: Any, vocab_size: int, rows: int) -> RunConfig:
+    """Write down what is chosen automatically, so that a resumed or repeated run rounds alike."""
+    from kdlosses import automatic_chunk_size, parse_spec
+
+    if not parse_spec(config.loss.spec).chunked:
+        return config
+    training = config.training
+    step_rows = training.batch_size * training.gradient_accumulation_steps
+    steps = training.max_steps or max(1, round(training.num_epochs * rows / step_rows))
+    elements = steps * step_rows * config.data.max_length * vocab_size
+    head = student.get_output_embeddings().weight
+    settled = {
+        "chunk_size": automatic_chunk_size(vocab_size, head.shape[1], head.device),
+        "compiled": elements >= _COMPILE_FROM_ELEMENTS,
+    }
+    given = config.loss.model_dump(exclude_none=True)
+    return config.model_copy(update={"loss": LossConfig(**{**settled, **given})})
+
+
+def _replace_callbacks(trainer: DistillTrainer, *callbacks: Any) -> None:
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    for unwanted in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(unwanted)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+
+
+def _evaluate(trainer: DistillTrainer) -> dict[str, Any]:
+    keys = ("eval_ce", "eval_forward_kl", "eval_reverse_kl", "eval_top1_agreement", "eval_tokens")
+    found = trainer.evaluate()
+    return {key: found[key] for key in keys}
+
+
+def _before(trainer: DistillTrainer, folder: Path, resume: bool) -> dict[str, Any]:
+    """The measures before training; a resumed run keeps those of its first start."""
+    import json
+
+    path = folder / runs.CHECKPOINTS / "before.json"
+    if resume and path.is_file():
+        before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return before
+    before = _evaluate(trainer)
+    path.parent.mkdir(exist_ok=True)
+    runs.write_json(path, before)
+    return before
+
+
+def _train(trainer: DistillTrainer, checkpoint: Path | None, folder: Path) -> None:
+    from kdrun.trainer import StopOnRequest
+
+    stop = StopOnRequest()
+    trainer.add_callback(stop)
+
+    def request(signum: int, frame: Any) -> None:
+        if stop.requested:  # a second Ctrl-C does not wait for the step to end
+            raise KeyboardInterrupt
+        stop.requested = True
+
+    with _handler(signal.SIGINT, request):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stop.requested:
+        raise Interrupted(
+            f"interrupted and saved at step {trainer.state.global_step}; continue with "
+            f"--resume --output {folder}"
+        )
+
+
+@contextmanager
+def _handler(signum: int, function: Any) -> Iterator[None]:
+    try:
+        previous = signal.signal(signum, function)
+    except ValueError:  # not in the main thread: the caller handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signum, previous)
+
+
+def _save_student(trainer: DistillTrainer, folder: Path) -> None:
+    from kdrun.models.heads import causal_lm, uninstall
+
+    if trainer.args.should_save:
+        uninstall(trainer.model)
+        causal_lm(trainer.model).save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+
+
+def _width(model: Any) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def _peak_memory_mib() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated() / 2**20)
+    divisor = 2**20 if platform.system() == "Darwin" else 2**10
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / divisor)
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}}
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit and cleanliness of the working directory, None outside a repository."""
+
+    def ask(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], capture_output=True, text=True, encoding="utf-8", check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    commit = ask("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return {"commit": commit, "clean": ask("status", "--porcelain") == ""}

@@ -1,0 +1,116 @@
+"""The folder of a run: what is in it, and which folder a new run may take."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from kdrun.errors import InputError
+
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+STUDENT, CHECKPOINTS = "student", "checkpoints"
+
+
+def choose_folder(given: str | None, loss: str) -> Path:
+    """The folder of a run: the one given, or a new ``runs/<time>-<loss>``."""
+    if given is not None:
+        return Path(given).expanduser()
+    name = loss.partition(":")[0]
+    base = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    folder, count = base, 1
+    while folder.exists():
+        count += 1
+        folder = base.with_name(f"{base.name}-{count}")
+    return folder
+
+
+def prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Create the folder of a run, or refuse one that holds something else.
+
+    Raises:
+        InputError: it holds another run or foreign files, or cannot be written.
+    """
+    if folder.is_file():
+        raise InputError(f"--output {folder} is a file; name a folder")
+    holds_run = (folder / CONFIG).is_file()
+    if resume and not holds_run:
+        raise InputError(f"--resume: {folder} holds no run to continue")
+    if folder.is_dir() and any(folder.iterdir()) and not resume:
+        if not holds_run:
+            raise InputError(
+                f"--output {folder} is not empty and holds no run; name another folder"
+            )
+        if not overwrite:
+            raise InputError(
+                f"--output {folder} holds a run; add --resume to continue it, --overwrite to "
+                "replace it, or name another folder"
+            )
+        _clear(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder}: {error.strerror}; name a writable folder") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--output {folder} cannot be written; name another folder")
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run wrote, and nothing else."""
+    for name in (CONFIG, METRICS, SUMMARY):
+        (folder / name).unlink(missing_ok=True)
+    for name in (STUDENT, CHECKPOINTS):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def newest_checkpoint(folder: Path, marker: str) -> Path | None:
+    """The complete checkpoint with the highest step, or None."""
+    found = [
+        (int(path.name.rpartition("-")[2]), path)
+        for path in (folder / CHECKPOINTS).glob("checkpoint-*")
+        if path.name.rpartition("-")[2].isdigit() and (path / marker).is_file()
+    ]
+    return max(found)[1] if found else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write an object as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one object a line, each flushed when written.
+
+    Args:
+        path: the file.
+        from_step: lines of later steps are dropped, since a resumed run writes them again.
+    """
+
+    def __init__(self, path: Path, from_step: int = 0) -> None:
+        self._path = path
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= from_step]
+        write_text(path, "".join(f"{line}\n" for line in kept))
+
+    def _lines(self) -> list[str]:
+        if not self._path.is_file():
+            return []
+        lines = self._path.read_text(encoding="utf-8").split("\n")
+        return [line for line in lines if line.endswith("}")]  # a killed run may leave half a line
+
+    def append(self, values: dict[str, Any]) -> None:
+        """Add a line."""
+        with open(self._path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(values, ensure_ascii=False) + "\n")

@@ -1,0 +1,77 @@
+"""What ``kdrun losses`` prints."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kdlosses import BrokenLossError, LossRef, LossSpecError, available_losses, get_loss, parse_spec
+
+if TYPE_CHECKING:
+    from kdlosses import Loss
+
+_TRAITS = (
+    "zero_at_equality",
+    "nonnegative",
+    "coarse_graining_monotone",
+    "linear_finish",
+    "reduction",
+    "temperature_power",
+    "detached",
+    "stateful",
+)
+
+
+def print_list(details: bool) -> None:
+    """One row a loss; with ``details`` each is imported, and a broken one says so."""
+    table = Table(box=None, pad_edge=False)
+    headings = ("name", "distribution", *(("parameters", "what it is") if details else ()))
+    for heading in headings:
+        table.add_column(heading, no_wrap=heading in ("name", "distribution"))
+    for ref in available_losses():
+        table.add_row(ref.name, ref.distribution, *(_details(ref) if details else ()))
+    _console().print(table)
+
+
+def print_loss(name: str) -> None:
+    """Formula, parameters and traits of one loss.
+
+    Raises:
+        LossSpecError: no such loss.
+    """
+    loss = get_loss(name).loss
+    console = _console()
+    console.print(inspect.cleandoc(type(loss).__doc__ or "(no docstring)"), markup=False)
+    console.print()
+    if type(loss).model_fields:
+        table = Table(box=None, pad_edge=False)
+        for heading in ("parameter", "value", "bounds", "meaning"):
+            table.add_column(heading)
+        for field, info in type(loss).model_fields.items():
+            bounds = ", ".join(str(bound) for bound in info.metadata) or "-"
+            table.add_row(field, str(getattr(loss, field)), bounds, info.description or "")
+        console.print(table)
+        console.print()
+    traits = {trait: getattr(loss, trait) for trait in _TRAITS if hasattr(loss, trait)}
+    traits["curvature"] = loss.curvature()
+    for trait, value in traits.items():
+        console.print(f"{trait}: {value}", markup=False)
+    ref = next(ref for ref in available_losses() if ref.name == parse_spec(name).name)
+    console.print(f"registered by {ref.distribution} as {ref.name} and {ref.name}_chunked")
+
+
+def _details(ref: LossRef) -> tuple[str, str]:
+    try:
+        loss: Loss = get_loss(ref.name).loss
+    except (BrokenLossError, LossSpecError) as error:
+        return "-", f"broken: {error}"
+    parameters = ", ".join(f"{key}={value}" for key, value in loss.model_dump().items())
+    summary = inspect.cleandoc(type(loss).__doc__ or "").split("\n\n", 1)[0]
+    return parameters or "-", " ".join(summary.split())
+
+
+def _console() -> Any:
+    return Console(highlight=False, soft_wrap=True)

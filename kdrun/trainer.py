@@ -1,0 +1,265 @@
+"""The transformers.Trainer that distils: any registered loss, mixed with cross-entropy."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from kdlosses import KDObjective, TokenLoss, get_loss, measure
+from kdrun.data.collate import shift_labels
+from kdrun.errors import TrainingError
+from kdrun.models.heads import FrozenTeacher, HeadSplit, call, find_split, install
+
+COMPLETE = "complete"
+"""A file that is written last into a checkpoint: without it the checkpoint is not whole."""
+
+_MEASURE_COMPILED_FROM = 16384
+_NOT_FOR_THE_MODEL = ("labels", "shift_labels")
+
+
+class DistillTrainer(Trainer):
+    """A ``transformers.Trainer`` whose loss is ``(1 - kd_ratio) * CE + kd_ratio * KD``.
+
+    Everything else - optimiser, schedule, accumulation, checkpoints, trackers, devices - is the
+    Trainer's. With a ``_chunked`` loss neither model's logits are ever stored as a whole. Batches
+    need ``input_ids``, ``attention_mask`` and ``labels`` (Hugging Face's convention, -100 where
+    not supervised); ``shift_labels``, where given, are taken as aligned with the logits.
+
+    Args:
+        model: the student, a causal language model (also under peft).
+        teacher: the teacher, or None, which needs ``kd_ratio`` 0. It is frozen, in eval mode, and
+            never part of the student, its optimiser or its checkpoints.
+        loss: a spec such as ``"reverse_kl_chunked"`` or what :func:`kdlosses.get_loss` returns.
+        kd_ratio: weight of the distillation loss, in [0, 1].
+        args: as for Trainer. ``average_tokens_across_devices`` must be on, its default.
+        **options: as for Trainer.
+
+    Raises:
+        ValueError: no teacher at a ``kd_ratio`` above 0, or tokens averaged per device.
+    """
+
+    # The loss is divided by the supervised tokens of the whole step, not of a micro-batch.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        teacher: PreTrainedModel | None,
+        loss: TokenLoss | str = "forward_kl_chunked",
+        kd_ratio: float = 0.5,
+        args: TrainingArguments | None = None,
+        **options: Any,
+    ) -> None:
+        if teacher is None and kd_ratio > 0:
+            raise ValueError(f"teacher: needed at kd_ratio {kd_ratio}, got None")
+        if args is not None and not args.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices: must be on; otherwise the loss depends on how the "
+                "tokens are spread over devices"
+            )
+        self.student_split: HeadSplit = find_split(model)
+        install(model, self.student_split)
+        self.objective = KDObjective(get_loss(loss) if isinstance(loss, str) else loss, kd_ratio)
+        super().__init__(model=model, args=args, **options)
+        self.teacher: FrozenTeacher | None = None
+        if teacher is not None:
+            self.teacher = FrozenTeacher(teacher, find_split(teacher))
+            self.teacher.to(self.args.device)
+        self.model_accepts_loss_kwargs = True
+        self.args.logging_nan_inf_filter = False  # it would log an old value in place of a NaN
+        self.supervised_tokens = 0
+        self._shares = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self._logged_step = 0
+
+    @property
+    def splits(self) -> dict[str, HeadSplit]:
+        """How the models were split into backbone and head, by ``student`` and ``teacher``."""
+        splits = {"student": self.student_split}
+        return splits if self.teacher is None else {**splits, "teacher": self.teacher.split}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective of a micro-batch, over the supervised tokens of the whole step."""
+        labels, features = _split_inputs(inputs)
+        ratio = self.objective.kd_ratio
+        teacher = self.teacher.source(**features) if self.teacher and ratio > 0 else None
+
+        def consume(student: Any) -> dict[str, Tensor]:
+            out = self.objective(student, teacher, labels, num_items_in_batch)
+            kd = torch.zeros_like(out.class_loss) if out.kd_loss is None else out.kd_loss
+            return {
+                "loss": out.loss,
+                "class_loss": out.class_loss,
+                "kd_loss": kd,
+                "num_tokens": out.num_tokens,
+            }
+
+        outputs = call(model, consume, **features)
+        self._shares += torch.stack([outputs["class_loss"], outputs["kd_loss"]]).detach()
+        self.supervised_tokens += int(outputs["num_tokens"])
+        loss = outputs["loss"]
+        value = loss.detach().item()
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value} at step {self.state.global_step + 1} "
+                f"(class loss {float(outputs['class_loss']):.4g}, KD loss "
+                f"{float(outputs['kd_loss']):.4g}); lower optimizer.lr, or take a loss that is "
+                "finite for any pair of distributions, such as generalized_jsd_chunked"
+            )
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP and FSDP average gradients
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Adds class loss and KD loss, averaged over the steps since the last line."""
+        steps = self.state.global_step - self._logged_step
+        if "loss" in logs and steps:
+            class_loss, kd_loss = (self.accelerator.reduce(self._shares) / steps).tolist()
+            logs = {
+                "loss": logs.pop("loss"),
+                "class_loss": class_loss,
+                "kd_loss": kd_loss if self.objective.kd_ratio > 0 else None,
+                **logs,
+            }
+            self._shares.zero_()
+            self._logged_step = self.state.global_step
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Measures the student: sums over supervised tokens, not means of means."""
+        model = self.model_wrapped if self.is_in_train else self.model
+        was_training = model.training
+        model.eval()
+        sums = torch.zeros(6, dtype=torch.float64, device=self.args.device)
+        rows = 0
+        try:
+            for batch in dataloader:
+                inputs = self._prepare_inputs(batch)
+                rows += len(inputs["input_ids"])
+                with torch.no_grad():
+                    sums += self._measure(model, inputs)
+        finally:
+            model.train(was_training)
+        metrics = self._metrics(self.accelerator.reduce(sums).tolist())
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=rows)
+
+    def _measure(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        labels, features = _split_inputs(inputs)
+        teacher = self.teacher.source(**features) if self.teacher else None
+
+        def consume(student: Any) -> dict[str, Tensor]:
+            compiled = None if student.vocab_size >= _MEASURE_COMPILED_FROM else False
+            found = measure(self.objective.loss, student, teacher, labels, compiled=compiled)
+            columns = (
+                found.num_tokens,
+                found.cross_entropy,
+                found.kd,
+                found.forward_kl,
+                found.reverse_kl,
+                found.top1_agreement,
+            )
+            zero = torch.zeros((), dtype=torch.float64, device=labels.device)
+            return {"sums": torch.stack([zero if c is None else c.double() for c in columns])}
+
+        return call(model, consume, **features)["sums"]
+
+    def _metrics(self, sums: list[float]) -> dict[str, float | None]:
+        tokens = sums[0]
+        if tokens == 0:
+            raise TrainingError("the evaluation rows hold no supervised token")
+        ce, kd, forward_kl, reverse_kl, agreement = (value / tokens for value in sums[1:])
+        ratio = self.objective.kd_ratio
+        loss = (1 - ratio) * ce + ratio * kd if ratio > 0 else ce
+        with_teacher = self.teacher is not None
+        return {
+            "loss": loss,
+            "ce": ce,
+            "kd_loss": kd if with_teacher else None,
+            "forward_kl": forward_kl if with_teacher else None,
+            "reverse_kl": reverse_kl if with_teacher else None,
+            "top1_agreement": agreement if with_teacher else None,
+            "tokens": int(tokens),
+        }
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            with open(folder / COMPLETE, "w", encoding="utf-8") as marker:
+                marker.write("\n")
+                marker.flush()
+                os.fsync(marker.fileno())
+
+
+class TokenRate(TrainerCallback):
+    """Adds ``supervised_tokens_per_second`` to the log: steps only, evaluation left out."""
+
+    def __init__(self, trainer: DistillTrainer, clock: Any) -> None:
+        self._trainer = trainer
+        self._clock = clock
+        self._started = 0.0
+        self._first_tokens = 0
+        self.seconds = 0.0
+        self.tokens = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the clock of a step."""
+        self._started = self._clock()
+        self._first_tokens = self._trainer.supervised_tokens
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops it."""
+        self.seconds += self._clock() - self._started
+        self.tokens += self._trainer.supervised_tokens - self._first_tokens
+
+    @property
+    def rate(self) -> float:
+        """Supervised tokens a second of this process, over all steps so far."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Adds the rate to a line about training."""
+        if "loss" in logs:
+            logs["supervised_tokens_per_second"] = round(self.rate * args.world_size, 1)
+
+
+class StopOnRequest(TrainerCallback):
+    """Ends training after the current step, with a checkpoint, once ``requested`` is set."""
+
+    requested = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks the trainer to save and stop."""
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def _split_inputs(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    labels = inputs.get("shift_labels")
+    if labels is None:
+        labels = shift_labels(inputs["labels"])
+    features = {key: value for key, value in inputs.items() if key not in _NOT_FOR_THE_MODEL}
+    return labels, features
