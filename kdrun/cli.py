@@ -228,6 +228,7 @@ def main() -> None:
     """Run the command line with the project's exit codes."""
     # A tokenizer's threads and the forks of data loaders do not mix; silence its advice about it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # a run shows its own progress
     from kdlosses import BrokenLossError, LossSpecError
 
     try:
