@@ -97,6 +97,8 @@ class TokenLoss(nn.Module):
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
+        if teacher is None:
+            raise TypeError("teacher: expected logits or kdlosses.Projected, got NoneType")
         per_row = reduction == "none"
         if per_row and num_tokens is not None:
             raise ValueError("num_tokens: has no meaning with reduction='none'")

@@ -183,10 +183,11 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor 
     """
     if float32_products(hidden):
         raw = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    else:
-        out = None if buffer is None else buffer[: len(hidden)]
-        raw = torch.mm(hidden, weight.t(), out=out)
-    return raw if bias is None else raw.add_(bias)
+        return raw if bias is None else raw.add_(bias)
+    out = None if buffer is None else buffer[: len(hidden)]
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=out)
+    return torch.addmm(bias, hidden, weight.t(), out=out)  # rounded once, not twice
 
 
 def float32_products(operand: Tensor) -> bool:

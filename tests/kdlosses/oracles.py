@@ -127,11 +127,12 @@ def objective(
     """(1 - kd_ratio) CE + kd_ratio T^power KD over the rows whose label is not -100."""
     labels = np.asarray(labels).reshape(-1)
     keep = labels != -100
-    student = np.asarray(student, np.float64).reshape(len(labels), -1)[keep]
-    teacher = np.asarray(teacher, np.float64).reshape(len(labels), -1)[keep]
+    student, teacher = (
+        np.asarray(x, np.float64).reshape(-1, np.shape(x)[-1])[keep] for x in (student, teacher)
+    )
     kd = rows(name, teacher, student, temperature, **more).sum() * temperature**power
     ce = cross_entropy(student, labels[keep]).sum()
-    total = (1 - kd_ratio) * ce + kd_ratio * kd
+    total = kd_ratio * kd + ((1 - kd_ratio) * ce if kd_ratio < 1 else 0.0)
     return total / max(1, keep.sum() if divisor is None else divisor)
 
 
