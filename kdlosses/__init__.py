@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kdlosses.registry import LossRef as LossRef
     from kdlosses.registry import LossSpecError as LossSpecError
     from kdlosses.registry import available_losses as available_losses
+    from kdlosses.registry import find_loss as find_loss
     from kdlosses.registry import get_loss as get_loss
     from kdlosses.registry import parse_spec as parse_spec
     from kdlosses.sources import Logits as Logits
@@ -40,6 +41,7 @@ _HOME = {
     "TokenLoss": "objective",
     "automatic_chunk_size": "engine.plan",
     "available_losses": "registry",
+    "find_loss": "registry",
     "get_loss": "registry",
     "measure": "objective",
     "parse_spec": "registry",

@@ -102,6 +102,16 @@ def parse_spec(spec: str) -> LossSpec:
     return LossSpec(name.removesuffix(CHUNKED), chunked, parameters)
 
 
+def find_loss(name: str) -> LossRef:
+    """The registered loss of a name (without the chunked suffix); imports nothing.
+
+    Raises:
+        LossSpecError: an unknown name, with a close one, or a name that two distributions claim.
+    """
+    entry = _find(name)
+    return LossRef(entry.name, _distribution(entry), entry.value)
+
+
 def load_loss(name: str) -> "type[Loss]":
     """Import the class registered under a name (without the chunked suffix).
 

@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from kdrun import runs
 from kdrun.config import LossConfig, RunConfig, validate
+from kdrun.data.prepare import RawRows, encode_rows, read_rows
 from kdrun.errors import InputError, Interrupted
+from kdrun.pairs import (
+    check_head,
+    describe_cut,
+    find_pair,
+    load_student,
+    load_teacher,
+    locate_pair,
+)
 from kdrun.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -75,7 +84,11 @@ def distill(
         from kdrun.config import complete_pair
 
         config = validate(complete_pair(config))
-    build_loss(config.loss, vocab_size=None)  # a wrong spec is told before anything is loaded
+    # What is cheap to check is checked before anything heavy is imported or written.
+    check_name(config.loss.spec)
+    locate_pair(config.model)
+    rows = read_rows(config.data)
+    build_loss(config.loss, vocab_size=None)
     folder = runs.choose_folder(config.output.dir, config.loss.spec)
     runs.prepare_folder(folder, resume, overwrite)
 
@@ -83,7 +96,21 @@ def distill(
 
     console = console or make_console()
     with quiet_libraries():
-        return _run(config, folder, resume, console)
+        return _run(config, rows, folder, resume, console)
+
+
+def check_name(spec: str) -> None:
+    """Refuse a spec whose name is registered by no distribution; imports no loss.
+
+    Raises:
+        InputError: with a close name.
+    """
+    from kdlosses import LossSpecError, find_loss, parse_spec
+
+    try:
+        find_loss(parse_spec(spec).name)
+    except LossSpecError as error:
+        raise InputError(str(error)) from error
 
 
 def build_loss(config: LossConfig, vocab_size: int | None) -> TokenLoss:
@@ -107,17 +134,17 @@ def build_loss(config: LossConfig, vocab_size: int | None) -> TokenLoss:
         raise InputError(str(error)) from error
 
 
-def _run(config: RunConfig, folder: Path, resume: bool, console: Console) -> RunResult:
+def _run(
+    config: RunConfig, rows: RawRows, folder: Path, resume: bool, console: Console
+) -> RunResult:
     from kdrun.data.collate import Collator
-    from kdrun.data.prepare import prepare_examples
-    from kdrun.pairs import check_head, describe_cut, find_pair, load_student, load_teacher
     from kdrun.progress import ShowProgress, WriteMetrics, before_after
     from kdrun.trainer import COMPLETE, DistillTrainer, TokenRate
 
     started = time.monotonic()
     pair = find_pair(config.model)
-    examples = prepare_examples(config.data, pair.tokenizer, config.training.seed)
-    for note in (*pair.notes, *examples.notes):
+    examples = encode_rows(rows, pair.tokenizer, config.data.max_length, config.training.seed)
+    for note in (*pair.notes, *rows.notes, *examples.notes):
         console.print(note, markup=False)
     teacher = load_teacher(pair, config.model)
     if teacher is not None:

@@ -38,6 +38,16 @@ class Pair:
     notes: tuple[str, ...] = ()
 
 
+def locate_pair(config: ModelConfig) -> tuple[ModelSource | None, ModelSource]:
+    """Where teacher and student are; nothing is loaded.
+
+    Raises:
+        InputError: a model is not there.
+    """
+    teacher = None if config.teacher is None else _locate(config.teacher, TEACHER_DIR)
+    return teacher, _locate(config.student, STUDENT_DIR)
+
+
 def find_pair(config: ModelConfig) -> Pair:
     """Locate both models and compare their tokenizers; no weights are loaded.
 
@@ -46,8 +56,7 @@ def find_pair(config: ModelConfig) -> Pair:
     """
     trust = config.trust_remote_code
     fresh = config.student == BUILT_IN
-    teacher = None if config.teacher is None else _locate(config.teacher, TEACHER_DIR)
-    student = _locate(config.student, STUDENT_DIR)
+    teacher, student = locate_pair(config)
     student_tokenizer = load_tokenizer(
         _locate(BUILT_IN, TEACHER_DIR) if fresh else student, trust_remote_code=trust
     )
@@ -76,9 +85,7 @@ def load_student(pair: Pair, config: ModelConfig, seed: int) -> PreTrainedModel:
     # Before any weights are made: they, and those of adapters, must follow from the seed.
     set_seed(seed)
     if pair.fresh_student:
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(pair.student.path)
-        )
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pair.student.path))
     model = load_model(pair.student, config.dtype, config.trust_remote_code)
     check_head(model, pair, str(pair.student))
     return model

@@ -68,6 +68,7 @@ class DistillTrainer(Trainer):
         install(model, self.student_split)
         self.objective = KDObjective(get_loss(loss) if isinstance(loss, str) else loss, kd_ratio)
         super().__init__(model=model, args=args, **options)
+        self.add_callback(_MoveToEpoch(self))
         self.teacher: FrozenTeacher | None = None
         if teacher is not None:
             self.teacher = FrozenTeacher(teacher, find_split(teacher))
@@ -243,6 +244,22 @@ class TokenRate(TrainerCallback):
         """Adds the rate to a line about training."""
         if "loss" in logs:
             logs["supervised_tokens_per_second"] = round(self.rate * args.world_size, 1)
+
+
+class _MoveToEpoch(TrainerCallback):
+    """Tells the training data which epoch it is.
+
+    The loader passes it on in one process only, and not after a resume amid an epoch.
+    """
+
+    def __init__(self, trainer: DistillTrainer) -> None:
+        self._trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Moves data that knows epochs; ``state.epoch`` has a fraction after a resume."""
+        data = self._trainer.train_dataset
+        if hasattr(data, "set_epoch"):
+            data.set_epoch(int(state.epoch or 0))
 
 
 class StopOnRequest(TrainerCallback):

@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"held-out cross-entropy {record['held_out_ce']:.3f}; written to {options.output}")
 
 
-class _Progress(transformers.TrainerCallback):  # type: ignore[misc]
+class _Progress(transformers.TrainerCallback):
     """One line per log step."""
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -11,7 +11,6 @@ from kdrun.config import BUILT_IN, DataConfig
 from kdrun.data.encode import encode_chats
 from kdrun.data.rows import ChatRow, Position, RowSet, TextRow, load_rows
 from kdrun.data.split import hold_out
-from kdrun.data.windows import TextWindows, concatenate
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,34 +33,64 @@ class Examples:
     notes: tuple[str, ...]
 
 
-def prepare_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Examples:
-    """Read, split and encode the data of a run.
+@dataclass(frozen=True)
+class RawRows:
+    """Training and held-out rows before they are tokens.
+
+    Attributes:
+        train: rows to learn from.
+        held_out: rows to measure on.
+        notes: what was read and left out, a line each.
+    """
+
+    train: Sequence[Any]
+    held_out: Sequence[Any]
+    notes: tuple[str, ...]
+
+
+def read_rows(config: DataConfig) -> RawRows:
+    """Read and split the rows of a run; nothing heavy is imported.
 
     Raises:
         InputError: nothing usable, naming the file and the cure.
     """
+    notes: list[str] = []
     if config.train == BUILT_IN:
         text = load_text()
-        note = f"built-in text: topics of pydoc_data.topics, sha256 {text.sha256[:12]}"
+        notes.append(
+            f"built-in text: topics of pydoc_data.topics, sha256 {text.sha256[:12]} "
+            "(figures depend on it)"
+        )
         train: Sequence[Any] = _documents(text.train)
         held_out: Sequence[Any] = _documents(text.held_out)
-        notes = [f"{note} (figures depend on it)"]
     else:
-        rows = _load(config.train, config)
-        notes = rows.warnings()
-        train = rows.rows
+        found = _load(config.train, config)
+        notes += found.warnings()
+        train = found.rows
         if config.eval is None:
-            train, held_out = hold_out(rows.rows)
+            train, held_out = hold_out(found.rows)
     if config.eval is not None:
         evaluation = _load(config.eval, config)
         notes += evaluation.warnings()
         held_out = evaluation.rows
-    datasets = []
-    for name, chosen in (("training", train), ("held-out", held_out)):
-        dataset, more = _encode(chosen, tokenizer, config, seed, training=name == "training")
-        datasets.append(dataset)
-        notes += [f"{name} rows: {line}" for line in more]
-    return Examples(datasets[0], datasets[1], tuple(notes))
+    return RawRows(train, held_out, tuple(notes))
+
+
+def encode_rows(
+    rows: RawRows, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
+) -> Examples:
+    """Turn rows into examples.
+
+    Raises:
+        InputError: no row fits ``max_length``.
+    """
+    train, training_notes = _encode(rows.train, tokenizer, max_length, seed, training=True)
+    held_out, held_out_notes = _encode(rows.held_out, tokenizer, max_length, seed, training=False)
+    notes = [
+        *(f"training rows: {line}" for line in training_notes),
+        *(f"held-out rows: {line}" for line in held_out_notes),
+    ]
+    return Examples(train, held_out, tuple(notes))
 
 
 def _documents(texts: Sequence[str]) -> list[TextRow]:
@@ -83,21 +112,24 @@ def _load(source: str, config: DataConfig) -> RowSet:
 def _encode(
     rows: Sequence[TextRow] | Sequence[ChatRow],
     tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
+    max_length: int,
     seed: int,
     training: bool,
 ) -> tuple[Dataset[Any], list[str]]:
     if isinstance(rows[0], ChatRow):
-        encoded = encode_chats(rows, tokenizer, config.max_length)  # type: ignore[arg-type]
+        encoded = encode_chats(rows, tokenizer, max_length)  # type: ignore[arg-type]
         report = encoded.report
         summary = (
             f"{report.kept} of {report.rows} rows, {report.tokens} tokens, "
             f"{report.supervised_tokens} supervised"
         )
         return encoded.examples, [summary, *report.warnings()]  # type: ignore[return-value]
+    # Imported here: this module also reads rows, before torch is needed.
+    from kdrun.data.windows import TextWindows, concatenate
+
     tokens = concatenate([row.text for row in rows], tokenizer)  # type: ignore[union-attr]
     try:
-        windows = TextWindows(tokens, config.max_length, seed=seed, phase=training)
+        windows = TextWindows(tokens, max_length, seed=seed, phase=training)
     except ValueError as error:
         raise InputError(f"{error} Give more text, or a smaller --max-length.") from error
-    return windows, [f"{len(rows)} documents, {len(windows)} windows of {config.max_length} tokens"]
+    return windows, [f"{len(rows)} documents, {len(windows)} windows of {max_length} tokens"]

@@ -1,0 +1,60 @@
+"""The code blocks of README and guides run; their commands and links exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    return [code for name, code in found if name == language]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_blocks_run_in_the_order_of_the_page(page: Path, tmp_path: Path) -> None:
+    code = "\n".join(blocks(page, "python"))
+    if not code:
+        pytest.skip("no python blocks")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_and_their_options_exist(page: Path) -> None:
+    from kdrun.cli import cli
+
+    for code in blocks(page, ""):
+        for line in code.replace("\\\n", " ").splitlines():
+            for command in re.findall(r"(?:^|&& )kdrun\b([^&#]*)", line):
+                words = [word for word in command.split() if not word.startswith("[")]
+                known = cli
+                for word in words:
+                    if word in getattr(known, "commands", {}):
+                        known = known.commands[word]
+                options = {option for parameter in known.params for option in parameter.opts}
+                for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", command):
+                    assert option in options | {"--help"}, f"{page.name}: {option} in {line!r}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
