@@ -5,6 +5,7 @@ Log-probabilities that reach a loss are finite: an impossible token has ``LOG_ZE
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ A mass as small as 1e-18 on an impossible token still reads as infinite.
 """
 
 _SMALL = 0.25
+_HIGHEST_EXPONENT = 80.0
 _TERMS = {torch.float32: 8, torch.float64: 13}
 
 
@@ -64,6 +66,31 @@ def _taylor(x: Tensor) -> Tensor:
     return total * x * x
 
 
+def expm1_minus_x(x: Tensor) -> Tensor:
+    """``exp(x) - 1 - x``, non-negative and accurate near 0, where the plain form cancels."""
+    return choose_near(x, _SMALL, _taylor, bounded_exp(x) - 1 - x)
+
+
+def bounded_exp(x: Tensor) -> Tensor:
+    """``exp(x)`` that stops growing where the value already stands for infinity.
+
+    Terms with negative powers of a probability of 0 would otherwise overflow, and an overflow
+    makes gradients NaN.
+    """
+    return x.clamp_max(_HIGHEST_EXPONENT).exp()
+
+
+def choose_near(
+    x: Tensor, radius: float, near: Callable[[Tensor], Tensor], far: Tensor
+) -> Tensor:
+    """``near(x)`` where ``|x| < radius``, else ``far``.
+
+    The near form sees 0 elsewhere, so that what it does not select cannot poison the gradient.
+    """
+    small = x.abs() < radius
+    return torch.where(small, near(torch.where(small, x, 0.0)), far)
+
+
 def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     """The terms ``q - p - p (log q - log p)``, whose sum over the vocabulary is ``KL(p || q)``.
 
@@ -80,10 +107,8 @@ def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     """
     x = log_q - log_p
     p = log_p.exp()
-    small = x.abs() < _SMALL
-    near = _taylor(torch.where(small, x, 0.0)) * p
     far = log_q.exp() - p - p * x
-    return torch.where(small, near, far)
+    return choose_near(x, _SMALL, lambda small: _taylor(small) * p, far)
 
 
 def log_mix(log_a: Tensor, log_b: Tensor, weight: float | Tensor) -> Tensor:
