@@ -119,20 +119,20 @@ def test_interrupted_runs_are_saved_and_resumed_to_the_same_student(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [KDRUN, *map(str, ("--loss", "forward_kl_chunked", *QUICK, "--output", folder))],
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("step 0"):
-            time.sleep(0.3)
-            process.send_signal(signal.SIGINT)
-            break
-    rest = process.stderr.read()
-    assert process.wait(200) == 130, rest
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("step 0"):
+                time.sleep(0.3)
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130, rest
     assert "--resume" in rest
     assert not (folder / "summary.json").exists()
     done = kdrun("--resume", "--output", folder)
