@@ -80,9 +80,7 @@ def bounded_exp(x: Tensor) -> Tensor:
     return x.clamp_max(_HIGHEST_EXPONENT).exp()
 
 
-def choose_near(
-    x: Tensor, radius: float, near: Callable[[Tensor], Tensor], far: Tensor
-) -> Tensor:
+def choose_near(x: Tensor, radius: float, near: Callable[[Tensor], Tensor], far: Tensor) -> Tensor:
     """``near(x)`` where ``|x| < radius``, else ``far``.
 
     The near form sees 0 elsewhere, so that what it does not select cannot poison the gradient.
