@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kdlosses import testing as testing
     from kdlosses.divergence import Divergence as Divergence
     from kdlosses.divergence import Loss as Loss
     from kdlosses.divergence import RowLoss as RowLoss
@@ -47,10 +48,12 @@ _HOME = {
     "parse_spec": "registry",
 }
 
-__all__ = sorted(_HOME)
+__all__ = sorted([*_HOME, "testing"])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "testing":
+        return import_module("kdlosses.testing")
     if name not in _HOME:
         raise AttributeError(f"module 'kdlosses' has no attribute {name!r}")
     return getattr(import_module(f"kdlosses.{_HOME[name]}"), name)

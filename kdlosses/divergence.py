@@ -6,6 +6,8 @@ class variables are its traits, the statements that the conformance checks hold 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -28,6 +30,8 @@ class Loss(BaseModel, ABC):
             ``T ** temperature_power`` (Hinton et al. 2015, arXiv:1503.02531, for the power 2).
         detached: names of the quantities through which no gradient flows by design.
         stateful: the loss carries state from step to step.
+        expected_failures: checks of :mod:`kdlosses.testing` that the loss is known to fail, by
+            name, each with a written reason.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -38,6 +42,7 @@ class Loss(BaseModel, ABC):
     temperature_power: ClassVar[int] = 2
     detached: ClassVar[tuple[str, ...]] = ()
     stateful: ClassVar[bool] = False
+    expected_failures: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def curvature(self) -> float | None:
         """Second-order strength near equality, relative to the KL divergence (which has 1).

@@ -1,6 +1,7 @@
 """Imports point one way. Read from the source, so that no import has to succeed."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -65,14 +66,15 @@ ALLOWED = {
     "engine": {"engine", "sources", "divergence", "numerics"},
     "objective": {"engine", "sources", "divergence", "numerics"},
     "registry": {"divergence", "objective", "engine"},
+    "testing": {"divergence", "engine", "objective", "registry", "sources"},
 }
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_a_module_imports_only_the_layers_below(path):
     parts = module_name(path).split(".")
-    if len(parts) == 1 or parts[1] == "testing":
-        return  # the package's names, and the conformance checks, may use all layers
+    if len(parts) == 1:
+        return  # the package's names come from all layers
     assert parts[1] in ALLOWED, f"{parts[1]} has no place in the layering"
     assert inner(path) <= ALLOWED[parts[1]]
 
@@ -81,6 +83,11 @@ def test_a_module_imports_only_the_layers_below(path):
 def test_the_library_depends_on_torch_and_pydantic_only(path):
     packages = {module.split(".")[0] for module, _ in imports(parse(path))}
     assert packages - set(sys.stdlib_module_names) <= {"torch", "pydantic", "kdlosses"}
+
+
+def test_the_conformance_checks_need_pytest_only_when_asked_for_tests():
+    code = "import sys, kdlosses; kdlosses.testing.checks_for; assert 'pytest' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", ["__init__", "registry"])
