@@ -37,6 +37,12 @@ class TokenLoss(nn.Module):
         ignore_index: label of the positions that are left out.
         vocab_size: both sides are cut to this many entries before the softmax; by default to the
             smaller of the two heads.
+        match_curvature: divide by the loss's curvature, so that near equality it is as strong as
+            KL and one ``kd_ratio`` means the same for every loss.
+
+    Raises:
+        ValueError: a temperature or vocabulary size that is not positive, or ``match_curvature``
+            for a loss that states no curvature.
     """
 
     def __init__(
@@ -48,6 +54,7 @@ class TokenLoss(nn.Module):
         temperature_scaling: bool = True,
         ignore_index: int = -100,
         vocab_size: int | None = None,
+        match_curvature: bool = False,
     ) -> None:
         super().__init__()
         if not (math.isfinite(temperature) and temperature > 0):
@@ -60,6 +67,15 @@ class TokenLoss(nn.Module):
         self.temperature_scaling = temperature_scaling
         self.ignore_index = ignore_index
         self.vocab_size = vocab_size
+        self.scale = 1.0
+        if match_curvature:
+            curvature = loss.curvature()
+            if not curvature:
+                raise ValueError(
+                    f"match_curvature: {type(loss).__name__} has no curvature to match "
+                    f"(it states {curvature})"
+                )
+            self.scale = 1.0 / curvature
 
     def extra_repr(self) -> str:
         """Shows the loss and how it is evaluated."""
@@ -113,7 +129,7 @@ class TokenLoss(nn.Module):
 
     def _factor(self) -> float:
         power = self.loss.temperature_power if self.temperature_scaling else 0
-        return float(self.temperature**power)
+        return float(self.scale * self.temperature**power)
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,7 @@ def get_loss(
     temperature_scaling: bool = True,
     ignore_index: int = -100,
     vocab_size: int | None = None,
+    match_curvature: bool = False,
     compiled: bool | None = None,
 ) -> "TokenLoss":
     """Build a loss from a spec.
@@ -191,6 +192,8 @@ def get_loss(
         temperature_scaling: multiply by ``T ** temperature_power``.
         ignore_index: label of positions that are left out.
         vocab_size: cut both heads to this many entries before the softmax.
+        match_curvature: divide by the loss's curvature, so that one ``kd_ratio`` is as strong for
+            every loss near equality.
         compiled: compile the element-wise part of a chunk; by default where the vocabulary is
             large enough to pay for it.
 
@@ -214,14 +217,18 @@ def get_loss(
     from kdlosses.engine import Chunking
     from kdlosses.objective import TokenLoss
 
-    return TokenLoss(
-        loss,
-        chunking=Chunking(chunk_size, compiled) if parsed.chunked else None,
-        temperature=temperature,
-        temperature_scaling=temperature_scaling,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
-    )
+    try:
+        return TokenLoss(
+            loss,
+            chunking=Chunking(chunk_size, compiled) if parsed.chunked else None,
+            temperature=temperature,
+            temperature_scaling=temperature_scaling,
+            ignore_index=ignore_index,
+            vocab_size=vocab_size,
+            match_curvature=match_curvature,
+        )
+    except ValueError as error:
+        raise LossSpecError(f"loss {spec!r}: {error}") from error
 
 
 def _entries() -> list[EntryPoint]:

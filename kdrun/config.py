@@ -64,6 +64,9 @@ class LossConfig(_Section):
     temperature_scaling: bool = Field(
         True, description="multiply by temperature ** temperature_power"
     )
+    match_curvature: bool = Field(
+        False, description="divide by the loss's curvature: as strong as KL near equality"
+    )
     chunk_size: int | None = Field(
         None, ge=1, description="tokens a chunk; null chooses by vocabulary and width"
     )

@@ -128,6 +128,7 @@ def build_loss(config: LossConfig, vocab_size: int | None) -> TokenLoss:
             temperature=config.temperature,
             temperature_scaling=config.temperature_scaling,
             vocab_size=vocab_size,
+            match_curvature=config.match_curvature,
             compiled=config.compiled,
         )
     except (LossSpecError, BrokenLossError) as error:
