@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import resource
 import signal
@@ -95,8 +96,14 @@ def distill(
     from kdrun.progress import make_console
 
     console = console or make_console()
+    checkpoint = runs.newest_checkpoint(folder) if resume else None
+    summary = folder / runs.SUMMARY
+    trained = checkpoint is not None and runs.is_finished(checkpoint, config.training.max_steps)
+    if trained and summary.is_file():
+        console.print(f"the run in {folder} is finished; nothing is left to do", markup=False)
+        return RunResult(folder, json.loads(summary.read_text(encoding="utf-8")))
     with quiet_libraries():
-        return _run(config, rows, folder, resume, console)
+        return _run(config, rows, folder, resume, checkpoint, trained, console)
 
 
 def check_name(spec: str) -> None:
@@ -136,11 +143,17 @@ def build_loss(config: LossConfig, vocab_size: int | None) -> TokenLoss:
 
 
 def _run(
-    config: RunConfig, rows: RawRows, folder: Path, resume: bool, console: Console
+    config: RunConfig,
+    rows: RawRows,
+    folder: Path,
+    resume: bool,
+    checkpoint: Path | None,
+    trained: bool,
+    console: Console,
 ) -> RunResult:
     from kdrun.data.collate import Collator
     from kdrun.progress import ShowProgress, WriteMetrics, before_after
-    from kdrun.trainer import COMPLETE, DistillTrainer, TokenRate
+    from kdrun.trainer import DistillTrainer, TokenRate
 
     started = time.monotonic()
     pair = find_pair(config.model)
@@ -176,7 +189,6 @@ def _run(
     for name, split in trainer.splits.items():
         if split.reason is not None:
             console.print(f"{name}: chunks of its full logits are used: {split.reason}")
-    checkpoint = runs.newest_checkpoint(folder, COMPLETE) if resume else None
     if resume and checkpoint is None:
         console.print("no complete checkpoint: the run starts anew")
     runs.write_text(folder / runs.CONFIG, config.to_yaml())
@@ -187,10 +199,14 @@ def _run(
     _replace_callbacks(trainer, rate, show, WriteMetrics(metrics))
 
     before = _before(trainer, folder, resume)
-    try:
-        _train(trainer, checkpoint, folder)
-    finally:
-        show.close()
+    if trained:  # the run ended between its last checkpoint and its summary
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state.global_step = first_step
+    else:
+        try:
+            _train(trainer, checkpoint, folder)
+        finally:
+            show.close()
     after = _evaluate(trainer)
     _save_student(trainer, folder / runs.STUDENT)
     summary = {
@@ -289,8 +305,6 @@ def _evaluate(trainer: DistillTrainer) -> dict[str, Any]:
 
 def _before(trainer: DistillTrainer, folder: Path, resume: bool) -> dict[str, Any]:
     """The measures before training; a resumed run keeps those of its first start."""
-    import json
-
     path = folder / runs.CHECKPOINTS / "before.json"
     if resume and path.is_file():
         before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -13,6 +13,8 @@ from kdrun.errors import InputError
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 STUDENT, CHECKPOINTS = "student", "checkpoints"
+COMPLETE = "complete"
+"""A file that is written last into a checkpoint: without it the checkpoint is not whole."""
 
 
 def choose_folder(given: str | None, loss: str) -> Path:
@@ -66,14 +68,20 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def newest_checkpoint(folder: Path, marker: str) -> Path | None:
+def newest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint with the highest step, or None."""
     found = [
         (int(path.name.rpartition("-")[2]), path)
         for path in (folder / CHECKPOINTS).glob("checkpoint-*")
-        if path.name.rpartition("-")[2].isdigit() and (path / marker).is_file()
+        if path.name.rpartition("-")[2].isdigit() and (path / COMPLETE).is_file()
     ]
     return max(found)[1] if found else None
+
+
+def is_finished(checkpoint: Path, max_steps: int | None) -> bool:
+    """Whether a checkpoint is that of the last step, so that nothing is left to train."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return bool(state["global_step"] >= (max_steps or state["max_steps"]))
 
 
 def write_text(path: Path, text: str) -> None:

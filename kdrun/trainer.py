@@ -16,9 +16,7 @@ from kdlosses import KDObjective, TokenLoss, get_loss, measure
 from kdrun.data.collate import shift_labels
 from kdrun.errors import TrainingError
 from kdrun.models.heads import FrozenTeacher, HeadSplit, call, find_split, install
-
-COMPLETE = "complete"
-"""A file that is written last into a checkpoint: without it the checkpoint is not whole."""
+from kdrun.runs import COMPLETE
 
 _MEASURE_COMPILED_FROM = 16384
 _NOT_FOR_THE_MODEL = ("labels", "shift_labels")

@@ -143,6 +143,27 @@ def test_interrupted_runs_are_saved_and_resumed_to_the_same_student(
     assert ours == theirs
 
 
+def test_resuming_a_finished_run_does_nothing_and_one_without_a_summary_is_completed(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    weights = (folder / "student" / "model.safetensors").read_bytes()
+    done = kdrun("--resume", "--output", folder)
+    assert done.returncode == 0, done.stderr
+    assert "is finished" in done.stderr
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "student")
+    done = kdrun("--resume", "--output", folder)
+    assert done.returncode == 0, done.stderr
+    again = json.loads((folder / "summary.json").read_text())
+    assert again["steps"] == summary["steps"]
+    assert again["before"] == summary["before"]
+    assert again["after"] == summary["after"]
+    assert (folder / "student" / "model.safetensors").read_bytes() == weights
+
+
 def test_a_learner_without_teacher_reports_null_measures(tmp_path: Path) -> None:
     folder = tmp_path / "ce"
     done = kdrun("--teacher", "none", "--kd-ratio", 0, *QUICK, "--output", folder)
