@@ -171,6 +171,20 @@ def show_loss(name: str) -> None:
     print_loss(name)
 
 
+@losses.command("check")
+@click.argument("name", required=False)
+@click.option("--all", "everything", is_flag=True, help="Check every registered loss.")
+def check_losses(name: str | None, everything: bool) -> None:
+    """Run the conformance checks of a loss; exit code 1 when one fails."""
+    if everything == (name is not None):
+        raise click.UsageError("give the name of a loss, or --all")
+    from kdrun.check_losses import check_all, check_one
+
+    passed = check_all() if name is None else check_one(name)
+    if not passed:
+        sys.exit(1)
+
+
 @cli.command("generate")
 @click.argument("student")
 @click.option("--prompt", required=True, metavar="TEXT", help="The user's message.")
