@@ -173,6 +173,10 @@ def complete_pair(given: Mapping[str, Any]) -> dict[str, Any]:
             )
         if "teacher" not in model:
             model["teacher"] = BUILT_IN
+        elif model["teacher"] is None and ratio != 0:
+            raise InputError(
+                "--teacher none goes with --kd-ratio 0 only: there is nothing to distil"
+            )
     else:
         if model.get("teacher") is None and ratio != 0:
             raise InputError(

@@ -196,6 +196,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
         (("--set", "loss.temperature"), ("section.key=value",)),
         (("--teacher", "somewhere"), ("--student", "init-student")),
         (("--student", "somewhere"), ("--teacher",)),
+        (("--teacher", "none"), ("--kd-ratio 0",)),
         (("--config", "missing.yaml"), ("missing.yaml", "No such file")),
         (("--resume",), ("--output",)),
     ],
