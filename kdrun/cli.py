@@ -185,6 +185,17 @@ def check_losses(name: str | None, everything: bool) -> None:
         sys.exit(1)
 
 
+@losses.command("new")
+@click.argument("name")
+@click.option("--output", metavar="DIR", help="Folder to write; by default kdlosses-NAME here.")
+def new_loss(name: str, output: str | None) -> None:
+    """Write a complete distribution with an example loss, its tests and a README."""
+    from kdrun.new_loss import new_loss as write
+
+    folder = write(name, output)
+    click.echo(f"{folder}: cd there, then pip install -e '.[dev]' && pytest")
+
+
 @cli.command("generate")
 @click.argument("student")
 @click.option("--prompt", required=True, metavar="TEXT", help="The user's message.")

@@ -1,0 +1,168 @@
+"""What ``kdrun losses new`` writes: a distribution with one loss, its tests and a README."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from string import Template
+
+from kdlosses import available_losses
+from kdrun.errors import InputError
+
+_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
+_RESERVED = "_chunked"
+
+_PYPROJECT = """\
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "$distribution"
+version = "0.1.0"
+description = "The loss $name for kdlosses and kdrun."
+readme = "README.md"
+requires-python = ">=3.11"
+dependencies = ["kdlosses"]
+
+[project.optional-dependencies]
+dev = ["pytest>=8"]
+
+[project.entry-points."kdlosses.losses"]
+$name = "$package:$class_name"
+
+[tool.setuptools.packages.find]
+where = ["src"]
+
+[tool.setuptools.package-data]
+$package = ["py.typed"]
+"""
+
+_LOSS = '''\
+"""The loss $name: replace the example by your own mathematics."""
+
+from kdlosses import Divergence
+from pydantic import Field
+from torch import Tensor
+
+
+class $class_name(Divergence):
+    """Weighted triangular discrimination, sum (p - q)^2 / (w p + (1 - w) q) with w = weight.
+
+    p is the teacher, q the student. Bounded by 1 / w + 1 / (1 - w) and finite for any pair.
+
+    Not where the student starts far from the teacher: the value saturates, and the gradient fades.
+
+    Reference: Topsoe 2000, doi:10.1109/18.850703 (half of this at w = 1/2).
+    """
+
+    # Traits: what is true of the loss. The conformance checks hold it to them.
+    coarse_graining_monotone = True
+
+    weight: float = Field(0.5, gt=0, lt=1, description="the teacher's share in the denominator")
+
+    def integrand(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
+        """One term for each vocabulary entry; finite log-probabilities in, no reduction here."""
+        p, q = teacher_log_probs.exp(), student_log_probs.exp()
+        return (p - q) ** 2 / (self.weight * p + (1 - self.weight) * q).clamp_min(1e-30)
+
+    def curvature(self) -> float:
+        """2: near equality this is sum (p - q)^2 / p, and KL is half of that."""
+        return 2.0
+'''
+
+_TEST = '''\
+"""The conformance checks of kdlosses, and a value that was computed by hand."""
+
+import kdlosses
+import pytest
+import torch
+from kdlosses.testing import Check, parametrize_with_checks
+from $package import $class_name
+
+NAME = "$name"
+
+
+@parametrize_with_checks([NAME, f"{NAME}:weight=0.2"])
+def test_the_loss_conforms(loss: $class_name, check: Check) -> None:
+    check(loss)
+
+
+@pytest.mark.parametrize("name", [NAME, f"{NAME}_chunked"])
+def test_value_is_that_of_the_formula(name: str) -> None:
+    teacher = torch.tensor([[0.5, 0.5]]).log()
+    student = torch.tensor([[0.25, 0.75]]).log()
+    value = kdlosses.get_loss(name)(student, teacher, torch.tensor([0]))
+    assert value.item() == pytest.approx(0.0625 / 0.375 + 0.0625 / 0.625, rel=1e-6)
+'''
+
+_README = """\
+# $distribution
+
+The loss `$name` for kdlosses and kdrun.
+
+```
+pip install -e '.[dev]'
+pytest
+kdrun losses check $name
+kdrun --loss ${name}_chunked
+```
+
+The mathematics is in `src/$package/__init__.py`: the integrand, the parameters with their bounds,
+and the traits. `pytest` runs the conformance checks, which finds most mistakes in any of them.
+"""
+
+
+def new_loss(name: str, output: str | None) -> Path:
+    """Write a distribution that registers the loss ``name``.
+
+    Args:
+        name: of the loss on the command line.
+        output: the folder to write; by default ``kdlosses-<name>`` here.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: a name that is malformed, reserved or taken, or a folder that exists.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"loss {name!r}: a name has lower-case letters, digits and single underscores, such as "
+            "my_divergence"
+        )
+    if name.endswith(_RESERVED):
+        raise InputError(
+            f"loss {name!r}: the suffix {_RESERVED!r} is reserved, every loss has that variant; "
+            f"use {name.removesuffix(_RESERVED)!r}"
+        )
+    taken = [ref.distribution for ref in available_losses() if ref.name == name]
+    if taken:
+        raise InputError(f"loss {name!r} is already registered by {taken[0]}; choose another name")
+    words = {
+        "name": name,
+        "distribution": f"kdlosses-{name.replace('_', '-')}",
+        "package": f"kdlosses_{name}",
+        "class_name": _class_name(name),
+    }
+    folder = Path(output or words["distribution"])
+    if folder.exists():
+        raise InputError(f"{folder} exists; give another folder with --output")
+    files = {
+        "pyproject.toml": _PYPROJECT,
+        "README.md": _README,
+        f"src/{words['package']}/__init__.py": _LOSS,
+        f"src/{words['package']}/py.typed": "",
+        f"tests/test_{name}.py": _TEST,
+    }
+    for path, template in files.items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(Template(template).substitute(words), encoding="utf-8")
+    return folder
+
+
+def _class_name(name: str) -> str:
+    """``my_divergence`` becomes ``MyDivergenceLoss``; the suffix keeps clear of imported names."""
+    words = "".join(word.capitalize() for word in name.removesuffix("_loss").split("_"))
+    return f"{words}Loss"
