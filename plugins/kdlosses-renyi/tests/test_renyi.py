@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kdlosses
+from kdlosses.testing import Check, parametrize_with_checks
 
 P = [0.7, 0.2, 0.1]
 Q = [0.2, 0.3, 0.5]
@@ -13,6 +14,13 @@ def expected(alpha: float) -> float:
     return math.log(sum(p**alpha * q ** (1 - alpha) for p, q in zip(P, Q, strict=True))) / (
         alpha - 1
     )
+
+
+@parametrize_with_checks(
+    ["renyi", "renyi:alpha=0.5", "renyi:alpha=0.9", "renyi:alpha=1.1", "renyi:alpha=5"]
+)
+def test_the_loss_conforms(loss: kdlosses.Loss, check: Check) -> None:
+    check(loss)
 
 
 @pytest.mark.parametrize("name", ["renyi", "renyi_chunked"])

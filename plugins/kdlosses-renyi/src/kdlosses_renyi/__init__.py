@@ -12,7 +12,8 @@ class Renyi(Divergence):
     Tends to KL(p || q) as alpha tends to 1. Larger alpha weighs the tokens that the student
     underestimates most; alpha below 1 forgives them and stays finite where q is 0.
 
-    Not with alpha close to 1 (use forward_kl): numerator and denominator both vanish there.
+    Not with alpha close to 1 (use forward_kl): numerator and denominator both vanish there, and
+    float32 rounds the value by about 2e-7 / |alpha - 1|, which may bring it just below 0.
 
     Reference: van Erven and Harremoes 2014, doi:10.1109/TIT.2014.2320500.
     """
