@@ -22,6 +22,7 @@ _TRAITS = (
     "temperature_power",
     "detached",
     "stateful",
+    "expected_failures",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -312,6 +313,13 @@ def test_traits_choose_the_checks():
     names = {check.name for check in testing.checks_for("total_variation")}
     assert "curvature" not in names
     assert "elementwise" not in {check.name for check in testing.checks_for(Right)}
+
+
+def test_the_guide_lists_every_check():
+    page = Path(__file__).parents[2] / "docs" / "write-a-loss.md"
+    rows = [row for row in page.read_text(encoding="utf-8").splitlines() if row.startswith("| `")]
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert set(testing._CHECKS) <= listed
 
 
 def test_the_error_names_the_failed_checks_and_the_reasons():
