@@ -20,7 +20,9 @@ A mass as small as 1e-18 on an impossible token still reads as infinite.
 """
 
 _SMALL = 0.25
-_HIGHEST_EXPONENT = 80.0
+HIGHEST_EXPONENT = 40.0
+"""``exp`` of it, 2e17, stands for infinity; sums and slopes of it stay within float32."""
+
 _TERMS = {torch.float32: 8, torch.float64: 13}
 
 
@@ -67,8 +69,12 @@ def _taylor(x: Tensor) -> Tensor:
 
 
 def expm1_minus_x(x: Tensor) -> Tensor:
-    """``exp(x) - 1 - x``, non-negative and accurate near 0, where the plain form cancels."""
-    return choose_near(x, _SMALL, _taylor, bounded_exp(x) - 1 - x)
+    """``exp(x) - 1 - x``, non-negative and accurate near 0, where the plain form cancels.
+
+    It stops growing at :data:`HIGHEST_EXPONENT`.
+    """
+    x = x.clamp_max(HIGHEST_EXPONENT)
+    return choose_near(x, _SMALL, _taylor, x.exp() - 1 - x)
 
 
 def bounded_exp(x: Tensor) -> Tensor:
@@ -77,7 +83,19 @@ def bounded_exp(x: Tensor) -> Tensor:
     Terms with negative powers of a probability of 0 would otherwise overflow, and an overflow
     makes gradients NaN.
     """
-    return x.clamp_max(_HIGHEST_EXPONENT).exp()
+    return x.clamp_max(HIGHEST_EXPONENT).exp()
+
+
+def joint_exp(*exponents: Tensor) -> list[Tensor]:
+    """``exp`` of each; where the largest would pass for infinity all are scaled down together.
+
+    So a combination of them keeps its sign, which separate bounds would not.
+    """
+    highest = exponents[0].detach()
+    for x in exponents[1:]:
+        highest = torch.maximum(highest, x.detach())
+    beyond = highest > HIGHEST_EXPONENT
+    return [torch.where(beyond, x - highest + HIGHEST_EXPONENT, x).exp() for x in exponents]
 
 
 def choose_near(x: Tensor, radius: float, near: Callable[[Tensor], Tensor], far: Tensor) -> Tensor:

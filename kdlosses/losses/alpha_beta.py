@@ -1,5 +1,6 @@
 """Alpha-beta divergence."""
 
+import math
 import warnings
 from typing import Self
 
@@ -7,9 +8,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kdlosses.divergence import Divergence
-from kdlosses.numerics import bounded_exp, choose_near, expm1_minus_x, kl_terms
+from kdlosses.numerics import bounded_exp, choose_near, expm1_minus_x, joint_exp, kl_terms
 
 _TOO_SMALL = 1e-3
+_STEEPEST = -1e6
 
 
 class AlphaBeta(Divergence):
@@ -50,27 +52,51 @@ class AlphaBeta(Divergence):
         if a == 0 and b == 0:
             return (teacher_log_probs - student_log_probs) ** 2 / 2
         if b == 0:
-            return kl_terms(a * teacher_log_probs, a * student_log_probs) / (a * a)
+            return _power_terms(a, teacher_log_probs, student_log_probs)
         if a == 0:
-            return kl_terms(b * student_log_probs, b * teacher_log_probs) / (b * b)
+            return _power_terms(b, student_log_probs, teacher_log_probs)
         x = student_log_probs - teacher_log_probs
         if total == 0:
             return expm1_minus_x(-a * x) / (a * a)
-        # With 1 - a/total - b/total = 0 the bracket is p^total times a difference of
-        # exp(x) - 1 - x, which does not cancel near equality.
-        reach = max(abs(b), abs(total))
+        # With 1 - a/total - b/total = 0 the sum is p^total times a difference of exp(x) - 1 - x,
+        # which does not cancel near equality if the smaller exponent stands in it.
+        weigh, base, small_exponent = (
+            (teacher_log_probs, x, b) if abs(b) <= abs(a) else (student_log_probs, -x, a)
+        )
+        reach = max(abs(small_exponent), abs(total))
 
         def near(small: Tensor) -> Tensor:
-            bracket = (b / total) * expm1_minus_x(total * small) - expm1_minus_x(b * small)
-            return bounded_exp(total * teacher_log_probs) * bracket / (a * b)
+            bracket = small_exponent / total * expm1_minus_x(total * small) - expm1_minus_x(
+                small_exponent * small
+            )
+            return bounded_exp(total * weigh) * bracket / (a * b)
 
-        far = (
-            (a / total) * bounded_exp(total * teacher_log_probs)
-            + (b / total) * bounded_exp(total * student_log_probs)
-            - bounded_exp(a * teacher_log_probs + b * student_log_probs)
-        ) / (a * b)
-        return choose_near(x, 0.25 / reach, near, far)
+        exponents = (
+            total * teacher_log_probs,
+            total * student_log_probs,
+            a * teacher_log_probs + b * student_log_probs,
+        )
+        p, q, both = (
+            joint_exp(*exponents) if min(a, b) < 0 else (exponent.exp() for exponent in exponents)
+        )
+        far = ((a / total) * p + (b / total) * q - both) / (a * b)
+        return choose_near(base, 0.25 / reach, near, far)
 
     def curvature(self) -> float | None:
         """1 where alpha + beta is 1; elsewhere tokens are weighed by ``p^(alpha + beta - 1)``."""
-        return 1.0 if self.alpha + self.beta == 1 else None
+        return 1.0 if math.isclose(self.alpha + self.beta, 1) else None
+
+
+def _power_terms(power: float, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The terms of KL between the powers ``p^power`` and ``q^power``, divided by ``power^2``."""
+    log_p, log_q = power * log_p, power * log_q
+    if power > 0:
+        return kl_terms(log_p, log_q) / (power * power)
+    x = log_q - log_p
+    p, q = joint_exp(log_p, log_q)
+    far = q - p - p * x.clamp_min(_STEEPEST)  # p is beyond all bounds where the clamp acts
+
+    def near(small: Tensor) -> Tensor:
+        return bounded_exp(log_p) * expm1_minus_x(small)
+
+    return choose_near(x, 0.25, near, far) / (power * power)

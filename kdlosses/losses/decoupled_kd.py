@@ -28,27 +28,23 @@ class DecoupledKD(RowLoss):
         """Both parts from log-probabilities; ``log(1 - p_y)`` is a logsumexp over the others."""
         vocabulary = torch.arange(teacher_log_probs.shape[-1], device=labels.device)
         is_label = vocabulary == labels.unsqueeze(-1)
-        teacher_split = _split(teacher_log_probs, is_label)
-        student_split = _split(student_log_probs, is_label)
+        teacher_split, teacher_rest = _split(teacher_log_probs, is_label)
+        student_split, student_rest = _split(student_log_probs, is_label)
         between = kl_terms(teacher_split, student_split).sum(-1)
-        within = torch.where(
-            is_label,
-            0.0,
-            kl_terms(
-                _rest(teacher_log_probs, teacher_split, is_label),
-                _rest(student_log_probs, student_split, is_label),
-            ),
-        ).sum(-1)
+        within = kl_terms(teacher_rest, student_rest).sum(-1)
+        within = torch.where(teacher_split[..., 1] > LOG_ZERO, within, 0.0)
         return self.alpha * between + self.beta * within
 
 
-def _split(log_probs: Tensor, is_label: Tensor) -> Tensor:
-    """Log-probabilities ``[..., 2]`` of the label and of everything else."""
-    label = torch.where(is_label, log_probs, 0.0).sum(-1)
-    rest = torch.where(is_label, LOG_ZERO, log_probs).logsumexp(-1)
-    return torch.stack([label, rest], dim=-1)
+def _split(log_probs: Tensor, is_label: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities ``[..., 2]`` of label and rest, and ``[..., V]`` within the rest.
 
-
-def _rest(log_probs: Tensor, split: Tensor, is_label: Tensor) -> Tensor:
-    """Log-probabilities within the rest; the label's entry is log 0."""
-    return torch.where(is_label, LOG_ZERO, log_probs - split[..., 1:])
+    The second are log 0 at the label; everywhere, if the rest has no mass at all.
+    """
+    label = torch.where(is_label, log_probs, 0.0).sum(-1, keepdim=True)
+    others = torch.where(is_label, LOG_ZERO, log_probs)
+    top = others.amax(-1, keepdim=True).detach()
+    shifted = others - top
+    total = shifted.exp().sum(-1, keepdim=True).log()
+    within = torch.where(others > LOG_ZERO, shifted - total, LOG_ZERO)
+    return torch.cat([label, top + total], dim=-1), within

@@ -71,6 +71,76 @@ def total_variation(log_p, log_q):
     return np.abs(np.exp(log_p) - np.exp(log_q)).sum(axis=-1) / 2
 
 
+def hellinger(log_p, log_q):
+    return 1 - np.exp((log_p + log_q) / 2).sum(axis=-1)
+
+
+def alpha_beta_terms(log_p, log_q, a, b):
+    if a == b == 0:
+        return (log_p - log_q) ** 2 / 2
+    if a == 0:
+        return alpha_beta_terms(log_q, log_p, b, a)
+    p, q = np.exp(a * log_p), np.exp(a * log_q)
+    if b == 0:
+        return np.where(p == 0, q, p * (a * log_p - a * log_q) - p + q) / a**2
+    if a + b == 0:
+        return (a * (log_q - log_p) + np.exp(a * (log_p - log_q)) - 1) / a**2
+    bracket = (
+        np.exp(a * log_p + b * log_q)
+        - a / (a + b) * np.exp((a + b) * log_p)
+        - b / (a + b) * np.exp((a + b) * log_q)
+    )
+    return -bracket / (a * b)
+
+
+def alpha_beta(log_p, log_q, alpha=0.5, beta=0.5):
+    with np.errstate(invalid="ignore"):
+        terms = alpha_beta_terms(log_p, log_q, alpha, beta)
+    # No term is negative: infinity minus infinity, by one impossible token, is infinity.
+    terms = np.where(np.isnan(terms), np.inf, terms)
+    return np.where(log_p == log_q, 0.0, terms).sum(axis=-1)
+
+
+def adaptive_weights(log_p, log_q, mass=0.5):
+    """The weight of forward KL: the gap in the head over the whole gap."""
+    p, q = np.exp(log_p), np.exp(log_q)
+    gap = np.abs(p - q)
+    weights = np.empty(p.shape[:-1])
+    for row in np.ndindex(weights.shape):
+        # Equal probabilities are in the head or out of it together.
+        levels, level, counts = np.unique(p[row], return_inverse=True, return_counts=True)
+        held = np.cumsum((levels * counts)[::-1])[::-1]  # mass at this level and above
+        in_head = ((held <= mass) | (levels == levels[-1]))[level]
+        total = gap[row].sum()
+        weights[row] = gap[row][in_head].sum() / total if total > 0 else 0.5
+    return weights
+
+
+def adaptive_kl(log_p, log_q, mass=0.5, weights=None):
+    weight = adaptive_weights(log_p, log_q, mass) if weights is None else weights
+    with np.errstate(invalid="ignore"):  # 0 times infinity
+        forward, reverse = weight * kl(log_p, log_q), (1 - weight) * kl(log_q, log_p)
+    return np.where(weight > 0, forward, 0.0) + np.where(weight < 1, reverse, 0.0)
+
+
+def decoupled_kd(log_p, log_q, alpha=1.0, beta=1.0, labels=0):
+    rows = np.broadcast_to(np.asarray(labels), log_p.shape[:-1])
+    values = np.empty(rows.shape)
+    for row in np.ndindex(rows.shape):
+        label = rows[row]
+        parts = []
+        for x in (log_p[row], log_q[row]):
+            rest = np.delete(x, label)
+            finite = rest[rest > -np.inf]
+            total = np.logaddexp.reduce(finite) if len(finite) else -np.inf
+            within = np.array([r - total if r > -np.inf else -np.inf for r in rest])
+            parts.append((np.array([x[label], total]), within))
+        (p_split, p_rest), (q_split, q_rest) = parts
+        terms = [(alpha, kl(p_split, q_split)), (beta, kl(p_rest, q_rest))]
+        values[row] = sum(weight * value for weight, value in terms if weight)
+    return values
+
+
 ORACLES = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -79,8 +149,18 @@ ORACLES = {
     "skew_reverse_kl": skew_reverse_kl,
     "generalized_jsd": generalized_jsd,
     "total_variation": total_variation,
+    "hellinger": hellinger,
+    "alpha_beta": alpha_beta,
+    "adaptive_kl": adaptive_kl,
+    "decoupled_kd": decoupled_kd,
 }
 """Every built-in loss by its registered name, as a function of log p and log q ``[..., V]``."""
+
+LABELED = {"decoupled_kd"}
+"""Those that also take ``labels``, by default 0 everywhere."""
+
+DETACHED = {"adaptive_kl": {"weights": adaptive_weights}}
+"""Quantities that a loss declares detached; its oracle takes each as a keyword to hold it fixed."""
 
 NAMES = sorted(ORACLES)
 
@@ -99,8 +179,24 @@ SPECS = [
     ("generalized_jsd", {"beta": 0}),
     ("generalized_jsd", {"beta": 1}),
     ("total_variation", {}),
+    ("hellinger", {}),
+    ("alpha_beta", {}),
+    ("alpha_beta", {"alpha": 0.2, "beta": 0.7}),
+    ("adaptive_kl", {}),
+    ("adaptive_kl", {"mass": 0.8}),
+    ("decoupled_kd", {}),
+    ("decoupled_kd", {"alpha": 0.5, "beta": 2}),
 ]
 """Losses with parameters, ``(name, parameters)``."""
+
+EXTREMES = [
+    ("alpha_beta", {"alpha": alpha, "beta": beta})
+    for alpha, beta in [
+        (0.4, 0), (1, 0), (-0.5, 0), (0, 0.7), (0, -0.5), (0.5, -0.5), (-0.3, 0.3), (0, 0),
+        (1.5, -0.5), (-0.5, 1.2), (-0.4, -0.7), (0.01, 1), (1, 0.01), (0.6, -0.61), (2, 1.5),
+    ]
+]  # fmt: skip
+"""The limits of alpha_beta, negative exponents, and values beside the limits."""
 
 
 def spec(name, parameters=None, *, chunked=False):
@@ -109,10 +205,18 @@ def spec(name, parameters=None, *, chunked=False):
     return name + ("_chunked" if chunked else "") + (f":{tail}" if tail else "")
 
 
-def rows(name, teacher, student, temperature=1.0, **parameters):
+def rows(name, teacher, student, temperature=1.0, labels=0, **parameters):
     """Values ``[...]`` of a loss on logits ``[..., V]``, without the temperature's factor."""
     log_p, log_q = log_softmax(teacher, temperature), log_softmax(student, temperature)
+    if name in LABELED:
+        parameters = {**parameters, "labels": labels}
     return ORACLES[name](log_p, log_q, **parameters)
+
+
+def detached(name, names, teacher, student, temperature=1.0, **parameters):
+    """The quantities ``names`` that a loss declares detached, at these logits."""
+    log_p, log_q = log_softmax(teacher, temperature), log_softmax(student, temperature)
+    return {key: DETACHED[name][key](log_p, log_q, **parameters) for key in names}
 
 
 def cross_entropy(student, labels):
@@ -130,8 +234,9 @@ def objective(
     student, teacher = (
         np.asarray(x, np.float64).reshape(-1, np.shape(x)[-1])[keep] for x in (student, teacher)
     )
-    kd = rows(name, teacher, student, temperature, **more).sum() * temperature**power
-    ce = cross_entropy(student, labels[keep]).sum()
+    labels = labels[keep]
+    kd = rows(name, teacher, student, temperature, labels, **more).sum() * temperature**power
+    ce = cross_entropy(student, labels).sum()
     total = kd_ratio * kd + ((1 - kd_ratio) * ce if kd_ratio < 1 else 0.0)
     return total / max(1, keep.sum() if divisor is None else divisor)
 
