@@ -167,7 +167,11 @@ class DistillTrainer(Trainer):
         teacher = self.teacher.source(**features) if self.teacher else None
 
         def consume(student: Any) -> dict[str, Tensor]:
-            compiled = None if student.vocab_size >= _MEASURE_COMPILED_FROM else False
+            chunking = self.objective.loss.chunking
+            eager = student.vocab_size < _MEASURE_COMPILED_FROM or (
+                chunking is not None and chunking.compiled is False
+            )
+            compiled = False if eager else None
             found = measure(self.objective.loss, student, teacher, labels, compiled=compiled)
             columns = (
                 found.num_tokens,
