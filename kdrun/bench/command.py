@@ -1,0 +1,63 @@
+"""What ``kdrun bench`` does, from the plan to the plots."""
+
+from __future__ import annotations
+
+import contextlib
+
+from rich.console import Console
+
+from kdrun.bench.measure import measure
+from kdrun.bench.plan import FLOOR, Plan
+from kdrun.bench.plot import FILES, draw
+from kdrun.bench.report import CSV, FAILED, MEASURED, Row, print_tables, rows_of, write_csv
+
+
+def bench(plan: Plan) -> bool:
+    """Measure, print a table, and write it to the folder, with plots where matplotlib is there.
+
+    The file is written anew after each loss, so that an interrupted benchmark keeps what it had.
+
+    Returns:
+        Whether no measurement failed.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    progress = Console(stderr=True, highlight=False, soft_wrap=True)
+    if plan.absent:
+        names = ", ".join(plan.absent)
+        progress.print(f"not installed in this environment, so left out: {names}")
+    rows: list[Row] = []
+    with contextlib.closing(measure(plan, progress.print)) as measurements:
+        for results in measurements:
+            rows = _in_order([*rows, *rows_of(results)], plan)
+            write_csv(rows, plan.folder)
+    print_tables(rows, console)
+    console.print()
+    _draw(rows, plan, console)
+    return all(row.status != FAILED for row in rows)
+
+
+def _in_order(rows: list[Row], plan: Plan) -> list[Row]:
+    """By point, the floor first; it is known last."""
+    places = {(point.tokens, point.vocab): place for place, point in enumerate(plan.points)}
+    return sorted(
+        rows, key=lambda row: (places[row.tokens, row.vocab], row.implementation != FLOOR)
+    )
+
+
+def _draw(rows: list[Row], plan: Plan, console: Console) -> None:
+    files = [CSV]
+    if not any(row.status == MEASURED for row in rows):
+        reason = "plots left out: nothing was measured"
+    else:
+        try:
+            draw(rows, plan.folder)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] != "matplotlib":
+                raise
+            reason = "plots left out: they need matplotlib, pip install 'kdlosses[plot]'"
+        else:
+            files += FILES
+            reason = ""
+    console.print(f"{plan.folder}: {', '.join(files)}", markup=False)
+    if reason:
+        console.print(reason, markup=False)

@@ -1,0 +1,53 @@
+"""Hidden states, heads and labels: the same numbers in every worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdrun.bench.plan import Point, Settings
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a step is given.
+
+    Attributes:
+        hidden: ``[tokens, student width]``, receives a gradient.
+        weight: ``[vocab, student width]``, receives a gradient.
+        teacher_hidden: ``[tokens, teacher width]``.
+        teacher_weight: ``[vocab, teacher width]``.
+        labels: ``[tokens]``, a quarter of them ignored.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    labels: Tensor
+
+
+def make_inputs(settings: Settings, point: Point) -> Inputs:
+    """Random inputs from a fixed seed; logits have a standard deviation of about 1."""
+    torch.manual_seed(0)
+    options = {"dtype": getattr(torch, settings.dtype), "device": settings.device}
+
+    def states(width: int) -> Tensor:
+        return torch.randn(point.tokens, width, **options)
+
+    def head(width: int) -> Tensor:
+        return torch.randn(point.vocab, width, **options).mul_(width**-0.5)
+
+    labels = torch.randint(point.vocab, (point.tokens,), device=settings.device)
+    labels[: point.masked] = IGNORED
+    return Inputs(
+        states(settings.student_width).requires_grad_(),
+        head(settings.student_width).requires_grad_(),
+        states(settings.teacher_width),
+        head(settings.teacher_width),
+        labels,
+    )

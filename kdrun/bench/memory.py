@@ -1,0 +1,96 @@
+"""How much memory a process has, a step needs, and the machine can give."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from kdrun.bench.peers import PEERS
+from kdrun.bench.plan import FLOOR, PLAIN, Case
+
+_PLAIN_BUFFERS = 20
+"""Float32 tensors of rows x vocabulary that autograd on full logits may hold at its peak."""
+
+_HEADROOM = 256 * 2**20
+
+
+def resident() -> int | None:
+    """Bytes of this process in memory; None where the system does not tell."""
+    try:
+        fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    except OSError:
+        return None
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def head_gradient(case: Case) -> int:
+    """Bytes of the head's gradient, which every implementation must hand over."""
+    return case.point.vocab * case.settings.student_width * _item_size(case)
+
+
+def lacking(case: Case) -> str | None:
+    """Why a step would not fit into the memory that is free now; None where it does.
+
+    Stored logits are counted; what an implementation that avoids them needs beside is not known
+    here, and it is tried.
+    """
+    free = _available(case.settings.device)
+    needed = _needed(case)
+    if free is None or needed <= free:
+        return None
+    return f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+
+
+def prefer_as_victim() -> None:
+    """Where memory runs out nevertheless, this process ends and not the one that reports."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+
+
+def _needed(case: Case) -> int:
+    settings, point = case.settings, case.point
+    width = settings.student_width + settings.teacher_width
+    inputs = (point.tokens + point.vocab) * width * _item_size(case) + head_gradient(case)
+    if case.implementation == FLOOR:
+        buffers = 2 * point.supervised * _item_size(case)
+    elif case.implementation == PLAIN:
+        buffers = _PLAIN_BUFFERS * 4 * point.supervised
+    elif PEERS.get(case.implementation) and PEERS[case.implementation].stores_logits:
+        buffers = _PLAIN_BUFFERS * 4 * point.tokens
+    else:
+        buffers = 0
+    return inputs + buffers * point.vocab + _HEADROOM
+
+
+def _item_size(case: Case) -> int:
+    return 4 if case.settings.dtype == "float32" else 2
+
+
+def _available(device: str) -> int | None:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    limits = [_meminfo_available(), _cgroup_available()]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _meminfo_available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None
+
+
+def _cgroup_available() -> int | None:
+    """What a container may still take (version 2), or None without a limit."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+    except OSError:
+        return None
+    return None if limit == "max" else max(0, int(limit) - used)

@@ -1,0 +1,231 @@
+"""What is measured: the sizes, the implementations of each loss, and whether they make sense."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from kdlosses import BrokenLossError, available_losses, find_loss, get_loss, parse_spec
+from kdrun.bench.peers import PEERS, is_installed
+from kdrun.errors import InputError
+
+FLOOR, PLAIN, CHUNKED = "floor", "plain", "chunked"
+NO_PEER = "none"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all measurements of one command have in common.
+
+    Attributes:
+        student_width: length of the student's hidden states.
+        teacher_width: length of the teacher's.
+        dtype: of hidden states and heads, a name in torch.
+        device: ``cpu`` or ``cuda``.
+        threads: of the matrix products; None leaves torch's own number.
+        rounds: timed steps of each implementation.
+        kd_ratio: weight of the loss beside cross-entropy.
+        chunk_size: rows a chunk; None chooses as training does.
+    """
+
+    student_width: int
+    teacher_width: int
+    dtype: str
+    device: str
+    threads: int | None
+    rounds: int
+    kd_ratio: float
+    chunk_size: int | None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One size of the batch and the vocabulary."""
+
+    tokens: int
+    vocab: int
+
+    @property
+    def masked(self) -> int:
+        """Rows without a label, a quarter, as prompts and padding are in training."""
+        return self.tokens // 4
+
+    @property
+    def supervised(self) -> int:
+        """Rows that the loss is about."""
+        return self.tokens - self.masked
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one worker measures.
+
+    Attributes:
+        settings: see :class:`Settings`.
+        point: see :class:`Point`.
+        implementation: ``floor``, ``plain``, ``chunked`` or the name of a peer.
+        loss: spec without the chunked suffix; empty for the floor.
+        beta: the generalised Jensen-Shannon divergence that a peer is asked for.
+    """
+
+    settings: Settings
+    point: Point
+    implementation: str
+    loss: str = ""
+    beta: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All measurements of one command.
+
+    Attributes:
+        settings: see :class:`Settings`.
+        points: the grid.
+        losses: specs without the chunked suffix, each with the peers that offer it.
+        absent: peers that are not installed.
+        folder: where table and plots go.
+    """
+
+    settings: Settings
+    points: tuple[Point, ...]
+    losses: dict[str, tuple[str, ...]]
+    absent: tuple[str, ...]
+    folder: Path
+
+    def cases(self, point: Point, loss: str) -> list[Case]:
+        """What is measured of a loss: plain, chunked, then the peers."""
+        beta = _beta(loss) if self.losses[loss] else 0.0
+        return [
+            Case(self.settings, point, implementation, loss, beta or 0.0)
+            for implementation in (PLAIN, CHUNKED, *self.losses[loss])
+        ]
+
+
+def make_plan(
+    settings: Settings,
+    tokens: Sequence[int],
+    vocabs: Sequence[int],
+    losses: Sequence[str],
+    peers: Sequence[str],
+    folder: Path,
+) -> Plan:
+    """Check what the user asked for, before any work.
+
+    Args:
+        settings: what all measurements have in common.
+        tokens: sizes of the batch.
+        vocabs: sizes of the vocabulary.
+        losses: specs, with or without the chunked suffix; empty for all that are registered.
+        peers: names of peers, or ``none``; empty for those that are installed.
+        folder: where table and plots go; created.
+
+    Raises:
+        InputError: a value that cannot be measured, or a folder that cannot be written.
+        LossSpecError: an unknown loss or a parameter that it does not take.
+    """
+    _check_sizes(settings, tokens, vocabs)
+    specs = _specs(losses)
+    if NO_PEER in peers and len(set(peers)) > 1:
+        raise InputError(f"--peer {NO_PEER} excludes other peers")
+    absent = tuple(name for name in PEERS if not is_installed(name))
+    for name in peers:
+        if name in absent:
+            package = PEERS[name].distribution
+            raise InputError(
+                f"--peer {name}: {package} is not installed in this environment; "
+                f"pip install --no-deps {package}"
+            )
+    chosen = [name for name in PEERS if name in peers or (not peers and name not in absent)]
+    if settings.device == "cuda":
+        _require_cuda()
+    _make_writable(folder)
+    return Plan(
+        settings,
+        tuple(Point(*sizes) for sizes in product(dict.fromkeys(tokens), dict.fromkeys(vocabs))),
+        {spec: _peers_of(spec, chosen) for spec in specs},
+        () if peers else absent,
+        folder,
+    )
+
+
+def _check_sizes(settings: Settings, tokens: Sequence[int], vocabs: Sequence[int]) -> None:
+    lowest = [
+        *(("--tokens", value, 1) for value in tokens),
+        *(("--vocab", value, 2) for value in vocabs),  # a softmax over one entry has no gradient
+        ("--student-width", settings.student_width, 1),
+        ("--teacher-width", settings.teacher_width, 1),
+        ("--rounds", settings.rounds, 1),
+        ("--threads", settings.threads, 1),
+        ("--chunk-size", settings.chunk_size, 1),
+    ]
+    for option, value, least in lowest:
+        if value is not None and value < least:
+            raise InputError(f"{option} {value}: must be at least {least}")
+    if not 0 < settings.kd_ratio <= 1:
+        raise InputError(
+            f"--kd-ratio {settings.kd_ratio:g}: must lie above 0, where a loss is evaluated at "
+            "all, and not above 1"
+        )
+
+
+def _specs(losses: Sequence[str]) -> list[str]:
+    if not losses:
+        return list(dict.fromkeys(ref.name for ref in available_losses()))
+    specs = []
+    for given in losses:
+        parsed = parse_spec(given)
+        find_loss(parsed.name)
+        parameters = ",".join(f"{key}={value}" for key, value in parsed.parameters.items())
+        spec = f"{parsed.name}:{parameters}" if parameters else parsed.name
+        # A loss that cannot be imported becomes a row of its own; the others are measured.
+        with contextlib.suppress(BrokenLossError):
+            _build(spec)
+        specs.append(spec)
+    return list(dict.fromkeys(specs))
+
+
+def _peers_of(spec: str, chosen: Sequence[str]) -> tuple[str, ...]:
+    beta = _beta(spec)
+    if beta is None:
+        return ()
+    return tuple(name for name in chosen if PEERS[name].offers(beta))
+
+
+def _beta(spec: str) -> float | None:
+    """Which generalised JSD of the peers a loss is: 0 forward KL, 1 reverse KL; None for others."""
+    parsed = parse_spec(spec)
+    if parsed.name != "generalized_jsd":
+        return {"forward_kl": 0.0, "reverse_kl": 1.0}.get(parsed.name)
+    values = _build(spec)
+    return None if values["normalize"] else float(values["beta"])
+
+
+def _build(spec: str) -> dict[str, Any]:
+    """Construct a loss, as a check; its hyper-parameters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice about values is the worker's to report
+        return get_loss(spec).loss.model_dump()
+
+
+def _require_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no CUDA device here; use --device cpu")
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"--output {folder}: {reason}; name a writable folder") from error

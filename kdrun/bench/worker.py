@@ -1,0 +1,317 @@
+"""The measured process: one implementation at one size, asked for one step at a time.
+
+It answers over a pipe and waits blocked in between, so that what is timed has the machine to
+itself; nothing it allocates can be seen in another implementation's memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrun.bench import memory
+from kdrun.bench.peers import PEERS
+from kdrun.bench.plan import CHUNKED, FLOOR, PLAIN, Case
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kdlosses import KDOutput
+    from kdrun.bench.inputs import Inputs
+
+LOG = "log.txt"
+_MEMORY_STEPS = 2
+_SAMPLE_SECONDS = 0.002
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The worker has warmed up.
+
+    Attributes:
+        first_call_s: of the first step, which compiles with an empty cache.
+        peak_mib: highest memory in a step, over the inputs; None where it cannot be measured.
+        loss: value of the step.
+        hidden_grad_norm: L2 norm of the gradient of the hidden states.
+        weight_grad_norm: L2 norm of the gradient of the head.
+        chunk_size: rows a chunk, of the chunked evaluation.
+        threads: of torch.
+        device: name of the accelerator; None on a CPU.
+        warnings: what was warned about in the first step.
+    """
+
+    first_call_s: float
+    peak_mib: float | None
+    loss: float
+    hidden_grad_norm: float
+    weight_grad_norm: float
+    chunk_size: int | None
+    threads: int
+    device: str | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The step would not fit into memory."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Broken:
+    """The worker raised."""
+
+    reason: str
+
+
+def serve(connection: Connection, case: Case, folder: Path) -> None:
+    """Body of the process: warm up, then time one step for each message.
+
+    Args:
+        connection: sends :class:`Ready`, then seconds, one for each message received; or
+            :class:`Refused` or :class:`Broken`, after which the process ends.
+        case: what to measure.
+        folder: of this process alone: compiler caches, and what is printed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    _isolate(folder)
+    try:
+        memory.prefer_as_victim()
+        reason = memory.lacking(case)
+        if reason is not None:
+            connection.send(Refused(reason))
+            return
+        bench = _Bench(case)
+        connection.send(bench.warm_up())
+        while True:
+            connection.recv()
+            connection.send(bench.seconds())
+    except EOFError:
+        return  # the parent has seen enough
+    except Exception as error:
+        text = " ".join(str(error).split("\n\n", 1)[0].split())
+        connection.send(Broken(f"{type(error).__name__}: {text}"))
+
+
+def _isolate(folder: Path) -> None:
+    """Compile with an empty cache, and keep what libraries print off the user's screen."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+
+
+class _Bench:
+    """The step of a case and how it is timed."""
+
+    def __init__(self, case: Case) -> None:
+        import torch
+
+        from kdrun.bench.inputs import make_inputs
+
+        settings = case.settings
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self._case = case
+        self._cuda = settings.device == "cuda"
+        self._inputs = make_inputs(settings, case.point)
+        self._chunk_size = _chunk_size(case)
+        self._step = _make_step(case, self._inputs, self._chunk_size)
+
+    def warm_up(self) -> Ready:
+        """The first step and what can be measured without a clock."""
+        import torch
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            first = self.seconds()
+        peaks = [self._peak() for _ in range(_MEMORY_STEPS)]
+        value = float(self._step())
+        hidden, weight = (
+            _norm(tensor.grad) / _loss_scale(self._case)
+            for tensor in (self._inputs.hidden, self._inputs.weight)
+        )
+        self._clear()
+        ours = self._case.implementation in (PLAIN, CHUNKED)
+        return Ready(
+            first_call_s=first,
+            peak_mib=max((peak for peak in peaks if peak is not None), default=None),
+            loss=value,
+            hidden_grad_norm=hidden,
+            weight_grad_norm=weight,
+            chunk_size=self._chunk_size,
+            threads=torch.get_num_threads(),
+            device=torch.cuda.get_device_name() if self._cuda else None,
+            warnings=tuple(dict.fromkeys(_first_line(item) for item in caught)) if ours else (),
+        )
+
+    def seconds(self) -> float:
+        """Time of one step."""
+        self._clear()
+        if not self._cuda:
+            start = time.perf_counter()
+            self._step()
+            return time.perf_counter() - start
+        import torch
+
+        begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        begin.record()
+        self._step()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
+
+    def _peak(self) -> float | None:
+        """Highest memory of one step over that before it, MiB."""
+        self._clear()
+        if not self._cuda:
+            return _resident_peak(self._step)
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        self._step()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - base) / 2**20
+
+    def _clear(self) -> None:
+        self._inputs.hidden.grad = self._inputs.weight.grad = None
+        gc.collect()
+
+
+def _norm(gradient: Tensor | None) -> float:
+    import torch
+
+    if gradient is None:
+        return 0.0
+    # Squares of small 16-bit values would underflow.
+    return float(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+
+
+def _loss_scale(case: Case) -> float:
+    """Float16 gradients of a mean underflow; they are scaled as training scales them."""
+    return float(case.point.supervised) if case.settings.dtype == "float16" else 1.0
+
+
+def _chunk_size(case: Case) -> int | None:
+    """Rows a chunk of the chunked evaluation: given, or as training chooses them."""
+    if case.implementation != CHUNKED:
+        return None
+    import torch
+
+    from kdlosses import automatic_chunk_size
+
+    settings = case.settings
+    return settings.chunk_size or automatic_chunk_size(
+        case.point.vocab, settings.student_width, torch.device(settings.device)
+    )
+
+
+def _make_step(case: Case, inputs: Inputs, chunk_size: int | None) -> Callable[[], Tensor]:
+    """Forward and backward of a case; returns the loss."""
+    if case.implementation == FLOOR:
+        return _floor(inputs)
+    if case.implementation in PEERS:
+        forward = PEERS[case.implementation].make(case.beta, case.settings.kd_ratio)
+    else:
+        forward = _ours(case, chunk_size)
+    scale = _loss_scale(case)
+
+    def step() -> Tensor:
+        loss = forward(inputs)
+        (loss if scale == 1 else loss * scale).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    return step
+
+
+def _ours(case: Case, chunk_size: int | None) -> Callable[[Inputs], Tensor]:
+    from kdlosses import KDObjective, Projected, get_loss, parse_spec
+
+    spec = case.loss
+    if case.implementation == CHUNKED:
+        name = parse_spec(spec).name
+        spec = spec.replace(name, f"{name}_chunked", 1)
+    objective = KDObjective(get_loss(spec, chunk_size=chunk_size), case.settings.kd_ratio)
+
+    def forward(inputs: Inputs) -> Tensor:
+        output: KDOutput = objective(
+            Projected(inputs.hidden, inputs.weight),
+            Projected(inputs.teacher_hidden, inputs.teacher_weight),
+            inputs.labels,
+        )
+        return output.loss
+
+    return forward
+
+
+def _floor(inputs: Inputs) -> Callable[[], Tensor]:
+    """Both projections and both gradients on the supervised rows, and nothing else."""
+    import torch
+
+    from kdrun.bench.inputs import IGNORED
+
+    def step() -> Tensor:
+        kept = inputs.labels != IGNORED
+        hidden, weight = inputs.hidden.detach()[kept], inputs.weight.detach()
+        logits = hidden @ weight.t()
+        inputs.teacher_hidden[kept] @ inputs.teacher_weight.t()
+        inputs.hidden.grad = torch.zeros_like(inputs.hidden)
+        inputs.hidden.grad[kept] = logits @ weight
+        inputs.weight.grad = logits.t() @ hidden
+        return logits.new_zeros(())
+
+    return step
+
+
+def _resident_peak(step: Callable[[], Any]) -> float | None:
+    """Highest resident memory in a step over that before it, MiB; sampled by a thread."""
+    _return_freed_memory()
+    base = memory.resident()
+    if base is None:
+        return None
+    highest = base
+    done = threading.Event()
+
+    def sample() -> None:
+        nonlocal highest
+        while not done.wait(_SAMPLE_SECONDS):
+            highest = max(highest, memory.resident() or 0)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        step()
+    finally:
+        done.set()
+        sampler.join()
+    return (max(highest, memory.resident() or 0) - base) / 2**20
+
+
+def _return_freed_memory() -> None:
+    """Memory that the allocator keeps from earlier steps would hide some of the next one's."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if trim is not None:
+        trim(0)
+
+
+def _first_line(warning: warnings.WarningMessage) -> str:
+    return str(warning.message).strip().partition("\n")[0]
