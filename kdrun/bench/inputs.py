@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,15 @@ class Inputs:
     teacher_hidden: Tensor
     teacher_weight: Tensor
     labels: Tensor
+
+    def last(self, rows: int) -> Inputs:
+        """The last rows alone, with the same heads; they are supervised."""
+        return replace(
+            self,
+            hidden=self.hidden.detach()[-rows:].requires_grad_(),
+            teacher_hidden=self.teacher_hidden[-rows:],
+            labels=self.labels[-rows:],
+        )
 
 
 def make_inputs(settings: Settings, point: Point) -> Inputs:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrun.bench.plan import FLOOR, PLAIN, Case, Plan, Point
-from kdrun.bench.worker import LOG, Broken, Ready, Refused, serve
+from kdrun.bench.worker import LOG, PEAK, TIME, Broken, Ready, Refused, serve
 
 _SECONDS_TO_END = 5
 
@@ -26,6 +26,7 @@ class Measurement:
         ready: figures of the warm-up; None where it did not come to that.
         seconds: of each round.
         floor_seconds: of the floor in the same rounds.
+        peak_mib: highest memory in a step, over the inputs; None where it cannot be measured.
         skipped: why it was not tried.
         failed: why it ended early.
     """
@@ -34,6 +35,7 @@ class Measurement:
     ready: Ready | None = None
     seconds: list[float] = field(default_factory=list)
     floor_seconds: list[float] = field(default_factory=list)
+    peak_mib: float | None = None
     skipped: str | None = None
     failed: str | None = None
 
@@ -71,6 +73,7 @@ def measure(plan: Plan, announce: Callable[[str], None]) -> Generator[list[Measu
                     size = f"{point.tokens} tokens, vocabulary {point.vocab}"
                     announce(f"{number}/{total} {loss}, {size}")
                     yield _measure_loss(plan, point, loss, floor, Path(scratch))
+                floor.weigh()
                 yield [floor.result]
 
 
@@ -101,6 +104,8 @@ def _measure_loss(
                     worker.result.failed = f"the floor: {floor.result.failed}"
                 elif worker.time() is not None:
                     worker.result.floor_seconds.append(base)
+        for worker in workers:
+            worker.weigh()
         return [worker.result for worker in workers]
 
 
@@ -141,19 +146,15 @@ class _Worker:
             self.result.skipped = answer.reason
 
     def time(self) -> float | None:
-        """Seconds of one step; None where it failed."""
-        if not self.result.measured:
-            return None
-        try:
-            self._connection.send("step")
-        except OSError:
-            self.result.failed = self._ending()
-            return None
-        answer = self._answer()
-        if not isinstance(answer, float):
-            return None
-        self.result.seconds.append(answer)
-        return answer
+        """Time one step; None where that failed, now or earlier."""
+        taken: float | None = self._ask(TIME)
+        if taken is not None:
+            self.result.seconds.append(taken)
+        return taken
+
+    def weigh(self) -> None:
+        """Measure the memory of a step."""
+        self.result.peak_mib = self._ask(PEAK)
 
     def close(self) -> None:
         """End the process."""
@@ -165,7 +166,18 @@ class _Worker:
             self._process.kill()
             self._process.join()
 
+    def _ask(self, request: str) -> Any:
+        if not self.result.measured:
+            return None
+        try:
+            self._connection.send(request)
+        except OSError:
+            self.result.failed = self._ending()
+            return None
+        return self._answer()
+
     def _answer(self) -> Any:
+        """What the process says; None where it failed."""
         try:
             answer = self._connection.recv()
         except (EOFError, OSError):
@@ -173,6 +185,7 @@ class _Worker:
             return None
         if isinstance(answer, Broken):
             self.result.failed = answer.reason
+            return None
         return answer
 
     def _ending(self) -> str:

@@ -6,11 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from kdrun.bench.peers import PEERS
-from kdrun.bench.plan import FLOOR, PLAIN, Case
-
-_PLAIN_BUFFERS = 20
-"""Float32 tensors of rows x vocabulary that autograd on full logits may hold at its peak."""
+from kdrun.bench.plan import FLOOR, Case
 
 _HEADROOM = 256 * 2**20
 
@@ -29,15 +25,19 @@ def head_gradient(case: Case) -> int:
     return case.point.vocab * case.settings.student_width * _item_size(case)
 
 
-def lacking(case: Case) -> str | None:
-    """Why a step would not fit into the memory that is free now; None where it does.
+def inputs_and_gradients(case: Case) -> int:
+    """Bytes that every implementation needs; of the floor also its logits, which bound a step's."""
+    settings, point = case.settings, case.point
+    width = settings.student_width + settings.teacher_width
+    inputs = (point.tokens + point.vocab) * width * _item_size(case)
+    logits = 2 * point.supervised * point.vocab * _item_size(case)
+    return inputs + head_gradient(case) + (logits if case.implementation == FLOOR else 0)
 
-    Stored logits are counted; what an implementation that avoids them needs beside is not known
-    here, and it is tried.
-    """
-    free = _available(case.settings.device)
-    needed = _needed(case)
-    if free is None or needed <= free:
+
+def lacking(needed: float, device: str) -> str | None:
+    """Why so many bytes more would not fit into the memory that is free now; None where they do."""
+    free = _available(device)
+    if free is None or needed + _HEADROOM <= free:
         return None
     return f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
 
@@ -46,21 +46,6 @@ def prefer_as_victim() -> None:
     """Where memory runs out nevertheless, this process ends and not the one that reports."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-
-
-def _needed(case: Case) -> int:
-    settings, point = case.settings, case.point
-    width = settings.student_width + settings.teacher_width
-    inputs = (point.tokens + point.vocab) * width * _item_size(case) + head_gradient(case)
-    if case.implementation == FLOOR:
-        buffers = 2 * point.supervised * _item_size(case)
-    elif case.implementation == PLAIN:
-        buffers = _PLAIN_BUFFERS * 4 * point.supervised
-    elif PEERS.get(case.implementation) and PEERS[case.implementation].stores_logits:
-        buffers = _PLAIN_BUFFERS * 4 * point.tokens
-    else:
-        buffers = 0
-    return inputs + buffers * point.vocab + _HEADROOM
 
 
 def _item_size(case: Case) -> int:

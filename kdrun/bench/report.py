@@ -93,8 +93,8 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
         console.print()
         console.print(_heading(chosen))
         table = Table(box=None, pad_edge=False)
-        for heading in ("loss", "implementation"):
-            table.add_column(heading, no_wrap=True)
+        table.add_column("loss", overflow="fold")  # gives way where the screen is narrow
+        table.add_column("implementation", no_wrap=True)
         for heading in (
             "time\n/ floor",
             "peak\nMiB",
@@ -120,8 +120,8 @@ def _row(result: Measurement, reference: Measurement | None, plain: Measurement 
     measured = result.measured and not result.skipped
     ratios = ([1.0] if floor else result.ratios) if measured else []
     compared = measured and reference is not None and reference is not result
-    peak = ready.peak_mib if ready is not None else None
-    plain_peak = plain.ready.peak_mib if plain is not None and plain.ready is not None else None
+    peak = result.peak_mib
+    plain_peak = None if plain is None else plain.peak_mib
     distribution = _distribution(result)
     return Row(
         tokens=point.tokens,

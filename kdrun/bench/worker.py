@@ -31,8 +31,12 @@ if TYPE_CHECKING:
     from kdrun.bench.inputs import Inputs
 
 LOG = "log.txt"
-_MEMORY_STEPS = 2
+TIME, PEAK = "time", "peak"
+"""What a worker is asked for: seconds of a step, or its highest memory."""
+
+_M_MMAP_THRESHOLD, _BLOCK_HANDED_BACK = -3, 64 * 2**10
 _SAMPLE_SECONDS = 0.002
+_ROWS_TRIED = 64
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,6 @@ class Ready:
 
     Attributes:
         first_call_s: of the first step, which compiles with an empty cache.
-        peak_mib: highest memory in a step, over the inputs; None where it cannot be measured.
         loss: value of the step.
         hidden_grad_norm: L2 norm of the gradient of the hidden states.
         weight_grad_norm: L2 norm of the gradient of the head.
@@ -52,7 +55,6 @@ class Ready:
     """
 
     first_call_s: float
-    peak_mib: float | None
     loss: float
     hidden_grad_norm: float
     weight_grad_norm: float
@@ -77,10 +79,10 @@ class Broken:
 
 
 def serve(connection: Connection, case: Case, folder: Path) -> None:
-    """Body of the process: warm up, then time one step for each message.
+    """Body of the process: warm up, then do one step for each request.
 
     Args:
-        connection: sends :class:`Ready`, then seconds, one for each message received; or
+        connection: sends :class:`Ready`, then an answer to each request received; or
             :class:`Refused` or :class:`Broken`, after which the process ends.
         case: what to measure.
         folder: of this process alone: compiler caches, and what is printed.
@@ -89,15 +91,17 @@ def serve(connection: Connection, case: Case, folder: Path) -> None:
     _isolate(folder)
     try:
         memory.prefer_as_victim()
-        reason = memory.lacking(case)
+        reason = memory.lacking(memory.inputs_and_gradients(case), case.settings.device)
+        if reason is None:
+            bench = _Bench(case)
+            reason = bench.lacking()
         if reason is not None:
             connection.send(Refused(reason))
             return
-        bench = _Bench(case)
         connection.send(bench.warm_up())
         while True:
-            connection.recv()
-            connection.send(bench.seconds())
+            request = connection.recv()
+            connection.send(bench.seconds() if request == TIME else bench.peak())
     except EOFError:
         return  # the parent has seen enough
     except Exception as error:
@@ -133,14 +137,32 @@ class _Bench:
         self._chunk_size = _chunk_size(case)
         self._step = _make_step(case, self._inputs, self._chunk_size)
 
+    def lacking(self) -> str | None:
+        """Why a step that keeps the logits of all rows would not fit; None where it does.
+
+        How many tensors of their size autograd keeps depends on the loss (12 to 50), so that it
+        is measured on a few rows. Others need little in comparison, and are tried.
+        """
+        peer = PEERS.get(self._case.implementation)
+        stores_logits = self._case.implementation == PLAIN or (peer and peer.stores_logits)
+        rows = self._case.point.supervised
+        if not stores_logits or rows <= 4 * _ROWS_TRIED:
+            return None
+        few = self._inputs.last(_ROWS_TRIED)
+        peak = self._peak_of(_make_step(self._case, few, self._chunk_size))
+        if peak is None:
+            return None
+        gradient = memory.head_gradient(self._case)
+        needed = gradient + (peak - gradient) * rows / _ROWS_TRIED
+        return memory.lacking(needed, self._case.settings.device)
+
     def warm_up(self) -> Ready:
-        """The first step and what can be measured without a clock."""
+        """The first step, which compiles, and one more for its results."""
         import torch
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
             first = self.seconds()
-        peaks = [self._peak() for _ in range(_MEMORY_STEPS)]
         value = float(self._step())
         hidden, weight = (
             _norm(tensor.grad) / _loss_scale(self._case)
@@ -150,7 +172,6 @@ class _Bench:
         ours = self._case.implementation in (PLAIN, CHUNKED)
         return Ready(
             first_call_s=first,
-            peak_mib=max((peak for peak in peaks if peak is not None), default=None),
             loss=value,
             hidden_grad_norm=hidden,
             weight_grad_norm=weight,
@@ -178,19 +199,26 @@ class _Bench:
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1000
 
-    def _peak(self) -> float | None:
-        """Highest memory of one step over that before it, MiB."""
+    def peak(self) -> float | None:
+        """Highest memory in a step over that before it, MiB; None where the system hides it."""
+        if not self._cuda:
+            _return_freed_memory()
+        peak = self._peak_of(self._step)
+        return None if peak is None else peak / 2**20
+
+    def _peak_of(self, step: Callable[[], Tensor]) -> int | None:
+        """Highest memory in a step over that before it, bytes."""
         self._clear()
         if not self._cuda:
-            return _resident_peak(self._step)
+            return _resident_peak(step)
         import torch
 
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         base = torch.cuda.memory_allocated()
-        self._step()
+        step()
         torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - base) / 2**20
+        return torch.cuda.max_memory_allocated() - base
 
     def _clear(self) -> None:
         self._inputs.hidden.grad = self._inputs.weight.grad = None
@@ -282,9 +310,8 @@ def _floor(inputs: Inputs) -> Callable[[], Tensor]:
     return step
 
 
-def _resident_peak(step: Callable[[], Any]) -> float | None:
-    """Highest resident memory in a step over that before it, MiB; sampled by a thread."""
-    _return_freed_memory()
+def _resident_peak(step: Callable[[], Any]) -> int | None:
+    """Highest resident memory in a step over that before it, bytes; sampled by a thread."""
     base = memory.resident()
     if base is None:
         return None
@@ -303,14 +330,19 @@ def _resident_peak(step: Callable[[], Any]) -> float | None:
     finally:
         done.set()
         sampler.join()
-    return (max(highest, memory.resident() or 0) - base) / 2**20
+    return max(highest, memory.resident() or 0) - base
 
 
 def _return_freed_memory() -> None:
-    """Memory that the allocator keeps from earlier steps would hide some of the next one's."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
-    if trim is not None:
-        trim(0)
+    """Let resident memory be what is in use, now and from here on.
+
+    Freed memory that glibc keeps for itself would hide some of the next step's, and the gaps in
+    it would count as used (61 in place of 46 times the logits for a plain alpha_beta).
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):  # glibc alone has it
+        library.mallopt(_M_MMAP_THRESHOLD, _BLOCK_HANDED_BACK)
+        library.malloc_trim(0)
 
 
 def _first_line(warning: warnings.WarningMessage) -> str:

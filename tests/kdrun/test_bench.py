@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from kdlosses import LossSpecError
-from kdrun.bench import command, memory, plan
+from kdrun.bench import command, memory, plan, worker
 from kdrun.bench.measure import Measurement, measure
 from kdrun.bench.peers import PEERS, is_installed
 from kdrun.bench.plan import CHUNKED, FLOOR, PLAIN, Case, Plan, Point, Settings, make_plan
@@ -41,7 +41,6 @@ SETTINGS = Settings(
 POINT = Point(tokens=12, vocab=40)
 READY = Ready(
     first_call_s=0.5,
-    peak_mib=30.0,
     loss=2.0,
     hidden_grad_norm=0.25,
     weight_grad_norm=0.5,
@@ -91,7 +90,7 @@ def plan_for(folder: Path, **changes: Any) -> Plan:
 def finished(implementation: str, spec: str = "forward_kl", **changes: Any) -> Measurement:
     """A measurement as if it had been done, twice as slow as the floor."""
     case = Case(SETTINGS, POINT, implementation, "" if implementation == FLOOR else spec)
-    return Measurement(case, replace(READY, **changes), [0.2, 0.4], [0.1, 0.2])
+    return Measurement(case, replace(READY, **changes), [0.2, 0.4], [0.1, 0.2], peak_mib=30.0)
 
 
 @pytest.fixture(scope="module")
@@ -185,18 +184,22 @@ def test_what_does_not_fit_is_skipped_with_a_reason_and_is_no_failure(
     assert not (tmp_path / "bench.png").exists()
 
 
-def test_only_stored_logits_count_toward_the_memory_that_is_needed(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("implementation", [PLAIN, CHUNKED])
+def test_only_stored_logits_are_refused_for_lack_of_memory(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    point = Point(tokens=4096, vocab=50_000)
-    monkeypatch.setattr(memory, "_available", lambda device: 2 * 2**30)
-    reasons = {
-        name: memory.lacking(Case(SETTINGS, point, name, "forward_kl"))
-        for name in (PLAIN, CHUNKED, "torchtune", "liger", "trl")
-    }
-    assert {name for name, reason in reasons.items() if reason} == {PLAIN, "torchtune"}
-    monkeypatch.setattr(memory, "_available", lambda device: None)
-    assert memory.lacking(Case(SETTINGS, point, PLAIN, "forward_kl")) is None
+    case = Case(SETTINGS, Point(tokens=400, vocab=1000), implementation, "hellinger")
+    bench = worker._Bench(case)
+    monkeypatch.setattr(memory, "_available", lambda device: 10**6)
+    reason = bench.lacking()
+    if implementation == CHUNKED:
+        assert reason is None
+        return
+    assert reason is not None
+    assert "GiB are free" in reason
+    for free in (10**9, None):
+        monkeypatch.setattr(memory, "_available", lambda device, free=free: free)
+        assert bench.lacking() is None
 
 
 @pytest.mark.parametrize(
@@ -329,7 +332,7 @@ def test_without_matplotlib_the_rest_is_done_and_the_cure_is_told(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
 
     def measurements(*_: object) -> Iterator[list[Measurement]]:
-        yield [finished(PLAIN), finished(CHUNKED, peak_mib=10.0)]
+        yield [finished(PLAIN), replace(finished(CHUNKED), peak_mib=10.0)]
         yield [finished(FLOOR)]
 
     monkeypatch.setattr(command, "measure", measurements)
