@@ -46,8 +46,8 @@ def _in_order(rows: list[Row], plan: Plan) -> list[Row]:
 
 def _draw(rows: list[Row], plan: Plan, console: Console) -> None:
     files = [CSV]
-    if not any(row.status == MEASURED for row in rows):
-        reason = "plots left out: nothing was measured"
+    if not any(row.status == MEASURED and row.implementation != FLOOR for row in rows):
+        reason = "plots left out: no loss was measured"
     else:
         try:
             draw(rows, plan.folder)

@@ -39,7 +39,7 @@ _SETTINGS: Any = {
 }
 _FLOOR: dict[str, Any] = {"color": "black", "linewidth": 0.9}
 _HEAD_GRADIENT: dict[str, Any] = {**_FLOOR, "linestyle": (0, (1, 1.5))}
-_INCHES = {"width": 7.2, "line": 0.13, "gap": 0.12, "panel": 0.75, "legend": 0.45}
+_INCHES = {"width": 7.2, "line": 0.13, "gap": 0.12, "panel": 0.75, "legends": 0.7}
 _DODGE = 0.8
 """Share of a line's height over which its implementations are spread."""
 
@@ -70,24 +70,26 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
     ]
     with rc_context(_SETTINGS):
         figure = Figure(
-            figsize=(_INCHES["width"], sum(heights) + _INCHES["legend"]), layout="constrained"
+            figsize=(_INCHES["width"], sum(heights) + _INCHES["legends"]), layout="constrained"
         )
         FigureCanvasAgg(figure)
-        axes = figure.subplots(len(panels), 2, squeeze=False, sharey="row", height_ratios=heights)
+        axes = figure.subplots(
+            len(panels),
+            2,
+            squeeze=False,
+            sharey="row",
+            height_ratios=heights,
+            gridspec_kw={"wspace": 0.06},
+        )
         for (title, lines), (time, memory) in zip(panels.items(), axes, strict=True):
             _draw_panel(time, memory, title, lines)
-        handles = [
-            *(_marker(name) for name in used),
+        look: dict[str, Any] = {"columnspacing": 1.6, "handletextpad": 0.5, "ncols": len(used)}
+        figure.legend(handles=[_marker(name) for name in used], loc="outside upper center", **look)
+        references = [
             _line(_FLOOR, "floor: the four matrix products"),
-            _line(_HEAD_GRADIENT, "gradient of the head"),
+            _line(_HEAD_GRADIENT, "gradient of the head, which every implementation hands over"),
         ]
-        figure.legend(
-            handles=handles,
-            loc="outside upper center",
-            ncols=len(handles),
-            columnspacing=1.4,
-            handletextpad=0.5,
-        )
+        figure.legend(handles=references, loc="outside lower center", **look | {"ncols": 2})
         for name in FILES:
             partial = folder / f".{name}.partial"
             kind = name.rpartition(".")[2]
@@ -103,7 +105,8 @@ def _panels(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
     panels: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         size = f"{row.tokens:,} tokens, vocabulary {row.vocab:,}"
-        title, label = (row.loss, size) if single else (size, row.loss)
+        loss = row.loss.replace(":", "\n")  # parameters on a line of their own
+        title, label = (row.loss, size) if single else (size, loss)
         panels.setdefault(title, {}).setdefault(label, []).append(row)
     return panels
 
@@ -114,7 +117,8 @@ def _draw_panel(time: Axes, memory: Axes, title: str, lines: dict[str, list[Row]
     for place, rows in enumerate(lines.values()):
         for offset, row in zip(_offsets(len(rows)), rows, strict=True):
             _draw_row(time, memory, place + offset, row)
-        _draw_head_gradient(memory, place, rows)
+        gradient = rows[0].head_gradient_mib  # the same for all at one size
+        memory.plot([gradient] * 2, [place - 0.5, place + 0.5], **_HEAD_GRADIENT, zorder=1)
         if place:
             for axis in (time, memory):
                 axis.axhline(place - 0.5, color="#e4e4e4", linewidth=0.6, zorder=0)
@@ -125,6 +129,7 @@ def _draw_panel(time: Axes, memory: Axes, title: str, lines: dict[str, list[Row]
     time.set_xlabel("time / floor")
     time.set_title(title, fontweight="bold")
     memory.set_xscale("log")
+    memory.set_xlim(*_memory_limits([row for rows in lines.values() for row in rows]))
     memory.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
     memory.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     memory.xaxis.set_minor_formatter(NullFormatter())
@@ -152,13 +157,11 @@ def _draw_row(time: Axes, memory: Axes, place: float, row: Row) -> None:
         memory.plot([row.peak_mib], [place], **look)
 
 
-def _draw_head_gradient(memory: Axes, place: int, rows: Sequence[Row]) -> None:
-    for row in rows:
-        if row.peak_mib is not None and row.peak_above_head_gradient_mib is not None:
-            unavoidable = row.peak_mib - row.peak_above_head_gradient_mib
-            ends = [place - 0.5, place + 0.5]
-            memory.plot([unavoidable, unavoidable], ends, **_HEAD_GRADIENT, zorder=1)
-            return
+def _memory_limits(rows: Sequence[Row]) -> tuple[float, float]:
+    """From the head's gradient to the highest peak, wide enough to hold a labelled tick."""
+    lowest = min(row.head_gradient_mib for row in rows)
+    highest = max(lowest, *(row.peak_mib or 0 for row in rows))
+    return min(lowest, highest / 4) / 1.15, highest * 1.15
 
 
 def _offsets(count: int) -> list[float]:

@@ -44,6 +44,7 @@ class Row:
     median_s: float | None
     floor_median_s: float | None
     first_call_s: float | None
+    head_gradient_mib: float
     peak_mib: float | None
     peak_above_head_gradient_mib: float | None
     peak_ratio_to_plain: float | None
@@ -120,6 +121,7 @@ def _row(result: Measurement, reference: Measurement | None, plain: Measurement 
     measured = result.measured and not result.skipped
     ratios = ([1.0] if floor else result.ratios) if measured else []
     compared = measured and reference is not None and reference is not result
+    gradient = head_gradient(case) / 2**20
     peak = result.peak_mib
     plain_peak = None if plain is None else plain.peak_mib
     distribution = _distribution(result)
@@ -137,8 +139,9 @@ def _row(result: Measurement, reference: Measurement | None, plain: Measurement 
         median_s=_median(result.seconds),
         floor_median_s=_median(result.seconds if floor else result.floor_seconds),
         first_call_s=None if ready is None else ready.first_call_s,
+        head_gradient_mib=gradient,
         peak_mib=peak,
-        peak_above_head_gradient_mib=(None if peak is None else peak - head_gradient(case) / 2**20),
+        peak_above_head_gradient_mib=None if peak is None else peak - gradient,
         peak_ratio_to_plain=(peak / plain_peak if peak is not None and plain_peak else None),
         loss_value=None if ready is None or floor else ready.loss,
         hidden_grad_norm=None if ready is None or floor else ready.hidden_grad_norm,

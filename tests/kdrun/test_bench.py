@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_skipped_with_a_reason_and_is_no_failure(
     assert [row["status"] for row in rows] == ["skipped"] * 3
     for row in rows:
         assert "GiB are free" in row["reason"]
-    assert "nothing was measured" in capsys.readouterr().out
+    assert "no loss was measured" in capsys.readouterr().out
     assert not (tmp_path / "bench.png").exists()
 
 
@@ -360,6 +360,18 @@ def test_the_same_rows_give_the_same_drawing(tmp_path: Path) -> None:
         drawn.append((tmp_path / "bench.svg").read_bytes())
     assert drawn[0] == drawn[1]
     assert b"99 tokens, vocabulary 40" in drawn[0]
+
+
+def test_nothing_is_drawn_where_the_floor_alone_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = replace(finished(PLAIN), failed="OutOfMemoryError: [too] large")
+    results = [[failed], [finished(FLOOR)]]
+    monkeypatch.setattr(command, "measure", lambda *_: (result for result in results))
+    assert not command.bench(plan_for(tmp_path))
+    printed = capsys.readouterr().out
+    assert "failed: OutOfMemoryError: [too] large" in printed
+    assert "no loss was measured" in printed
 
 
 @pytest.mark.slow
