@@ -197,7 +197,9 @@ def new_loss(name: str, output: str | None) -> None:
 
 
 @cli.command("bench")
-@click.option("--loss", "losses", multiple=True, metavar="SPEC", help="By default every registered loss.")
+@click.option(
+    "--loss", "losses", multiple=True, metavar="SPEC", help="By default every registered loss."
+)
 @click.option(
     "--peer",
     "peers",

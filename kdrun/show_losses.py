@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from kdlosses import BrokenLossError, LossRef, LossSpecError, available_losses, get_loss, parse_spec
+from kdlosses import (
+    BrokenLossError,
+    LossRef,
+    LossSpecError,
+    available_losses,
+    find_loss,
+    get_loss,
+    parse_spec,
+)
 
 if TYPE_CHECKING:
     from kdlosses import Loss
@@ -60,7 +68,7 @@ def print_loss(name: str) -> None:
     traits["curvature"] = loss.curvature()
     for trait, value in traits.items():
         console.print(f"{trait}: {value}", markup=False)
-    ref = next(ref for ref in available_losses() if ref.name == parse_spec(name).name)
+    ref = find_loss(parse_spec(name).terms[0].name)
     console.print(f"registered by {ref.distribution} as {ref.name} and {ref.name}_chunked")
 
 

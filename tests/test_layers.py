@@ -61,12 +61,15 @@ def inner(path):
 ALLOWED = {
     "divergence": set(),
     "numerics": set(),
-    "sources": set(),
+    "sources": {"numerics"},
     "losses": {"divergence", "numerics"},
     "engine": {"engine", "sources", "divergence", "numerics"},
-    "objective": {"engine", "sources", "divergence", "numerics"},
-    "registry": {"divergence", "objective", "engine"},
-    "testing": {"divergence", "engine", "objective", "registry", "sources"},
+    "schedules": set(),
+    "terms": {"divergence", "schedules"},
+    "batch": {"engine", "sources"},
+    "objective": {"batch", "terms", "engine", "sources", "divergence", "schedules"},
+    "registry": {"divergence", "objective", "engine", "schedules", "terms"},
+    "testing": {"testing", "schedules", "divergence", "engine", "objective", "registry", "sources"},
 }
 
 

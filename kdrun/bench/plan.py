@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
-from kdlosses import BrokenLossError, available_losses, find_loss, get_loss, parse_spec
+from kdlosses import BrokenLossError, available_losses, get_loss, parse_spec
 from kdrun.bench.peers import PEERS, is_installed
 from kdrun.errors import InputError
 
@@ -155,6 +154,17 @@ def make_plan(
     )
 
 
+def respell(spec: str, *, chunked: bool) -> str:
+    """A spec of one loss or a sum, with or without the chunked suffix."""
+    texts = []
+    for term in parse_spec(spec).terms:
+        weight = "" if term.weight == 1 else f"{term.weight!r}*"
+        name, colon, parameters = term.label.partition(":")
+        suffix = "_chunked" if chunked else ""
+        texts.append(f"{weight}{name}{suffix}{colon}{parameters}")
+    return "+".join(texts)
+
+
 def _check_sizes(settings: Settings, tokens: Sequence[int], vocabs: Sequence[int]) -> None:
     lowest = [
         *(("--tokens", value, 1) for value in tokens),
@@ -180,13 +190,10 @@ def _specs(losses: Sequence[str]) -> list[str]:
         return list(dict.fromkeys(ref.name for ref in available_losses()))
     specs = []
     for given in losses:
-        parsed = parse_spec(given)
-        find_loss(parsed.name)
-        parameters = ",".join(f"{key}={value}" for key, value in parsed.parameters.items())
-        spec = f"{parsed.name}:{parameters}" if parameters else parsed.name
+        spec = respell(given, chunked=False)
         # A loss that cannot be imported becomes a row of its own; the others are measured.
-        with contextlib.suppress(BrokenLossError):
-            _build(spec)
+        with contextlib.suppress(BrokenLossError), _no_advice():
+            get_loss(spec)
         specs.append(spec)
     return list(dict.fromkeys(specs))
 
@@ -200,18 +207,22 @@ def _peers_of(spec: str, chosen: Sequence[str]) -> tuple[str, ...]:
 
 def _beta(spec: str) -> float | None:
     """Which generalised JSD of the peers a loss is: 0 forward KL, 1 reverse KL; None for others."""
-    parsed = parse_spec(spec)
-    if parsed.name != "generalized_jsd":
-        return {"forward_kl": 0.0, "reverse_kl": 1.0}.get(parsed.name)
-    values = _build(spec)
+    [term, *others] = parse_spec(spec).terms
+    if others or term.weight != 1:
+        return None
+    if term.name != "generalized_jsd":
+        return {"forward_kl": 0.0, "reverse_kl": 1.0}.get(term.name)
+    with _no_advice():
+        values = get_loss(spec).loss.model_dump()
     return None if values["normalize"] else float(values["beta"])
 
 
-def _build(spec: str) -> dict[str, Any]:
-    """Construct a loss, as a check; its hyper-parameters."""
+@contextlib.contextmanager
+def _no_advice() -> Iterator[None]:
+    """Advice about the values of parameters is the worker's to report."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice about values is the worker's to report
-        return get_loss(spec).loss.model_dump()
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _require_cuda() -> None:

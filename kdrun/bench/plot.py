@@ -105,7 +105,8 @@ def _panels(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
     panels: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         size = f"{row.tokens:,} tokens, vocabulary {row.vocab:,}"
-        loss = row.loss.replace(":", "\n")  # parameters on a line of their own
+        # Parameters and further terms on lines of their own.
+        loss = row.loss.replace(":", "\n").replace("+", "\n+ ")
         title, label = (row.loss, size) if single else (size, loss)
         panels.setdefault(title, {}).setdefault(label, []).append(row)
     return panels

@@ -223,7 +223,8 @@ def _distribution(result: Measurement) -> str:
     if name in PEERS:
         return PEERS[name].distribution
     try:
-        return find_loss(parse_spec(result.case.loss).name).distribution
+        terms = parse_spec(result.case.loss).terms
+        return "+".join(dict.fromkeys(find_loss(term.name).distribution for term in terms))
     except LossSpecError:  # a name that two distributions claim
         return ""
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdrun.bench import memory
 from kdrun.bench.peers import PEERS
-from kdrun.bench.plan import CHUNKED, FLOOR, PLAIN, Case
+from kdrun.bench.plan import CHUNKED, FLOOR, PLAIN, Case, respell
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -272,12 +272,9 @@ def _make_step(case: Case, inputs: Inputs, chunk_size: int | None) -> Callable[[
 
 
 def _ours(case: Case, chunk_size: int | None) -> Callable[[Inputs], Tensor]:
-    from kdlosses import KDObjective, Projected, get_loss, parse_spec
+    from kdlosses import KDObjective, Projected, get_loss
 
-    spec = case.loss
-    if case.implementation == CHUNKED:
-        name = parse_spec(spec).name
-        spec = spec.replace(name, f"{name}_chunked", 1)
+    spec = respell(case.loss, chunked=case.implementation == CHUNKED)
     objective = KDObjective(get_loss(spec, chunk_size=chunk_size), case.settings.kd_ratio)
 
     def forward(inputs: Inputs) -> Tensor:

@@ -279,6 +279,7 @@ def test_peers_are_asked_only_for_what_they_have(
         "generalized_jsd:normalize=true",
         "hellinger",
         "reverse_kl",
+        "0.7*forward_kl_chunked + 0.3*skew_reverse_kl_chunked:alpha=0.2",
     ]
     made = make_plan(SETTINGS, [12], [40], losses, [], tmp_path)
     assert made.losses == {
@@ -287,6 +288,7 @@ def test_peers_are_asked_only_for_what_they_have(
         "generalized_jsd:beta=0.1": ("liger",),
         "generalized_jsd:normalize=true": (),
         "hellinger": (),
+        "0.7*forward_kl+0.3*skew_reverse_kl:alpha=0.2": (),
     }
     assert made.absent == ("trl",)
     betas = {loss: {case.beta for case in made.cases(POINT, loss)} for loss in made.losses}
@@ -294,6 +296,14 @@ def test_peers_are_asked_only_for_what_they_have(
     assert betas["generalized_jsd:beta=0.1"] == {0.1}
     with pytest.raises(InputError, match="pip install"):
         make_plan(SETTINGS, [12], [40], losses, ["trl"], tmp_path)
+
+
+def test_specs_are_spelled_with_and_without_the_suffix() -> None:
+    plain = "0.7*forward_kl+skew_reverse_kl:alpha=0.2"
+    chunked = "0.7*forward_kl_chunked+skew_reverse_kl_chunked:alpha=0.2"
+    for spec in (plain, chunked):
+        assert plan.respell(spec, chunked=False) == plain
+        assert plan.respell(spec, chunked=True) == chunked
 
 
 def test_all_registered_losses_are_measured_by_default(tmp_path: Path) -> None:
