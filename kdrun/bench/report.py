@@ -200,7 +200,8 @@ def _notes(row: Row) -> list[str]:
 
 
 def _figure(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
+    # Adding 0 turns a rounded -0 into 0.
+    return "-" if value is None else f"{round(value, digits) + 0:,.{digits}f}"
 
 
 def _seconds(value: float) -> str:

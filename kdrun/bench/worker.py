@@ -51,7 +51,7 @@ class Ready:
         chunk_size: rows a chunk, of the chunked evaluation.
         threads: of torch.
         device: name of the accelerator; None on a CPU.
-        warnings: what was warned about in the first step.
+        warnings: what the library warned about, first lines.
     """
 
     first_call_s: float
@@ -135,7 +135,10 @@ class _Bench:
         self._cuda = settings.device == "cuda"
         self._inputs = make_inputs(settings, case.point)
         self._chunk_size = _chunk_size(case)
-        self._step = _make_step(case, self._inputs, self._chunk_size)
+        # Kept for the report: advice about parameters here, a missing compiler in the first step.
+        with warnings.catch_warnings(record=True) as self._caught:
+            warnings.simplefilter("default")
+            self._step = _make_step(case, self._inputs, self._chunk_size)
 
     def lacking(self) -> str | None:
         """Why a step that keeps the logits of all rows would not fit; None where it does.
@@ -170,6 +173,7 @@ class _Bench:
         )
         self._clear()
         ours = self._case.implementation in (PLAIN, CHUNKED)
+        heard = [*self._caught, *caught]
         return Ready(
             first_call_s=first,
             loss=value,
@@ -178,7 +182,7 @@ class _Bench:
             chunk_size=self._chunk_size,
             threads=torch.get_num_threads(),
             device=torch.cuda.get_device_name() if self._cuda else None,
-            warnings=tuple(dict.fromkeys(_first_line(item) for item in caught)) if ours else (),
+            warnings=tuple(dict.fromkeys(map(_first_line, heard))) if ours else (),
         )
 
     def seconds(self) -> float:
