@@ -48,8 +48,8 @@ class StandardizedKL(RowLoss):
     out stay out of its mean and deviation.
 
     Not where calibrated probabilities matter: the value is 0 for every student whose logits are
-    the teacher's, stretched by any factor; cross-entropy has to settle the factor. Not for vocabularies
-    with many tokens that never occur, whose logits then decide mean and deviation.
+    the teacher's, stretched by any factor; cross-entropy has to settle the factor. Not for
+    vocabularies with many tokens that never occur: their logits then decide mean and deviation.
 
     Reference: Sun et al. 2024 (Logit Standardization in Knowledge Distillation),
     arXiv:2403.01427.
