@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from kdlosses import BrokenLossError, LossRef, LossSpecError, available_losses, get_loss, parse_spec
+from kdrun.plot_losses import SETTING, check_plot_file, draw_text, write_plot
 
 if TYPE_CHECKING:
     from kdlosses import Loss
@@ -37,13 +39,21 @@ def print_list(details: bool) -> None:
     _console().print(table)
 
 
-def print_loss(name: str) -> None:
-    """Formula, parameters and traits of one loss.
+def print_loss(name: str, plot: Path | None = None) -> None:
+    """Formula, parameters, traits and plot of one loss.
+
+    Args:
+        name: of the loss, with parameters or without.
+        plot: a picture of the plot to write.
 
     Raises:
         LossSpecError: no such loss.
+        InputError: a picture that cannot be written.
     """
     loss = get_loss(name).loss
+    if plot is not None:
+        check_plot_file(plot)
+        write_plot(name, plot)
     console = _console()
     console.print(inspect.cleandoc(type(loss).__doc__ or "(no docstring)"), markup=False)
     console.print()
@@ -62,6 +72,21 @@ def print_loss(name: str) -> None:
         console.print(f"{trait}: {value}", markup=False)
     ref = next(ref for ref in available_losses() if ref.name == parse_spec(name).name)
     console.print(f"registered by {ref.distribution} as {ref.name} and {ref.name}_chunked")
+    console.print()
+    _print_plot(console, name)
+    if plot is not None:
+        console.print(f"\n{plot} written", markup=False)
+
+
+def _print_plot(console: Any, name: str) -> None:
+    try:
+        lines = draw_text(name, console.encoding)
+    except Exception as error:  # of the loss: whoever wrote it still wants to see the rest
+        console.print(f"no plot: {type(error).__name__}: {error}", markup=False)
+        return
+    for line in lines:
+        console.print(line, markup=False)
+    console.print(SETTING)
 
 
 def _details(ref: LossRef) -> tuple[str, str]:
