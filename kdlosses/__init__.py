@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kdlosses.divergence import Divergence as Divergence
     from kdlosses.divergence import Loss as Loss
     from kdlosses.divergence import RowLoss as RowLoss
+    from kdlosses.divergence import state_variable as state_variable
     from kdlosses.engine.plan import automatic_chunk_size as automatic_chunk_size
     from kdlosses.objective import KDObjective as KDObjective
     from kdlosses.objective import KDOutput as KDOutput
@@ -24,28 +25,45 @@ if TYPE_CHECKING:
     from kdlosses.registry import find_loss as find_loss
     from kdlosses.registry import get_loss as get_loss
     from kdlosses.registry import parse_spec as parse_spec
+    from kdlosses.schedules import Constant as Constant
+    from kdlosses.schedules import Cosine as Cosine
+    from kdlosses.schedules import Linear as Linear
+    from kdlosses.schedules import Schedule as Schedule
+    from kdlosses.schedules import Step as Step
     from kdlosses.sources import Logits as Logits
     from kdlosses.sources import Projected as Projected
+    from kdlosses.sources import Sampled as Sampled
+    from kdlosses.sources import TopK as TopK
+    from kdlosses.terms import Term as Term
 
 _HOME = {
     "BrokenLossError": "registry",
+    "Constant": "schedules",
+    "Cosine": "schedules",
     "Divergence": "divergence",
     "KDObjective": "objective",
     "KDOutput": "objective",
+    "Linear": "schedules",
     "Logits": "sources",
-    "Measures": "objective",
     "Loss": "divergence",
     "LossRef": "registry",
     "LossSpecError": "registry",
+    "Measures": "objective",
     "Projected": "sources",
     "RowLoss": "divergence",
+    "Sampled": "sources",
+    "Schedule": "schedules",
+    "Step": "schedules",
+    "Term": "terms",
     "TokenLoss": "objective",
+    "TopK": "sources",
     "automatic_chunk_size": "engine.plan",
     "available_losses": "registry",
     "find_loss": "registry",
     "get_loss": "registry",
     "measure": "objective",
     "parse_spec": "registry",
+    "state_variable": "divergence",
 }
 
 __all__ = sorted([*_HOME, "testing"])

@@ -6,12 +6,34 @@ class variables are its traits, the statements that the conformance checks hold 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+
+
+class state_variable:  # noqa: N801 - a decorator
+    """Declares a quantity that a loss carries from step to step, by the value that it starts with.
+
+    ::
+
+        @state_variable
+        def share(self) -> float:
+            return self.first_share
+
+    ``integrand`` or ``row`` reads ``self.share``; :meth:`Loss.next_state` gives its next value.
+    The values live with the loss module (in its ``state_dict``), not in the frozen loss.
+    """
+
+    def __init__(self, start: Callable[[Any], float]) -> None:
+        self._start = start
+        self.__doc__ = start.__doc__
+
+    def __get__(self, loss: Any, owner: type | None = None) -> Any:
+        # No __set__: an entry of the same name in the instance's __dict__ wins (Loss.bind).
+        return self if loss is None else self._start(loss)
 
 
 class Loss(BaseModel, ABC):
@@ -29,12 +51,15 @@ class Loss(BaseModel, ABC):
             both sides are softened by a temperature T; the softened term is multiplied by
             ``T ** temperature_power`` (Hinton et al. 2015, arXiv:1503.02531, for the power 2).
         detached: names of the quantities through which no gradient flows by design.
-        stateful: the loss carries state from step to step.
+        stateful: the loss carries state from step to step; set where a :class:`state_variable`
+            is declared.
         expected_failures: checks of :mod:`kdlosses.testing` that the loss is known to fail, by
             name, each with a written reason.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, ignored_types=(state_variable,)
+    )
 
     zero_at_equality: ClassVar[bool] = True
     nonnegative: ClassVar[bool] = True
@@ -51,6 +76,49 @@ class Loss(BaseModel, ABC):
         loss has no such expansion (total variation) or states none.
         """
         return None
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        cls.stateful = bool(cls.state_names())
+
+    @classmethod
+    def state_names(cls) -> tuple[str, ...]:
+        """The names of the state variables."""
+        return tuple(
+            name
+            for kind in reversed(cls.__mro__)
+            for name, value in vars(kind).items()
+            if isinstance(value, state_variable)
+        )
+
+    def initial_state(self) -> dict[str, float]:
+        """The state variables before the first step."""
+        return {name: float(getattr(self, name)) for name in self.state_names()}
+
+    def next_state(
+        self, state: Mapping[str, float], value: float, progress: float
+    ) -> dict[str, float]:
+        """The state variables after an optimiser step; stateful losses override it.
+
+        Args:
+            state: the variables as the step used them.
+            value: the loss of the step: its mean over the supervised tokens of all micro-batches
+                and ranks, with the temperature's factor.
+            progress: the share of the training that is done, in [0, 1].
+        """
+        return dict(state)
+
+    def bind(self, values: Mapping[str, Tensor]) -> Self:
+        """The same loss with some fields or state variables given as 0-d tensors.
+
+        What is bound may change without compiling anew. No validation: the engine binds values
+        that were checked before, inside the compiled tile.
+        """
+        bound: Self = object.__new__(type(self))
+        for name, value in {**self.__dict__, **values}.items():
+            object.__setattr__(bound, name, value)
+        return bound
 
 
 class Divergence(Loss):
@@ -92,8 +160,14 @@ class RowLoss(Loss):
     """A loss that needs the whole row: a ranking, a head/tail split, mixed logits, the label.
 
     Prefer :class:`Divergence` where the loss is a sum over the vocabulary: only that form works
-    with compressed teachers and with a vocabulary that is split over devices.
+    with sampled teachers and with a vocabulary that is split over devices.
+
+    Attributes:
+        supports_top_k: :meth:`row` may be given the teacher's k most likely tokens and one entry
+            for all others instead of the vocabulary, with labels that mean nothing.
     """
+
+    supports_top_k: ClassVar[bool] = False
 
     @abstractmethod
     def row(self, teacher_log_probs: Tensor, student_log_probs: Tensor, labels: Tensor) -> Tensor:

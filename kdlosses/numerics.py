@@ -98,6 +98,14 @@ def joint_exp(*exponents: Tensor) -> list[Tensor]:
     return [torch.where(beyond, x - highest + HIGHEST_EXPONENT, x).exp() for x in exponents]
 
 
+def moves(parameter: object) -> bool:
+    """Whether a parameter of a loss is given as a 0-d tensor, because a schedule moves it.
+
+    No branch may depend on its value then: the compiled graph is one for all values.
+    """
+    return isinstance(parameter, Tensor)
+
+
 def choose_near(x: Tensor, radius: float, near: Callable[[Tensor], Tensor], far: Tensor) -> Tensor:
     """``near(x)`` where ``|x| < radius``, else ``far``.
 

@@ -1,53 +1,60 @@
 """What a training loop calls: a loss as a module, and its mix with cross-entropy."""
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from kdlosses.batch import Batch, Denominator
 from kdlosses.divergence import Loss
 from kdlosses.engine import (
     Chunking,
+    Problem,
     Program,
-    Supervised,
     evaluate,
     measure_rows,
+    refusal,
     silenced,
-    supervised_rows,
+    view_of,
 )
-from kdlosses.sources import Source, as_source
-
-Denominator = int | float | Tensor
+from kdlosses.schedules import Schedule
+from kdlosses.sources import Compressed, Source, TeacherSource
+from kdlosses.terms import TEMPERATURE, MovingTerms, Term
 
 
 class TokenLoss(nn.Module):
     """A distillation loss over the supervised tokens of a batch. Made by :func:`get_loss`.
 
-    The value is ``T ** temperature_power * sum_i w_i D(p_i, q_i) / num_tokens`` over the rows ``i``
-    whose label is not ignored, with ``p = softmax(teacher / T)`` and ``q = softmax(student / T)``.
+    The value is ``sum_k v_k T ** power_k sum_i w_i D_k(p_i, q_i) / num_tokens`` over the rows ``i``
+    whose label is not ignored and the terms ``k`` of a weighted sum (mostly one, with weight 1),
+    with ``p = softmax(teacher / T)`` and ``q = softmax(student / T)``.
 
     Args:
-        loss: the divergence or row loss.
+        loss: the divergence or row loss, or the terms of a weighted sum.
         chunking: None for the plain evaluation by autograd on full logits.
         temperature: T > 0, softens both sides.
-        temperature_scaling: whether the value is multiplied by ``T ** temperature_power``
+        temperature_scaling: whether each term is multiplied by ``T ** temperature_power``
             (Hinton et al. 2015); TRL, Liger and DistiLLM do not.
         ignore_index: label of the positions that are left out.
         vocab_size: both sides are cut to this many entries before the softmax; by default to the
             smaller of the two heads.
-        match_curvature: divide by the loss's curvature, so that near equality it is as strong as
-            KL and one ``kd_ratio`` means the same for every loss.
+        match_curvature: divide each term by its curvature, so that near equality it is as strong
+            as KL and one ``kd_ratio`` means the same for every loss.
+        schedules: of ``temperature``, of fields (``"alpha"``), or of fields of one term of a sum
+            (``"reverse_kl.alpha"``). They move with :meth:`advance`.
 
     Raises:
-        ValueError: a temperature or vocabulary size that is not positive, or ``match_curvature``
-            for a loss that states no curvature.
+        ValueError: a temperature or vocabulary size that is not positive, ``match_curvature``
+            for a loss that states no curvature, terms or schedules that have no meaning.
     """
 
     def __init__(
         self,
-        loss: Loss,
+        loss: Loss | Sequence[Term],
         *,
         chunking: Chunking | None = None,
         temperature: float = 1.0,
@@ -55,37 +62,106 @@ class TokenLoss(nn.Module):
         ignore_index: int = -100,
         vocab_size: int | None = None,
         match_curvature: bool = False,
+        schedules: Mapping[str, Schedule] = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature: must be a positive number, got {temperature}")
+        of_temperature = schedules.get(TEMPERATURE)
+        for value in of_temperature.extremes if of_temperature else (temperature,):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"temperature: must be a positive number, got {value}")
         if vocab_size is not None and vocab_size < 1:
             raise ValueError(f"vocab_size: must be at least 1, got {vocab_size}")
-        self.loss = loss
+        terms = (Term(loss, 1.0, type(loss).__name__),) if isinstance(loss, Loss) else tuple(loss)
+        self._moving = MovingTerms(
+            terms, {key: value for key, value in schedules.items() if key != TEMPERATURE}
+        )
+        self._temperature_schedule = of_temperature
         self.chunking = chunking
-        self.temperature = temperature
+        self.temperature = of_temperature(0.0) if of_temperature else temperature
         self.temperature_scaling = temperature_scaling
         self.ignore_index = ignore_index
         self.vocab_size = vocab_size
-        self.scale = 1.0
+        self.match_curvature = match_curvature
         if match_curvature:
-            curvature = loss.curvature()
-            if not curvature:
-                raise ValueError(
-                    f"match_curvature: {type(loss).__name__} has no curvature to match "
-                    f"(it states {curvature})"
-                )
-            self.scale = 1.0 / curvature
+            for index, term in enumerate(terms):
+                if not self._moving.curvature(index):
+                    raise ValueError(
+                        f"match_curvature: {term.name} has no curvature to match "
+                        f"(it states {self._moving.curvature(index)})"
+                    )
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The weighted losses that are summed; mostly one."""
+        return self._moving.terms
+
+    @property
+    def loss(self) -> Loss:
+        """The one loss.
+
+        Raises:
+            ValueError: a sum of several; see :attr:`terms`.
+        """
+        if len(self.terms) > 1:
+            names = ", ".join(term.name for term in self.terms)
+            raise ValueError(f"a sum has no single loss; name one of {names}")
+        return self.terms[0].loss
+
+    @property
+    def progress(self) -> float:
+        """The progress that schedules stand at."""
+        return self._moving.progress
+
+    @property
+    def stateful(self) -> bool:
+        """Whether :meth:`advance` needs the values of the terms."""
+        return self._moving.stateful
+
+    @property
+    def moving_values(self) -> dict[str, float]:
+        """The present values of what is scheduled and of state variables, by name."""
+        temperature = {TEMPERATURE: self.temperature} if self._temperature_schedule else {}
+        return {**temperature, **self._moving.named_values}
+
+    def advance(self, progress: float, term_values: Sequence[float] | None = None) -> None:
+        """Move schedules and state on, once after each optimiser step.
+
+        Args:
+            progress: the share of the training that is done, in [0, 1].
+            term_values: for each term its mean over the supervised tokens of the step, of all
+                micro-batches and ranks (:attr:`KDOutput.kd_terms`); only stateful losses need it.
+
+        Raises:
+            ValueError: a progress outside [0, 1], or values missing that a state needs.
+        """
+        if self.stateful and term_values is None:
+            raise ValueError(
+                "term_values: a loss carries state and needs the mean of each term over the step"
+            )
+        self._move(progress, term_values)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Progress and state variables: numbers, part of ``state_dict``."""
+        return self._moving.state()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take back what :meth:`get_extra_state` gave."""
+        self._moving.restore(state)
+        self._move_temperature()
 
     def extra_repr(self) -> str:
-        """Shows the loss and how it is evaluated."""
+        """Shows the losses and how they are evaluated."""
         how = "plain" if self.chunking is None else "chunked"
-        return f"{self.loss!r}, {how}, temperature={self.temperature}"
+        sum_ = " + ".join(
+            repr(term.loss) if term.weight == 1 else f"{term.weight:g} {term.loss!r}"
+            for term in self.terms
+        )
+        return f"{sum_}, {how}, temperature={self.temperature}"
 
     def forward(
         self,
         student: Tensor | Source,
-        teacher: Tensor | Source,
+        teacher: Tensor | TeacherSource,
         labels: Tensor,
         num_tokens: Denominator | None = None,
         *,
@@ -96,7 +172,8 @@ class TokenLoss(nn.Module):
 
         Args:
             student: logits ``[..., V]`` or :class:`Projected`.
-            teacher: likewise; it never receives a gradient.
+            teacher: likewise, or compressed (:class:`TopK`, :class:`Sampled`); it never receives a
+                gradient.
             labels: ``[...]`` aligned with the logits: ``labels[..., i]`` is the target of
                 ``logits[..., i, :]``. Positions with ``ignore_index`` are left out.
             num_tokens: the denominator; by default the supervised tokens of this call. Give the
@@ -109,7 +186,8 @@ class TokenLoss(nn.Module):
             must not be given then). With no supervised token the value is 0 with zero gradients.
 
         Raises:
-            ValueError: on shapes that do not fit together or labels outside the vocabulary.
+            ValueError: on shapes that do not fit together, labels outside the vocabulary, or a
+                compressed teacher that the loss or its temperature has no meaning with.
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
@@ -118,35 +196,89 @@ class TokenLoss(nn.Module):
         per_row = reduction == "none"
         if per_row and num_tokens is not None:
             raise ValueError("num_tokens: has no meaning with reduction='none'")
-        batch = _Batch.of(self, student, teacher, labels)
+        batch = self._batch(student, teacher, labels)
         weight = batch.weights(token_weights)
         divisor = 1.0 if per_row else batch.denominator(num_tokens)
-        factor = self._factor()
-        total, kd, _ = batch.evaluate(
-            self, weight * (factor / divisor), torch.zeros_like(weight), per_row
+        factors = self._weighted_factors(batch)
+        total, kd, _ = evaluate(
+            self._problem(batch),
+            weight.unsqueeze(-1) * (factors / divisor),
+            torch.zeros_like(weight),
+            self.chunking,
+            per_row,
         )
-        return batch.rows.spread(silenced(kd, weight) * (factor * weight)) if per_row else total
+        if not per_row:
+            return total
+        weight = weight.unsqueeze(-1)
+        return batch.rows.spread((silenced(kd, weight) * (factors * weight)).sum(-1))
 
-    def _factor(self) -> float:
-        power = self.loss.temperature_power if self.temperature_scaling else 0
-        return float(self.scale * self.temperature**power)
+    def _batch(
+        self, student: Tensor | Source, teacher: Tensor | TeacherSource | None, labels: Tensor
+    ) -> Batch:
+        return Batch.of(student, teacher, labels, self.ignore_index, self.vocab_size)
+
+    def _problem(self, batch: Batch, with_teacher: bool = True) -> Problem:
+        """What the engine is to evaluate; without the teacher, cross-entropy alone."""
+        if batch.teacher is None or not with_teacher:
+            program = Program(student_post=batch.student.post)
+            return Problem(program, batch.student, None, batch.rows, (), batch.vocab_size)
+        for term in self.terms:
+            reason = refusal(term.loss, batch.teacher, self.temperature)
+            if reason is not None:
+                raise ValueError(f"teacher: {reason}")
+        program = Program(
+            losses=tuple(term.loss for term in self.terms),
+            bound=self._moving.bound,
+            student_post=batch.student.post,
+            view=view_of(batch.teacher),
+            softened=self.temperature != 1.0 or self._temperature_schedule is not None,
+        )
+        moving = [value for values in self._moving.values for value in values.values()]
+        scalars = tuple(batch.scalar(value) for value in (self.temperature, *moving))
+        return Problem(program, batch.student, batch.teacher, batch.rows, scalars, batch.vocab_size)
+
+    def _factors(self, batch: Batch) -> Tensor:
+        """What makes the raw value of each term its reported value, ``[k]``."""
+        factors = []
+        for index, term in enumerate(self.terms):
+            power = term.loss.temperature_power if self.temperature_scaling else 0
+            curvature = self._moving.curvature(index) if self.match_curvature else None
+            factors.append(self.temperature**power / (curvature or 1.0))
+        device = batch.student.tensors[0].device
+        return torch.tensor(factors, dtype=batch.dtype, device=device)
+
+    def _weighted_factors(self, batch: Batch) -> Tensor:
+        weights = torch.tensor([term.weight for term in self.terms], dtype=batch.dtype)
+        factors = self._factors(batch)
+        return factors * weights.to(factors.device)
+
+    def _move(self, progress: float, term_values: Sequence[float] | None) -> None:
+        self._moving.advance(progress, term_values)
+        self._move_temperature()
+
+    def _move_temperature(self) -> None:
+        if self._temperature_schedule is not None:
+            self.temperature = self._temperature_schedule(self._moving.progress)
 
 
 @dataclass(frozen=True)
 class KDOutput:
-    """What :class:`KDObjective` returns.
+    """What an objective gives.
 
     Attributes:
         loss: 0-d, the only member with a gradient.
         class_loss: 0-d cross-entropy per supervised token.
         kd_loss: 0-d KD term per supervised token (temperature factor included), None where no
             teacher was given.
+        kd_terms: ``[k]`` the terms of a weighted sum, before their weights; for one loss of weight
+            1 it holds ``kd_loss``. None where no teacher was given.
         num_tokens: 0-d int64, supervised tokens of this call.
     """
 
     loss: Tensor
     class_loss: Tensor
     kd_loss: Tensor | None
+    kd_terms: Tensor | None
     num_tokens: Tensor
 
 
@@ -157,17 +289,22 @@ class KDObjective(nn.Module):
 
     Args:
         loss: from :func:`kdlosses.get_loss`.
-        kd_ratio: weight of the KD term in [0, 1]; 0 never evaluates the teacher. It may be
-            changed between steps.
+        kd_ratio: weight of the KD term in [0, 1], or its schedule; 0 never evaluates the teacher.
+            A number may be changed between steps.
 
     Raises:
         ValueError: ``kd_ratio`` outside [0, 1].
     """
 
-    def __init__(self, loss: TokenLoss, kd_ratio: float = 0.5) -> None:
+    def __init__(self, loss: TokenLoss, kd_ratio: float | Schedule = 0.5) -> None:
         super().__init__()
         self.loss = loss
-        self.kd_ratio = kd_ratio
+        self._schedule = None if isinstance(kd_ratio, float | int) else kd_ratio
+        if self._schedule is not None:
+            for value in self._schedule.extremes:
+                self.kd_ratio = value  # checks it
+            kd_ratio = self._schedule(0.0)
+        self.kd_ratio = kd_ratio  # type: ignore[assignment]
 
     @property
     def kd_ratio(self) -> float:
@@ -180,10 +317,40 @@ class KDObjective(nn.Module):
             raise ValueError(f"kd_ratio: must lie in [0, 1], got {value}")
         self._kd_ratio = float(value)
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether ``kd_ratio`` is, or will come, above 0."""
+        return max(self._schedule.extremes if self._schedule else (self.kd_ratio,)) > 0
+
+    @property
+    def moving_values(self) -> dict[str, float]:
+        """The present values of what is scheduled and of state variables, by name."""
+        ratio = {"kd_ratio": self.kd_ratio} if self._schedule else {}
+        return {**ratio, **self.loss.moving_values}
+
+    def advance(self, progress: float, term_values: Sequence[float] | None = None) -> None:
+        """Move schedules and state on; see :meth:`TokenLoss.advance`.
+
+        A step at ``kd_ratio`` 0 has no values of the terms and leaves states as they are.
+        """
+        if self.kd_ratio == 0:
+            self.loss._move(progress, None)
+        else:
+            self.loss.advance(progress, term_values)
+        self._move_ratio(progress)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The progress of a schedule of ``kd_ratio``; part of ``state_dict``."""
+        return {"progress": self.loss.progress}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take back what :meth:`get_extra_state` gave."""
+        self._move_ratio(state["progress"])
+
     def forward(
         self,
         student: Tensor | Source,
-        teacher: Tensor | Source | None,
+        teacher: Tensor | TeacherSource | None,
         labels: Tensor,
         num_tokens: Denominator | None = None,
         *,
@@ -196,39 +363,44 @@ class KDObjective(nn.Module):
         """
         if teacher is None and self.kd_ratio > 0:
             raise ValueError(f"teacher: needed at kd_ratio {self.kd_ratio}, got None")
-        batch = _Batch.of(self.loss, student, teacher, labels)
-        if self.kd_ratio == 0:  # the teacher only had its say on the width of the vocabulary
-            batch = replace(batch, teacher=None)
+        batch = self.loss._batch(student, teacher, labels)
         weight = batch.weights(token_weights)
         divisor = batch.denominator(num_tokens)
-        factor = self.loss._factor()
-        total, kd, ce = batch.evaluate(
-            self.loss,
-            weight * (self.kd_ratio * factor / divisor),
+        # At ratio 0 the teacher only had its say on the width of the vocabulary.
+        problem = self.loss._problem(batch, with_teacher=self.kd_ratio > 0)
+        count = len(problem.program.losses)
+        factors = self.loss._weighted_factors(batch)[:count]
+        total, kd, ce = evaluate(
+            problem,
+            weight.unsqueeze(-1) * (self.kd_ratio * factors / divisor),
             weight * ((1 - self.kd_ratio) / divisor),
-            per_row=False,
+            self.loss.chunking,
         )
         weight = weight.detach()
+        column = weight.unsqueeze(-1)
+        sums = (silenced(kd, column) * column).sum(0) / divisor
         return KDOutput(
             loss=total,
             class_loss=(silenced(ce, weight) * weight).sum() / divisor,
-            kd_loss=(
-                None
-                if batch.teacher is None
-                else (silenced(kd, weight) * weight).sum() * (factor / divisor)
-            ),
+            kd_loss=(sums * factors).sum() if count else None,
+            kd_terms=sums * self.loss._factors(batch) if count else None,
             num_tokens=torch.tensor(len(batch.rows.labels), device=labels.device),
         )
+
+    def _move_ratio(self, progress: float) -> None:
+        if self._schedule is not None:
+            self.kd_ratio = self._schedule(progress)
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Sums over the supervised tokens of a batch, all 0-d without gradient.
+    """Sums over the supervised tokens of a batch, without gradient; 0-d but for ``kd_terms``.
 
     Attributes:
         num_tokens: supervised tokens.
         cross_entropy: of the student.
         kd: the distillation loss with its temperature; None without a teacher.
+        kd_terms: ``[k]`` its terms before their weights; None without a teacher.
         forward_kl: KL(teacher || student) at temperature 1; None without a teacher.
         reverse_kl: KL(student || teacher) at temperature 1; None without a teacher.
         top1_agreement: tokens on whose most likely continuation both agree; None without a
@@ -238,6 +410,7 @@ class Measures:
     num_tokens: Tensor
     cross_entropy: Tensor
     kd: Tensor | None
+    kd_terms: Tensor | None
     forward_kl: Tensor | None
     reverse_kl: Tensor | None
     top1_agreement: Tensor | None
@@ -259,108 +432,26 @@ def measure(
         teacher: likewise, or None.
         labels: ``[...]`` aligned with the logits.
         compiled: as for :func:`kdlosses.get_loss`.
+
+    Raises:
+        ValueError: a compressed teacher, of whose distribution too little is known.
     """
-    batch = _Batch.of(loss, student, teacher, labels)
+    batch = loss._batch(student, teacher, labels)
+    if isinstance(batch.teacher, Compressed):
+        kind = type(batch.teacher).__name__
+        raise ValueError(f"teacher: measures need its full distribution, got {kind}")
     size = None if loss.chunking is None else loss.chunking.size
-    rows = measure_rows(
-        batch.program(loss),
-        batch.student,
-        batch.teacher,
-        batch.rows,
-        batch.temperature(loss),
-        batch.vocab_size,
-        Chunking(size, compiled),
+    kd, ce, others = (
+        values.sum(0, dtype=torch.float64)
+        for values in measure_rows(loss._problem(batch), Chunking(size, compiled))
     )
-    ce, kd, forward_kl, reverse_kl, agreement = rows.sum(0, dtype=torch.float64).unbind()
-    num_tokens = torch.tensor(len(rows), device=rows.device)
-    if teacher is None:
-        return Measures(num_tokens, ce, None, None, None, None)
-    return Measures(num_tokens, ce, kd * loss._factor(), forward_kl, reverse_kl, agreement)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """A batch whose shapes have been checked."""
-
-    student: Source
-    teacher: Source | None
-    rows: Supervised
-    vocab_size: int
-
-    @classmethod
-    def of(
-        cls,
-        loss: TokenLoss,
-        student: Tensor | Source,
-        teacher: Tensor | Source | None,
-        labels: Tensor,
-    ) -> "_Batch":
-        sources = [as_source(student, "student")]
-        if teacher is not None:
-            sources.append(as_source(teacher, "teacher"))
-        for name, source in zip(("student", "teacher"), sources, strict=False):
-            if source.leading_shape != labels.shape:
-                raise ValueError(
-                    f"{name}: positions {list(source.leading_shape)} differ from those of labels "
-                    f"{list(labels.shape)}"
-                )
-        vocab_size = min(source.vocab_size for source in sources)
-        if loss.vocab_size is not None:
-            vocab_size = min(vocab_size, loss.vocab_size)
-        rows = supervised_rows(labels, loss.ignore_index, vocab_size)
-        return cls(sources[0], sources[1] if teacher is not None else None, rows, vocab_size)
-
-    def weights(self, token_weights: Tensor | None) -> Tensor:
-        """Weight ``[n]`` of each supervised row."""
-        values = self.student.tensors[0]
-        dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-        if token_weights is None:
-            return torch.ones(len(self.rows.labels), dtype=dtype, device=values.device)
-        if token_weights.shape != self.rows.shape:
-            raise ValueError(
-                f"token_weights: shape {list(token_weights.shape)} differs from that of labels "
-                f"{list(self.rows.shape)}"
-            )
-        return self.rows.pick(token_weights.to(dtype))
-
-    def denominator(self, num_tokens: Denominator | None) -> Denominator:
-        """The denominator, at least 1 so that a batch without supervised tokens gives 0."""
-        if num_tokens is None:
-            return max(1, len(self.rows.labels))
-        if isinstance(num_tokens, Tensor):
-            return num_tokens.clamp_min(1)
-        return max(1, num_tokens)
-
-    def program(self, loss: TokenLoss) -> Program:
-        """The static part of the evaluation."""
-        if self.teacher is None:
-            return Program(loss=None, student_post=self.student.post)
-        return Program(
-            loss=loss.loss,
-            student_post=self.student.post,
-            teacher_post=self.teacher.post,
-            softened=loss.temperature != 1.0,
-        )
-
-    def temperature(self, loss: TokenLoss) -> Tensor:
-        """The temperature as a 0-d tensor of the values' type."""
-        values = self.student.tensors[0]
-        dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-        return torch.tensor(loss.temperature, device=values.device, dtype=dtype)
-
-    def evaluate(
-        self, loss: TokenLoss, kd_weight: Tensor, ce_weight: Tensor, per_row: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted sum, KD and CE of the supervised rows."""
-        return evaluate(
-            self.program(loss),
-            self.student,
-            self.teacher,
-            self.rows,
-            kd_weight,
-            ce_weight,
-            self.temperature(loss),
-            self.vocab_size,
-            loss.chunking,
-            per_row,
-        )
+    num_tokens = torch.tensor(len(batch.rows.labels), device=labels.device)
+    if batch.teacher is None:
+        return Measures(num_tokens, ce, None, None, None, None, None)
+    return Measures(
+        num_tokens,
+        ce,
+        (kd * loss._weighted_factors(batch)).sum(),
+        kd * loss._factors(batch),
+        *others.unbind(),
+    )

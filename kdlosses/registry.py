@@ -6,24 +6,32 @@ Listing reads metadata only; a plugin that cannot be imported breaks nothing but
 
 import difflib
 import inspect
+import math
 import os
 import re
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdlosses.divergence import Loss
     from kdlosses.objective import TokenLoss
+    from kdlosses.schedules import Schedule
 
 GROUP = "kdlosses.losses"
 CHUNKED = "_chunked"
 BUILT_IN = "kdlosses"
 DEBUG_VARIABLE = "KDLOSSES_DEBUG"
 
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_TERM = re.compile(
+    r"\s*(?:(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*)?"
+    r"\s*(?P<name>[a-z][a-z0-9_]*)\s*(?::(?P<tail>.*))?"
+)
+# A plus sign before a term, not one inside a number such as 1e+3.
+_PLUS = re.compile(r"\+(?=\s*(?:[+-]?[\d.]+(?:[eE][+-]?\d+)?\s*\*\s*)?[a-z])")
 
 
 class LossSpecError(ValueError):
@@ -50,18 +58,37 @@ class LossRef:
 
 
 @dataclass(frozen=True)
-class LossSpec:
-    """A parsed spec such as ``generalized_jsd_chunked:beta=0.1``.
+class TermSpec:
+    """One parsed term of a spec.
 
     Attributes:
         name: the registered name, without the chunked suffix.
-        chunked: whether the suffix was there.
         parameters: the given hyper-parameters, still as text.
+        weight: its factor in the sum.
     """
 
     name: str
-    chunked: bool
     parameters: Mapping[str, str]
+    weight: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """Name and parameters, as logs show the term."""
+        given = ",".join(f"{key}={value}" for key, value in self.parameters.items())
+        return f"{self.name}:{given}" if given else self.name
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A parsed spec such as ``generalized_jsd_chunked:beta=0.1``, or a sum of several.
+
+    Attributes:
+        terms: the losses; several for a weighted sum.
+        chunked: whether the suffix was there.
+    """
+
+    terms: tuple[TermSpec, ...]
+    chunked: bool
 
 
 def available_losses() -> tuple[LossRef, ...]:
@@ -79,27 +106,41 @@ def available_losses() -> tuple[LossRef, ...]:
 
 
 def parse_spec(spec: str) -> LossSpec:
-    """Split ``name[_chunked][:key=value[,key=value...]]``.
+    """Split ``name[_chunked][:key=value[,key=value...]]``, or a sum ``0.7*first + 0.3*second``.
 
     Raises:
-        LossSpecError: if the text has another form. Whether the name exists is not looked at.
+        LossSpecError: if the text has another form, or chunked and plain terms are mixed. Whether
+            the names exist is not looked at.
     """
-    name, colon, tail = spec.strip().partition(":")
-    if not _NAME.fullmatch(name) or name == CHUNKED:
+    parsed = [_parse_term(spec, text) for text in _PLUS.split(spec.strip())]
+    if len({chunked for _, chunked in parsed}) > 1:
+        plain = ", ".join(term.name for term, chunked in parsed if not chunked)
         raise LossSpecError(
-            f"loss {spec!r}: expected a name such as forward_kl_chunked or "
-            "generalized_jsd_chunked:beta=0.1"
+            f"loss {spec!r}: chunked and plain terms are mixed; write {CHUNKED} after {plain} too"
         )
+    return LossSpec(tuple(term for term, _ in parsed), parsed[0][1])
+
+
+def _parse_term(spec: str, text: str) -> tuple[TermSpec, bool]:
+    match = _TERM.fullmatch(text)
+    if match is None or match["name"] == CHUNKED:
+        raise LossSpecError(
+            f"loss {spec!r}: expected a name such as forward_kl_chunked, "
+            "generalized_jsd_chunked:beta=0.1, or a sum 0.7*forward_kl+0.3*reverse_kl"
+        )
+    weight = float(match["weight"] or 1.0)
+    if not (math.isfinite(weight) and weight > 0):
+        raise LossSpecError(f"loss {spec!r}: the weight {match['weight']} must be above 0")
+    name, tail = match["name"], match["tail"]
     parameters: dict[str, str] = {}
-    for item in tail.split(",") if colon else ():
+    for item in () if tail is None else tail.split(","):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not (equals and key and value):
             raise LossSpecError(f"loss {spec!r}: expected key=value after the colon, got {item!r}")
         if key in parameters:
             raise LossSpecError(f"loss {spec!r}: {key} is given twice")
         parameters[key] = value
-    chunked = name.endswith(CHUNKED)
-    return LossSpec(name.removesuffix(CHUNKED), chunked, parameters)
+    return TermSpec(name.removesuffix(CHUNKED), parameters, weight), name.endswith(CHUNKED)
 
 
 def find_loss(name: str) -> LossRef:
@@ -144,8 +185,8 @@ def load_loss(name: str) -> "type[Loss]":
     return loaded
 
 
-def build_loss(spec: LossSpec) -> "Loss":
-    """Construct the loss of a parsed spec, its parameters validated.
+def build_loss(spec: TermSpec) -> "Loss":
+    """Construct the loss of a parsed term, its parameters validated.
 
     Raises:
         LossSpecError: unknown parameter (with a suggestion) or a value out of bounds.
@@ -181,12 +222,14 @@ def get_loss(
     vocab_size: int | None = None,
     match_curvature: bool = False,
     compiled: bool | None = None,
+    schedules: "Mapping[str, Schedule]" = MappingProxyType({}),
 ) -> "TokenLoss":
     """Build a loss from a spec.
 
     Args:
         spec: ``name``, with the suffix ``_chunked`` for the chunked evaluation, and parameters
-            after a colon: ``"skew_forward_kl_chunked:alpha=0.2"``.
+            after a colon: ``"skew_forward_kl_chunked:alpha=0.2"``. A weighted sum of losses is
+            evaluated in one pass: ``"0.7*forward_kl_chunked+0.3*reverse_kl_chunked"``.
         chunk_size: tokens a chunk; by default chosen from vocabulary, width and device.
         temperature: T > 0 softens both sides of the loss.
         temperature_scaling: multiply by ``T ** temperature_power``.
@@ -196,6 +239,9 @@ def get_loss(
             every loss near equality.
         compiled: compile the element-wise part of a chunk; by default where the vocabulary is
             large enough to pay for it.
+        schedules: how the temperature and parameters of the loss move in training
+            (:mod:`kdlosses.schedules`), by ``"temperature"``, ``"alpha"``, or in a sum
+            ``"reverse_kl.alpha"``.
 
     Returns:
         An ``nn.Module`` called as ``loss(student, teacher, labels)``.
@@ -209,23 +255,29 @@ def get_loss(
     if not parsed.chunked and (chunk_size is not None or compiled is not None):
         option = "chunk_size" if chunk_size is not None else "compiled"
         raise LossSpecError(
-            f"{option} was given to the unchunked loss {spec!r}; write {parsed.name}{CHUNKED}"
+            f"{option} was given to the unchunked loss {spec!r}; write "
+            f"{'+'.join(term.name + CHUNKED for term in parsed.terms)}"
         )
     if chunk_size is not None and chunk_size < 1:
         raise LossSpecError(f"chunk_size: must be at least 1, got {chunk_size}")
-    loss = build_loss(parsed)
+    losses = [build_loss(term) for term in parsed.terms]
     from kdlosses.engine import Chunking
     from kdlosses.objective import TokenLoss
+    from kdlosses.terms import Term
 
     try:
         return TokenLoss(
-            loss,
+            [
+                Term(loss, term.weight, term.label)
+                for loss, term in zip(losses, parsed.terms, strict=True)
+            ],
             chunking=Chunking(chunk_size, compiled) if parsed.chunked else None,
             temperature=temperature,
             temperature_scaling=temperature_scaling,
             ignore_index=ignore_index,
             vocab_size=vocab_size,
             match_curvature=match_curvature,
+            schedules=schedules,
         )
     except ValueError as error:
         raise LossSpecError(f"loss {spec!r}: {error}") from error

@@ -115,7 +115,8 @@ def check_name(spec: str) -> None:
     from kdlosses import LossSpecError, find_loss, parse_spec
 
     try:
-        find_loss(parse_spec(spec).name)
+        for term in parse_spec(spec).terms:
+            find_loss(term.name)
     except LossSpecError as error:
         raise InputError(str(error)) from error
 

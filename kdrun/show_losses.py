@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from kdlosses import BrokenLossError, LossRef, LossSpecError, available_losses, get_loss, parse_spec
+from kdlosses import (
+    BrokenLossError,
+    LossRef,
+    LossSpecError,
+    available_losses,
+    find_loss,
+    get_loss,
+    parse_spec,
+)
 from kdrun.plot_losses import SETTING, check_plot_file, draw_text, write_plot
 
 if TYPE_CHECKING:
@@ -70,7 +78,7 @@ def print_loss(name: str, plot: Path | None = None) -> None:
     traits["curvature"] = loss.curvature()
     for trait, value in traits.items():
         console.print(f"{trait}: {value}", markup=False)
-    ref = next(ref for ref in available_losses() if ref.name == parse_spec(name).name)
+    ref = find_loss(parse_spec(name).terms[0].name)
     console.print(f"registered by {ref.distribution} as {ref.name} and {ref.name}_chunked")
     console.print()
     _print_plot(console, name)

@@ -61,11 +61,14 @@ def inner(path):
 ALLOWED = {
     "divergence": set(),
     "numerics": set(),
-    "sources": set(),
+    "sources": {"numerics"},
     "losses": {"divergence", "numerics"},
     "engine": {"engine", "sources", "divergence", "numerics"},
-    "objective": {"engine", "sources", "divergence", "numerics"},
-    "registry": {"divergence", "objective", "engine"},
+    "schedules": set(),
+    "terms": {"divergence", "schedules"},
+    "batch": {"engine", "sources"},
+    "objective": {"batch", "terms", "engine", "sources", "divergence", "schedules"},
+    "registry": {"divergence", "objective", "engine", "schedules", "terms"},
     "testing": {"divergence", "engine", "objective", "registry", "sources"},
 }
 

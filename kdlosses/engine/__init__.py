@@ -13,19 +13,24 @@ from kdlosses.engine.chunked import (
     silenced,
     weighted_sum,
 )
+from kdlosses.engine.gather import StoredRows
 from kdlosses.engine.plan import Chunking, automatic_chunk_size, compiles
 from kdlosses.engine.rows import Program, row_values
+from kdlosses.engine.views import refusal, view_of
 from kdlosses.numerics import restore_infinity
-from kdlosses.sources import Projected, Source
+from kdlosses.sources import Logits, Projected, Source, TeacherSource
 
 __all__ = [
     "Chunking",
+    "Problem",
     "Program",
     "Supervised",
     "evaluate",
     "measure_rows",
+    "refusal",
     "silenced",
     "supervised_rows",
+    "view_of",
 ]
 
 
@@ -77,44 +82,55 @@ def supervised_rows(labels: Tensor, ignore_index: int, vocab_size: int) -> Super
     return Supervised(None if everything else kept, chosen, labels.shape)
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What is to be evaluated.
+
+    Attributes:
+        program: the static part of the mathematics.
+        student: the student's logits.
+        teacher: the teacher, detached; None without a loss.
+        rows: which rows take part.
+        scalars: 0-d tensors: the temperature and the values of ``program.bound``.
+        vocab_size: both sides are cut to this width before the softmax.
+    """
+
+    program: Program
+    student: Source
+    teacher: TeacherSource | None
+    rows: Supervised
+    scalars: tuple[Tensor, ...]
+    vocab_size: int
+
+
 def evaluate(
-    program: Program,
-    student: Source,
-    teacher: Source | None,
-    rows: Supervised,
+    problem: Problem,
     kd_weight: Tensor,
     ce_weight: Tensor,
-    temperature: Tensor,
-    vocab_size: int,
     chunking: Chunking | None,
     per_row: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sum, KD and CE of the supervised rows.
 
     Args:
-        program: the static part of the mathematics.
-        student: the student's logits.
-        teacher: the teacher's logits, detached; None without a loss.
-        rows: which rows take part.
-        kd_weight: ``[n]`` weight of each row's KD value.
+        problem: what is to be evaluated.
+        kd_weight: ``[n, k]`` weight of each row's values of the k losses.
         ce_weight: ``[n]`` weight of each row's CE value.
-        temperature: 0-d.
-        vocab_size: both sides are cut to this width before the softmax.
         chunking: how to chunk, or None for the plain evaluation by autograd.
         per_row: whether gradients flow through the row values instead of the sum.
 
     Returns:
-        The 0-d sum, KD ``[n]`` and CE ``[n]``.
+        The 0-d sum, KD ``[n, k]`` and CE ``[n]``.
     """
     if chunking is not None:
-        job = _job(program, student, teacher, rows, temperature, vocab_size, chunking)
-        return chunked_values(job, kd_weight, ce_weight, per_row)
-    device_type = student.tensors[0].device.type
+        return chunked_values(_job(problem, chunking), kd_weight, ce_weight, per_row)
+    rows = problem.rows
+    device_type = problem.student.tensors[0].device.type
     with torch.autocast(device_type, enabled=False):
-        raw_student = _plain_raw(student, rows, vocab_size)
+        raw_student = _plain_raw(problem.student, rows, problem.vocab_size)
         with torch.no_grad():
-            raw_teacher = None if teacher is None else _plain_raw(teacher, rows, vocab_size)
-        kd, ce = row_values(program, raw_student, raw_teacher, rows.labels, temperature)
+            teacher = _plain_teacher(problem)
+        kd, ce = row_values(problem.program, raw_student, teacher, rows.labels, problem.scalars)
         total = weighted_sum(kd, ce, kd_weight, ce_weight)
         kd, ce = restore_infinity(kd), restore_infinity(ce)
     if per_row:
@@ -124,43 +140,35 @@ def evaluate(
     return total + torch.where(exact.isinf(), exact, 0.0), kd, ce
 
 
-def measure_rows(
-    program: Program,
-    student: Source,
-    teacher: Source | None,
-    rows: Supervised,
-    temperature: Tensor,
-    vocab_size: int,
-    chunking: Chunking,
-) -> Tensor:
-    """CE, KD, forward KL, reverse KL and top-1 agreement of each supervised row, ``[n, 5]``."""
-    return chunked_measures(
-        _job(program, student, teacher, rows, temperature, vocab_size, chunking)
-    )
+def measure_rows(problem: Problem, chunking: Chunking) -> tuple[Tensor, Tensor, Tensor]:
+    """KD ``[n, k]``, CE ``[n]``, and forward KL, reverse KL and top-1 agreement ``[n, 3]``."""
+    return chunked_measures(_job(problem, chunking))
 
 
-def _job(
-    program: Program,
-    student: Source,
-    teacher: Source | None,
-    rows: Supervised,
-    temperature: Tensor,
-    vocab_size: int,
-    chunking: Chunking,
-) -> Job:
+def _job(problem: Problem, chunking: Chunking) -> Job:
+    student, vocab_size = problem.student, problem.vocab_size
     head_width = student.width if isinstance(student, Projected) else 0
     size = chunking.size or automatic_chunk_size(vocab_size, head_width, student.tensors[0].device)
     return Job(
-        program=program,
+        program=problem.program,
         student=student,
-        teacher=teacher,
-        kept=rows.kept,
-        labels=rows.labels,
-        temperature=temperature,
+        teacher=problem.teacher,
+        kept=problem.rows.kept,
+        labels=problem.rows.labels,
+        scalars=problem.scalars,
         vocab_size=vocab_size,
-        chunk_rows=max(1, min(size, len(rows.labels))),
+        chunk_rows=max(1, min(size, len(problem.rows.labels))),
         compiled=compiles(vocab_size) if chunking.compiled is None else chunking.compiled,
     )
+
+
+def _plain_teacher(problem: Problem) -> tuple[Tensor, ...]:
+    teacher, rows = problem.teacher, problem.rows
+    if teacher is None:
+        return ()
+    if isinstance(teacher, Logits | Projected):
+        return (_plain_raw(teacher, rows, problem.vocab_size),)
+    return StoredRows(teacher, rows.kept).tensors(slice(None))
 
 
 def _plain_raw(source: Source, rows: Supervised, vocab_size: int) -> Tensor:

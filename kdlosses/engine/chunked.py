@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from kdlosses.engine import compiled
-from kdlosses.engine.gather import Gradients, Rows
+from kdlosses.engine.gather import Gradients, Rows, StoredRows
+from kdlosses.engine.plan import spans, tile_rows
 from kdlosses.engine.rows import Program, row_gradients, row_measures, row_values
 from kdlosses.numerics import restore_infinity
-from kdlosses.sources import Source
+from kdlosses.sources import Logits, Projected, Source, TeacherSource
 
 _HANDED_OVER = (
     "a chunked loss hands its gradients over in the first backward pass and keeps none: "
@@ -38,18 +39,18 @@ class Job:
         teacher: the teacher's source, or None without a loss.
         kept: indices of the supervised rows, or None for all.
         labels: ``[n]`` labels of the supervised rows.
-        temperature: 0-d.
+        scalars: 0-d, as for :func:`row_values`.
         vocab_size: both sides are cut to this width.
-        chunk_rows: rows a chunk.
+        chunk_rows: the most rows that are projected at once.
         compiled: whether the row functions are compiled.
     """
 
     program: Program
     student: Source
-    teacher: Source | None
+    teacher: TeacherSource | None
     kept: Tensor | None
     labels: Tensor
-    temperature: Tensor
+    scalars: tuple[Tensor, ...]
     vocab_size: int
     chunk_rows: int
     compiled: bool
@@ -62,12 +63,12 @@ def chunked_values(
 
     Args:
         job: the evaluation.
-        kd_weight: ``[n]`` weight of each row's KD value.
+        kd_weight: ``[n, k]`` weight of each row's KD values.
         ce_weight: ``[n]`` weight of each row's CE value.
         per_row: differentiate the row values (recomputing in backward) instead of the sum.
 
     Returns:
-        The 0-d sum, KD ``[n]``, CE ``[n]``. Gradients flow through the sum, or through the row
+        The 0-d sum, KD ``[n, k]``, CE ``[n]``. Gradients flow through the sum, or through the row
         values where ``per_row`` is set, never both.
     """
     recording = torch.is_grad_enabled()
@@ -146,11 +147,16 @@ def _per_row_gradients(
     ctx: Any, kd_grad: Tensor | None, ce_grad: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     tensors: tuple[Tensor, ...] = ctx.saved_tensors
-    rows = len(ctx.job.labels)
-    zeros = torch.zeros(rows, dtype=_value_dtype(tensors[0]), device=tensors[0].device)
-    kd_weight = zeros if kd_grad is None else kd_grad
-    ce_weight = zeros if ce_grad is None else ce_grad
-    return _run(ctx.job, kd_weight, ce_weight, ctx.needed, None)[2]
+    job: Job = ctx.job
+    zeros = torch.zeros(len(job.labels), dtype=_value_dtype(tensors[0]), device=tensors[0].device)
+    kd_weight = zeros.unsqueeze(-1).expand(-1, len(job.program.losses))
+    return _run(
+        job,
+        kd_weight if kd_grad is None else kd_grad,
+        zeros if ce_grad is None else ce_grad,
+        ctx.needed,
+        None,
+    )[2]
 
 
 def _run(
@@ -160,67 +166,84 @@ def _run(
     needed: tuple[bool, ...] | None,
     unit: Tensor | None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """All chunks: KD ``[n]``, CE ``[n]``, and the student's gradients where ``needed`` is given."""
-    device = job.student.tensors[0].device
+    """All chunks: KD ``[n, k]``, CE ``[n]``, the student's gradients where ``needed`` is given."""
+    values = job.student.tensors[0]
     # Autocast would cast inside the row functions and differ between forward and gradient.
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        student, teacher = _sides(job)
-        sink = None if needed is None else Gradients(job.student, needed, student)
-        total = len(job.labels)
-        dtype = _value_dtype(job.student.tensors[0])
-        kd = torch.empty(total, dtype=dtype, device=device)
-        ce = torch.empty(total, dtype=dtype, device=device)
+    with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
+        sides = _Sides(job)
+        sink = None if needed is None else Gradients(job.student, needed, sides.student)
+        kd = values.new_empty(len(job.labels), len(job.program.losses), dtype=_value_dtype(values))
+        ce = values.new_empty(len(job.labels), dtype=kd.dtype)
         if unit is not None:
             kd_weight, ce_weight = kd_weight / unit, ce_weight / unit
-        for span in _spans(job):
-            inputs = student.inputs(span)
-            data = _tile_inputs(job, span, student.raw(inputs), teacher)
-            if sink is None:
-                values = compiled.run(row_values, (job.program,), data, job.compiled)
-                kd[span], ce[span] = restore_infinity(values[0]), restore_infinity(values[1])
-            else:
-                kd[span], ce[span], gradient = compiled.run(
+        for chunk in spans(0, len(job.labels), job.chunk_rows):
+            inputs, raw, teacher = sides.rows(chunk)
+            for tile in sides.tiles(chunk):
+                within = slice(tile.start - chunk.start, tile.stop - chunk.start)
+                data = (raw[within], _part(teacher, within), job.labels[tile], job.scalars)
+                if sink is None:
+                    found = compiled.run(row_values, (job.program,), data, job.compiled)
+                    kd[tile], ce[tile] = (restore_infinity(value) for value in found)
+                    continue
+                kd[tile], ce[tile], gradient = compiled.run(
                     row_gradients,
-                    (job.program, student.owns_raw),
-                    (*data, kd_weight[span], ce_weight[span]),
+                    (job.program, sides.student.owns_raw),
+                    (*data, kd_weight[tile], ce_weight[tile]),
                     job.compiled,
                 )
-                sink.add(span, inputs, gradient)
+                if not sides.student.owns_raw:
+                    sink.add(tile, inputs[within], gradient)
+                elif len(gradient) == 1:  # a single row may have been evaluated in a copy
+                    raw[within] = gradient
+            if sink is not None and sides.student.owns_raw:
+                sink.add(chunk, inputs, raw)
         return kd, ce, () if sink is None else sink.finish()
 
 
-def chunked_measures(job: Job) -> Tensor:
-    """What :func:`row_measures` gives for each supervised row, without gradients: ``[n, 5]``."""
+def chunked_measures(job: Job) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`row_measures` gives for each supervised row, without gradients."""
     values = job.student.tensors[0]
-    device = values.device
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        student, teacher = _sides(job)
-        result = torch.empty(len(job.labels), 5, dtype=_value_dtype(values), device=device)
-        for span in _spans(job):
-            data = _tile_inputs(job, span, student.raw(student.inputs(span)), teacher)
-            columns = compiled.run(row_measures, (job.program,), data, job.compiled)
-            result[span] = torch.stack([restore_infinity(column) for column in columns], dim=-1)
-        return result
+    with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
+        sides = _Sides(job)
+        found = []
+        for chunk in spans(0, len(job.labels), job.chunk_rows):
+            _, raw, teacher = sides.rows(chunk)
+            for tile in sides.tiles(chunk):
+                within = slice(tile.start - chunk.start, tile.stop - chunk.start)
+                data = (raw[within], _part(teacher, within), job.labels[tile], job.scalars)
+                found.append(compiled.run(row_measures, (job.program,), data, job.compiled))
+        if not found:
+            kd = values.new_zeros(0, len(job.program.losses), dtype=_value_dtype(values))
+            return kd, kd.new_zeros(0), kd.new_zeros(0, 3)
+        kd, ce, others = (torch.cat(column) for column in zip(*found, strict=True))
+        return restore_infinity(kd), restore_infinity(ce), restore_infinity(others)
 
 
-def _sides(job: Job) -> tuple[Rows, Rows | None]:
-    student = Rows(job.student, job.kept, job.vocab_size, job.chunk_rows)
-    if job.teacher is None:
-        return student, None
-    return student, Rows(job.teacher, job.kept, job.vocab_size, job.chunk_rows)
+class _Sides:
+    """The supervised rows of student and teacher, a chunk and a tile at a time."""
+
+    def __init__(self, job: Job):
+        self.student = Rows(job.student, job.kept, job.vocab_size, job.chunk_rows)
+        self._teacher: Rows | StoredRows | None = None
+        if isinstance(job.teacher, Logits | Projected):
+            self._teacher = Rows(job.teacher, job.kept, job.vocab_size, job.chunk_rows)
+        elif job.teacher is not None:
+            self._teacher = StoredRows(job.teacher, job.kept)
+        self._tile_rows = tile_rows(job.vocab_size, job.student.tensors[0].device) or job.chunk_rows
+
+    def rows(self, chunk: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """The student's inputs and raw logits, and the teacher's tensors."""
+        inputs = self.student.inputs(chunk)
+        teacher = () if self._teacher is None else self._teacher.tensors(chunk)
+        return inputs, self.student.raw(inputs), teacher
+
+    def tiles(self, chunk: slice) -> Iterator[slice]:
+        """The parts of a chunk that the row functions see at once."""
+        return spans(chunk.start, chunk.stop, self._tile_rows)
 
 
-def _spans(job: Job) -> Iterator[slice]:
-    total = len(job.labels)
-    for start in range(0, total, job.chunk_rows):
-        yield slice(start, min(start + job.chunk_rows, total))
-
-
-def _tile_inputs(
-    job: Job, span: slice, raw_student: Tensor, teacher: Rows | None
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    raw_teacher = None if teacher is None else teacher.raw(teacher.inputs(span))
-    return raw_student, raw_teacher, job.labels[span], job.temperature
+def _part(tensors: tuple[Tensor, ...], within: slice) -> tuple[Tensor, ...]:
+    return tuple(tensor[within] for tensor in tensors)
 
 
 def _unit(values: Tensor, kd_weight: Tensor, ce_weight: Tensor) -> Tensor | None:
@@ -231,7 +254,7 @@ def _unit(values: Tensor, kd_weight: Tensor, ce_weight: Tensor) -> Tensor | None
     """
     if values.dtype != torch.float16 or not len(kd_weight):
         return None
-    largest = torch.maximum(kd_weight.abs().max(), ce_weight.abs().max())
+    largest = torch.cat([kd_weight.reshape(-1), ce_weight]).abs().max()
     return torch.where(largest > 0, largest, torch.ones_like(largest))
 
 

@@ -7,11 +7,14 @@ one process never meet torch.compile's recompile limit together.
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# A tensor with the rows first, a 0-d tensor, or some of them.
+Argument = Tensor | tuple[Tensor, ...]
 
 _tiles: dict[Hashable, Callable[..., Any]] = {}
 _failures: set[str] = set()
@@ -20,7 +23,7 @@ _failures: set[str] = set()
 def run(
     function: Callable[..., tuple[Tensor, ...]],
     static: tuple[Hashable, ...],
-    arguments: tuple[Tensor | None, ...],
+    arguments: tuple[Argument, ...],
     compiled: bool,
 ) -> tuple[Tensor, ...]:
     """Call ``function(*static, *arguments)``, compiled where asked and possible.
@@ -28,7 +31,7 @@ def run(
     Args:
         function: a pure function of tensors.
         static: leading arguments that are baked into the graph.
-        arguments: tensors whose first axis is the rows (0-d tensors excepted), or None.
+        arguments: tensors whose first axis is the rows (0-d tensors excepted), or tuples of them.
         compiled: False runs the function as it is.
 
     Returns:
@@ -36,9 +39,12 @@ def run(
     """
     if not compiled:
         return function(*static, *arguments)
-    rows = _rows(arguments)
-    if rows == 1:  # size 1 would specialise the graph: pad to 2, keep the first row
-        padded = tuple(_twice(argument) for argument in arguments)
+    if any(tensor.ndim and len(tensor) == 1 for tensor in _tensors(arguments)):
+        # Size 1 would specialise the graph: pad to 2, keep the first row.
+        padded = tuple(
+            _twice(item) if isinstance(item, Tensor) else tuple(_twice(x) for x in item)
+            for item in arguments
+        )
         return tuple(result[:1] for result in _call(function, static, padded))
     return _call(function, static, arguments)
 
@@ -46,23 +52,23 @@ def run(
 def _call(
     function: Callable[..., tuple[Tensor, ...]],
     static: tuple[Hashable, ...],
-    arguments: tuple[Tensor | None, ...],
+    arguments: tuple[Argument, ...],
 ) -> tuple[Tensor, ...]:
     # Imported here: the compiler stack takes a second that a plain loss need not spend.
     from torch._dynamo import mark_dynamic
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
 
-    key = (function, static, *(_signature(argument) for argument in arguments))
+    key = (function, static, *(_signature(tensor) for tensor in _tensors(arguments)))
     tile = _tiles.get(key)
     new = tile is None
     if tile is None:
         tile = _tiles[key] = torch.compile(  # type: ignore[call-overload]
             functools.partial(function, *static), fullgraph=True, isolate_recompiles=True
         )
-    for argument in arguments:
-        if argument is not None and argument.ndim:
-            mark_dynamic(argument, 0)
+    for tensor in _tensors(arguments):
+        if tensor.ndim:
+            mark_dynamic(tensor, 0)
     try:
         with warnings.catch_warnings() if new else contextlib.nullcontext():
             if new:  # the compiler's own warnings are no business of the caller's filters
@@ -86,17 +92,17 @@ def _warn_once(error: Exception) -> None:
         )
 
 
-def _rows(arguments: tuple[Tensor | None, ...]) -> int:
-    return next(len(argument) for argument in arguments if argument is not None and argument.ndim)
+def _tensors(arguments: tuple[Argument, ...]) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        else:
+            yield from argument
 
 
-def _twice(argument: Tensor | None) -> Tensor | None:
-    if argument is None or not argument.ndim:
-        return argument
-    return torch.cat([argument, argument])
+def _twice(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, tensor]) if tensor.ndim else tensor
 
 
-def _signature(argument: Tensor | None) -> Hashable:
-    if argument is None:
-        return None
-    return argument.dtype, argument.device.type, argument.shape[1:]
+def _signature(tensor: Tensor) -> Hashable:
+    return tensor.dtype, tensor.device.type, tensor.shape[1:], tensor.ndim

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kdlosses.sources import Logits, Projected, Source, float32_products, project
+from kdlosses.sources import Compressed, Logits, Projected, Source, float32_products, project
 
 
 class Rows:
@@ -47,6 +47,32 @@ class Rows:
         if self.weight is None:
             return inputs[:, : self.vocab_size]
         return project(inputs, self.weight, self._bias, self._buffer)
+
+    def tensors(self, span: slice) -> tuple[Tensor, ...]:
+        """The raw logits of the rows ``span``, valid until the next call."""
+        return (self.raw(self.inputs(span)),)
+
+
+class StoredRows:
+    """What a compressed teacher stores of the supervised rows.
+
+    Args:
+        source: the teacher.
+        kept: indices of the supervised rows in the flattened source, or None for all.
+    """
+
+    def __init__(self, source: Compressed, kept: Tensor | None):
+        leading = len(source.leading_shape)
+        self._tensors = tuple(
+            tensor.detach().reshape(-1, *tensor.shape[leading:]) for tensor in source.tensors
+        )
+        self._kept = kept
+
+    def tensors(self, span: slice) -> tuple[Tensor, ...]:
+        """The rows ``span`` of each tensor."""
+        if self._kept is None:
+            return tuple(tensor[span] for tensor in self._tensors)
+        return tuple(tensor.index_select(0, self._kept[span]) for tensor in self._tensors)
 
 
 class Gradients:

@@ -4,6 +4,7 @@ Both follow from the configuration alone, never from a timer or from how much me
 free, so that a repeated or resumed run rounds in the same way.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ _COMPILE_FROM_VOCABULARY = 1024
 _LOWEST, _HIGHEST = 64, 4096
 _CHUNK_BYTES = {"cpu": 96 * 2**20}
 _CHUNK_BYTES_ACCELERATOR = 256 * 2**20
+_TILE_BYTES = {"cpu": 4 * 2**20}
+_FEWEST_TILE_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,24 @@ def automatic_chunk_size(vocab_size: int, head_width: int, device: torch.device)
     budget = max(budget, vocab_size * head_width)  # a quarter of the head's float32 gradient
     rows = max(_LOWEST, min(_HIGHEST, budget // (4 * vocab_size)))
     return 1 << (rows.bit_length() - 1)
+
+
+def tile_rows(vocab_size: int, device: torch.device) -> int | None:
+    """Rows that the row functions see at once; None for all rows of a chunk.
+
+    On a CPU a block's intermediate results then stay in the cache instead of taking several more
+    tensors of chunk size (measured in docs/decisions/); an accelerator wants few large launches.
+    """
+    budget = _TILE_BYTES.get(device.type)
+    return None if budget is None else max(_FEWEST_TILE_ROWS, budget // (4 * vocab_size))
+
+
+def spans(start: int, stop: int, largest: int) -> Iterator[slice]:
+    """Consecutive slices of nearly equal length, none longer than ``largest``."""
+    total = stop - start
+    parts = -(-total // largest)
+    for part in range(parts):
+        yield slice(start + total * part // parts, start + total * (part + 1) // parts)
 
 
 def compiles(vocab_size: int) -> bool:

@@ -1,7 +1,7 @@
-"""From raw logits to one KD value and one CE value per row: the mathematics, written once.
+"""From raw logits to the KD values and one CE value per row: the mathematics, written once.
 
 The plain path differentiates :func:`row_values` with autograd; the chunked path runs the same
-function on a chunk and takes its vector-Jacobian product there (:func:`row_gradients`).
+function on a block of rows and takes its vector-Jacobian product there (:func:`row_gradients`).
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdlosses.divergence import Divergence, Loss, RowLoss
+from kdlosses.engine.views import LOGITS, Aligned, View
 from kdlosses.numerics import finite_log_probs, kl_terms, log_softmax, restore_infinity
 from kdlosses.sources import IDENTITY, Postprocess
 
@@ -19,37 +20,50 @@ class Program:
     """All that is static about a row's evaluation; equal programs share one compiled graph.
 
     Attributes:
-        loss: the distillation loss, or None for cross-entropy alone.
+        losses: the distillation losses, none for cross-entropy alone.
+        bound: for each loss the names of the fields and state variables that are given as
+            tensors, because they change from step to step.
         student_post: what the student does to its raw logits.
-        teacher_post: what the teacher does to its raw logits.
-        softened: whether a temperature other than 1 applies to the KD term.
+        view: how the teacher's rows are read.
+        softened: whether a temperature other than 1 applies to the KD terms.
     """
 
-    loss: Loss | None
+    losses: tuple[Loss, ...] = ()
+    bound: tuple[tuple[str, ...], ...] = ()
     student_post: Postprocess = IDENTITY
-    teacher_post: Postprocess = IDENTITY
+    view: View = LOGITS
     softened: bool = False
+
+    def bind(self, values: tuple[Tensor, ...]) -> list[Loss]:
+        """The losses with their changing values, which are given in the order of ``bound``."""
+        rest = iter(values)
+        return [
+            loss.bind({name: next(rest) for name in names}) if names else loss
+            for loss, names in zip(self.losses, self.bound, strict=True)
+        ]
 
 
 def row_values(
     program: Program,
     raw_student: Tensor,
-    raw_teacher: Tensor | None,
+    teacher: tuple[Tensor, ...],
     labels: Tensor,
-    temperature: Tensor,
+    scalars: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor]:
     """KD and CE of each row; infinite values appear as their finite shadows.
 
     Args:
         program: the static part.
         raw_student: ``[n, V]`` logits before post-processing.
-        raw_teacher: ``[n, V]``, or None where the program has no loss.
+        teacher: rows of what the teacher's source stores, as the program's view reads them;
+            empty where the program has no loss.
         labels: ``[n]`` int64 in ``[0, V)``.
-        temperature: 0-d; read only where the program is softened.
+        scalars: 0-d: the temperature, read only where the program is softened, and the values of
+            ``program.bound``.
 
     Returns:
-        KD ``[n]`` (zeros without a loss, without the factor ``T ** temperature_power``) and
-        CE ``[n]`` at temperature 1.
+        KD ``[n, k]`` of k losses (without the factor ``T ** temperature_power``) and CE ``[n]`` at
+        temperature 1.
     """
     student = program.student_post(raw_student)
     student_log_probs = log_softmax(student)
@@ -57,28 +71,23 @@ def row_values(
     vocabulary = torch.arange(student.shape[-1], device=student.device)
     is_label = vocabulary == labels.unsqueeze(-1)
     cross_entropy = -torch.where(is_label, finite_log_probs(student_log_probs), 0.0).sum(-1)
-    if program.loss is None or raw_teacher is None:
-        return torch.zeros_like(cross_entropy), cross_entropy
-    teacher = program.teacher_post(raw_teacher)
-    if program.softened:
+    if not program.losses:
+        return cross_entropy.new_zeros(len(cross_entropy), 0), cross_entropy
+    temperature = scalars[0] if program.softened else None
+    if temperature is not None:
         student_log_probs = log_softmax(student / temperature)
-        teacher = teacher / temperature
-    divergence = _divergence(
-        program.loss,
-        finite_log_probs(log_softmax(teacher)),
-        finite_log_probs(student_log_probs),
-        labels,
-    )
-    return divergence, cross_entropy
+    rows = program.view.align(teacher, finite_log_probs(student_log_probs), temperature)
+    values = [_value(loss, rows, labels) for loss in program.bind(scalars[1:])]
+    return torch.stack(values, -1), cross_entropy
 
 
 def row_gradients(
     program: Program,
     overwrite: bool,
     raw_student: Tensor,
-    raw_teacher: Tensor | None,
+    teacher: tuple[Tensor, ...],
     labels: Tensor,
-    temperature: Tensor,
+    scalars: tuple[Tensor, ...],
     kd_weight: Tensor,
     ce_weight: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,20 +97,20 @@ def row_gradients(
         program: the static part.
         overwrite: write the gradient over ``raw_student`` instead of a new tensor.
         raw_student: ``[n, V]``.
-        raw_teacher: ``[n, V]`` or None.
+        teacher: as for :func:`row_values`.
         labels: ``[n]``.
-        temperature: 0-d.
-        kd_weight: ``[n]`` weight of each row's KD value.
+        scalars: as for :func:`row_values`.
+        kd_weight: ``[n, k]`` weight of each row's KD values.
         ce_weight: ``[n]`` weight of each row's CE value.
 
     Returns:
-        KD ``[n]``, CE ``[n]``, and ``d sum(kd_weight * KD + ce_weight * CE) / d raw_student``,
+        KD ``[n, k]``, CE ``[n]``, and ``d sum(kd_weight * KD + ce_weight * CE) / d raw_student``,
         ``[n, V]`` in the dtype of ``raw_student``.
     """
 
     def weighted(raw: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        kd, ce = row_values(program, raw, raw_teacher, labels, temperature)
-        return kd * kd_weight + ce * ce_weight, (kd, ce)
+        kd, ce = row_values(program, raw, teacher, labels, scalars)
+        return (kd * kd_weight).sum(-1) + ce * ce_weight, (kd, ce)
 
     total, pull_back, (kd, ce) = torch.func.vjp(  # type: ignore[misc]
         weighted, raw_student, has_aux=True
@@ -116,38 +125,45 @@ def row_gradients(
 def row_measures(
     program: Program,
     raw_student: Tensor,
-    raw_teacher: Tensor | None,
+    teacher: tuple[Tensor, ...],
     labels: Tensor,
-    temperature: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What a student is judged by, each ``[n]``; arguments as for :func:`row_values`.
+    scalars: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a student is judged by; arguments as for :func:`row_values`, the teacher's raw logits.
 
     Returns:
-        CE, KD (as in :func:`row_values`), forward KL, reverse KL, and 1 where both models find the
-        same token most likely. The last three are at temperature 1, and 0 without a teacher.
+        KD ``[n, k]``, CE ``[n]``, and ``[n, 3]``: forward KL, reverse KL, and 1 where both models
+        find the same token most likely. The last three are at temperature 1, and 0 without a
+        teacher.
     """
-    kd, ce = row_values(program, raw_student, raw_teacher, labels, temperature)
-    if raw_teacher is None:
-        return ce, kd, kd, kd, kd
-    student = program.student_post(raw_student)
-    teacher = program.teacher_post(raw_teacher)
-    student_log_probs = finite_log_probs(log_softmax(student))
-    teacher_log_probs = finite_log_probs(log_softmax(teacher))
-    agreement = student.argmax(-1) == teacher.argmax(-1)
+    kd, ce = row_values(program, raw_student, teacher, labels, scalars)
+    if not teacher:
+        return kd, ce, ce.new_zeros(len(ce), 3)
+    student_logits = program.student_post(raw_student)
+    student = finite_log_probs(log_softmax(student_logits))
+    rows = program.view.align(teacher, student, None)
+    agreement = student_logits.argmax(-1) == rows.teacher.argmax(-1)
     return (
-        ce,
         kd,
-        kl_terms(teacher_log_probs, student_log_probs).sum(-1),
-        kl_terms(student_log_probs, teacher_log_probs).sum(-1),
-        agreement.to(ce.dtype),
+        ce,
+        torch.stack(
+            [
+                kl_terms(rows.teacher, student).sum(-1),
+                kl_terms(student, rows.teacher).sum(-1),
+                agreement.to(ce.dtype),
+            ],
+            -1,
+        ),
     )
 
 
-def _divergence(loss: Loss, teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
+def _value(loss: Loss, rows: Aligned, labels: Tensor) -> Tensor:
     if isinstance(loss, Divergence):
-        terms = loss.integrand(teacher, student)
+        terms = loss.integrand(rows.teacher, rows.student)
+        if rows.weights is not None:
+            terms = terms * rows.weights
         total = terms.sum(-1) if loss.reduction == "sum" else terms.logsumexp(-1)
         return loss.finish(total)
     if isinstance(loss, RowLoss):
-        return loss.row(teacher, student, labels)
+        return loss.row(rows.teacher, rows.student, labels)
     raise TypeError(f"{type(loss).__name__}: a loss derives from Divergence or RowLoss")

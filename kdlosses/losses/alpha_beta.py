@@ -4,11 +4,12 @@ import math
 import warnings
 from typing import Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from kdlosses.divergence import Divergence
-from kdlosses.numerics import bounded_exp, choose_near, expm1_minus_x, joint_exp, kl_terms
+from kdlosses.numerics import bounded_exp, choose_near, expm1_minus_x, joint_exp, kl_terms, moves
 
 _TOO_SMALL = 1e-3
 _STEEPEST = -1e6
@@ -48,43 +49,63 @@ class AlphaBeta(Divergence):
     def integrand(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
         """The terms; each is non-negative."""
         a, b = self.alpha, self.beta
-        total = a + b
+        if moves(a) or moves(b):
+            return _moving_terms(a, b, teacher_log_probs, student_log_probs)
         if a == 0 and b == 0:
             return (teacher_log_probs - student_log_probs) ** 2 / 2
         if b == 0:
             return _power_terms(a, teacher_log_probs, student_log_probs)
         if a == 0:
             return _power_terms(b, student_log_probs, teacher_log_probs)
-        x = student_log_probs - teacher_log_probs
-        if total == 0:
-            return expm1_minus_x(-a * x) / (a * a)
-        # With 1 - a/total - b/total = 0 the sum is p^total times a difference of exp(x) - 1 - x,
-        # which does not cancel near equality if the smaller exponent stands in it.
-        weigh, base, small_exponent = (
-            (teacher_log_probs, x, b) if abs(b) <= abs(a) else (student_log_probs, -x, a)
-        )
-        reach = max(abs(small_exponent), abs(total))
-
-        def near(small: Tensor) -> Tensor:
-            bracket = small_exponent / total * expm1_minus_x(total * small) - expm1_minus_x(
-                small_exponent * small
-            )
-            return bounded_exp(total * weigh) * bracket / (a * b)
-
-        exponents = (
-            total * teacher_log_probs,
-            total * student_log_probs,
-            a * teacher_log_probs + b * student_log_probs,
-        )
-        p, q, both = (
-            joint_exp(*exponents) if min(a, b) < 0 else (exponent.exp() for exponent in exponents)
-        )
-        far = ((a / total) * p + (b / total) * q - both) / (a * b)
-        return choose_near(base, 0.25 / reach, near, far)
+        if a + b == 0:
+            return expm1_minus_x(a * (teacher_log_probs - student_log_probs)) / (a * a)
+        if abs(b) <= abs(a):
+            return _terms(a, b, a + b, teacher_log_probs, student_log_probs, min(a, b) < 0)
+        return _terms(b, a, a + b, student_log_probs, teacher_log_probs, min(a, b) < 0)
 
     def curvature(self) -> float | None:
         """1 where alpha + beta is 1; elsewhere tokens are weighed by ``p^(alpha + beta - 1)``."""
         return 1.0 if math.isclose(self.alpha + self.beta, 1) else None
+
+
+def _terms(
+    large: float, small: float, total: float, log_p: Tensor, log_q: Tensor, bounded: bool
+) -> Tensor:
+    """The terms away from the limits: ``log_p`` has the exponent that is larger in absolute value.
+
+    With 1 - large/total - small/total = 0 the sum is p^total times a difference of exp(x) - 1 - x,
+    which does not cancel near equality as the smaller exponent stands in it.
+    """
+
+    def near(x: Tensor) -> Tensor:
+        bracket = small / total * expm1_minus_x(total * x) - expm1_minus_x(small * x)
+        return bounded_exp(total * log_p) * bracket / (large * small)
+
+    exponents = (total * log_p, total * log_q, large * log_p + small * log_q)
+    p, q, both = joint_exp(*exponents) if bounded else [x.exp() for x in exponents]
+    far = ((large / total) * p + (small / total) * q - both) / (large * small)
+    # |total| is at most twice the larger exponent and may be below the smaller one.
+    reach = abs(small) + abs(total)
+    return choose_near(log_q - log_p, 0.25 / reach, near, far)
+
+
+def _moving_terms(alpha: float, beta: float, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The terms for exponents that are 0-d tensors: no branch may depend on a value.
+
+    So near a limit they keep a small distance from it.
+    """
+    a, b = (_away_from_zero(torch.as_tensor(x), _TOO_SMALL) for x in (alpha, beta))
+    total = _away_from_zero(a + b, _TOO_SMALL / 2)
+    b = total - a
+    of_student = b.abs() > a.abs()
+    large, small = torch.where(of_student, b, a), torch.where(of_student, a, b)
+    first = torch.where(of_student, log_q, log_p)
+    second = torch.where(of_student, log_p, log_q)
+    return _terms(large, small, total, first, second, True)  # type: ignore[arg-type]
+
+
+def _away_from_zero(x: Tensor, distance: float) -> Tensor:
+    return torch.where(x.abs() < distance, torch.where(x < 0, -distance, distance), x)
 
 
 def _power_terms(power: float, log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -3,11 +3,14 @@
 import warnings
 from typing import Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from kdlosses.divergence import Divergence
-from kdlosses.numerics import kl_terms, log_mix
+from kdlosses.numerics import kl_terms, log_mix, moves
+
+_CLOSEST = 1e-3  # to the ends, with normalize, that float32 is enough for
 
 
 class GeneralizedJSD(Divergence):
@@ -16,7 +19,8 @@ class GeneralizedJSD(Divergence):
     Bounded by log 2 and finite for any pair of distributions. The convention is that of GKD, TRL
     and Liger; DistiLLM's ``lam`` is 1 - beta. As in TRL, beta 0 means forward KL and 1 reverse KL,
     though the value of the formula above falls to 0 toward both ends; ``normalize`` divides it by
-    beta (1 - beta), which is continuous with the two KLs.
+    beta (1 - beta), which is continuous with the two KLs. A schedule of beta needs ``normalize`` to
+    start or end at a KL.
 
     Not with beta close to (but not at) 0 or 1 without ``normalize``: the value, and with it the
     effective kd_ratio, vanishes.
@@ -32,7 +36,7 @@ class GeneralizedJSD(Divergence):
     @model_validator(mode="after")
     def _warn_near_the_ends(self) -> Self:
         distance = min(self.beta, 1 - self.beta)
-        if self.normalize and 0 < distance < 1e-3:
+        if self.normalize and 0 < distance < _CLOSEST:
             warnings.warn(
                 f"generalized_jsd: beta={self.beta} with normalize=True is too close to an end "
                 "for float32; use 0 or 1 exactly",
@@ -48,15 +52,19 @@ class GeneralizedJSD(Divergence):
 
     def integrand(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
         """KL's terms from each side to the mixture, weighted."""
-        if self.beta == 0:
+        beta = self.beta
+        if moves(beta):
+            if self.normalize:
+                beta = torch.as_tensor(beta).clamp(_CLOSEST, 1 - _CLOSEST)  # type: ignore[assignment]
+        elif beta == 0:
             return kl_terms(teacher_log_probs, student_log_probs)
-        if self.beta == 1:
+        elif beta == 1:
             return kl_terms(student_log_probs, teacher_log_probs)
-        mixture = log_mix(teacher_log_probs, student_log_probs, self.beta)
+        mixture = log_mix(teacher_log_probs, student_log_probs, beta)
         from_teacher = kl_terms(teacher_log_probs, mixture)
         from_student = kl_terms(student_log_probs, mixture)
-        total = self.beta * from_teacher + (1 - self.beta) * from_student
-        return total / (self.beta * (1 - self.beta)) if self.normalize else total
+        total = beta * from_teacher + (1 - beta) * from_student
+        return total / (beta * (1 - beta)) if self.normalize else total
 
     def curvature(self) -> float:
         """``beta (1 - beta)``, 1 with ``normalize`` and at the two KL ends."""

@@ -141,6 +141,18 @@ def decoupled_kd(log_p, log_q, alpha=1.0, beta=1.0, labels=0):
     return values
 
 
+def taid(log_p, log_q, t_start=0.4, t_end=1.0, student_in_target=None):
+    """At the start of training; ``student_in_target`` holds the student's part of the target."""
+    held = log_q if student_in_target is None else student_in_target
+    mixed = np.full_like(log_p, -np.inf)
+    possible = np.ones_like(log_p, dtype=bool)
+    for share, x in ((1 - t_start, held), (t_start, log_p)):
+        possible &= (x > -np.inf) | (share == 0)
+    parts = (1 - t_start) * np.where(possible, held, 0) + t_start * np.where(possible, log_p, 0)
+    mixed[possible] = parts[possible]
+    return kl(log_softmax(mixed), log_q)
+
+
 ORACLES = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -153,13 +165,17 @@ ORACLES = {
     "alpha_beta": alpha_beta,
     "adaptive_kl": adaptive_kl,
     "decoupled_kd": decoupled_kd,
+    "taid": taid,
 }
 """Every built-in loss by its registered name, as a function of log p and log q ``[..., V]``."""
 
 LABELED = {"decoupled_kd"}
 """Those that also take ``labels``, by default 0 everywhere."""
 
-DETACHED = {"adaptive_kl": {"weights": adaptive_weights}}
+DETACHED = {
+    "adaptive_kl": {"weights": adaptive_weights},
+    "taid": {"student_in_target": lambda log_p, log_q, **parameters: log_q},
+}
 """Quantities that a loss declares detached; its oracle takes each as a keyword to hold it fixed."""
 
 NAMES = sorted(ORACLES)
@@ -186,6 +202,8 @@ SPECS = [
     ("adaptive_kl", {"mass": 0.8}),
     ("decoupled_kd", {}),
     ("decoupled_kd", {"alpha": 0.5, "beta": 2}),
+    ("taid", {}),
+    ("taid", {"t_start": 0.9}),
 ]
 """Losses with parameters, ``(name, parameters)``."""
 

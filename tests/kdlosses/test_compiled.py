@@ -10,7 +10,8 @@ import torch
 from oracles import NAMES
 from pydantic import Field
 
-from kdlosses import Divergence, KDObjective, Projected, get_loss, measure
+from kdlosses import Divergence, KDObjective, Projected, TokenLoss, get_loss, measure
+from kdlosses.engine import Chunking
 
 VOCAB = 61
 
@@ -58,6 +59,11 @@ def assert_same(compiled, eager):
 def pair(name, **options):
     """The loss compiled and eager."""
     return [get_loss(f"{name}_chunked", compiled=compiled, **options) for compiled in (True, False)]
+
+
+def pair_of(loss, size):
+    """An unregistered loss compiled and eager."""
+    return [TokenLoss(loss, chunking=Chunking(size, compiled)) for compiled in (True, False)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -118,8 +124,7 @@ def test_more_losses_than_the_recompile_limit(graphs):
     with torch._dynamo.config.patch(recompile_limit=2):
         for count in range(1, 5):
             results = []
-            for loss in pair("forward_kl", chunk_size=5):
-                loss.loss = Power(exponent=1 + count / 100)
+            for loss in pair_of(Power(exponent=1 + count / 100), 5):
                 results.append(evaluate(KDObjective(loss, 0.5), student, teacher, labels))
             assert_same(*results)  # a fallback would warn, and warnings are errors here
             assert graphs() == count
@@ -134,8 +139,7 @@ class Untraceable(Power):
 
 
 def test_an_integrand_that_cannot_be_traced_runs_eagerly_and_warns_once():
-    compiled, eager = pair("forward_kl", chunk_size=2)
-    compiled.loss = eager.loss = Untraceable()
+    compiled, eager = pair_of(Untraceable(), 2)
     inputs = problem(5)
     with pytest.warns(RuntimeWarning, match="runs eagerly") as caught:
         first = evaluate(KDObjective(compiled, 0.5), *inputs)
@@ -154,8 +158,7 @@ class Faulty(Power):
 
 @pytest.mark.filterwarnings("ignore:torch.compile is not usable")
 def test_an_authors_error_is_not_hidden_by_the_compiler():
-    compiled = pair("forward_kl", chunk_size=2)[0]
-    compiled.loss = Faulty()
+    compiled = pair_of(Faulty(), 2)[0]
     with pytest.raises(RuntimeError, match="size of tensor"):
         compiled(*problem(5))
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from oracles import NAMES, SPECS, spec
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdlosses import KDObjective, Logits, Projected, get_loss, measure
+from kdlosses import KDObjective, Logits, Projected, TokenLoss, get_loss, measure
 
 FORMS = ["plain", "chunked"]
 
@@ -64,12 +64,11 @@ def reference(objective, student, teacher, labels, num_tokens=None, **more):
     leaves, logits = doubled(student)
     teacher_logits = doubled(teacher)[1].detach()
     width = min(logits.shape[-1], teacher_logits.shape[-1])
-    plain = get_loss(
-        "forward_kl",
+    plain = TokenLoss(
+        objective.loss.loss,
         temperature=objective.loss.temperature,
         temperature_scaling=objective.loss.temperature_scaling,
     )
-    plain.loss = objective.loss.loss
     out = KDObjective(plain, objective.kd_ratio)(
         logits[..., :width], teacher_logits[..., :width], labels, num_tokens, **more
     )

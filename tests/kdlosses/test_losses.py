@@ -32,6 +32,8 @@ KNOWN = {
     # Label 0: (.7, .3) against (.2, .8), and (2/3, 1/3) against (3/8, 5/8).
     "decoupled_kd": 0.7 * math.log(3.5) + 0.3 * math.log(0.375)
     + 2 / 3 * math.log(16 / 9) + 1 / 3 * math.log(8 / 15),
+    # p_t = (.389350, .300862, .309788), in proportion to p^.4 q^.6.
+    "taid": 0.111931,
 }  # fmt: skip
 
 
@@ -316,7 +318,7 @@ def test_near_equality_nothing_is_negative(name, parameters, scale):
 def test_curvature_is_the_second_order_of_the_value(name, parameters):
     loss = get_loss(spec(name, parameters)).loss
     if loss.curvature() is None:
-        assert name in {"total_variation", "decoupled_kd", "alpha_beta"}
+        assert name in {"total_variation", "decoupled_kd", "alpha_beta", "taid"}
         assert name != "alpha_beta" or sum(parameters.values()) != 1
         return
     generator = np.random.default_rng(0)

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 
 from kdlosses import BrokenLossError, Divergence, LossSpecError, available_losses, get_loss
-from kdlosses.registry import LossSpec, parse_spec
+from kdlosses.registry import LossSpec, TermSpec, parse_spec
 
 LOSS = """
 from pydantic import Field
@@ -55,10 +55,22 @@ def install(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("forward_kl", LossSpec("forward_kl", False, {})),
-        ("forward_kl_chunked", LossSpec("forward_kl", True, {})),
-        (" a_b:c=1 ", LossSpec("a_b", False, {"c": "1"})),
-        ("a_chunked:c=1e-3, d = x", LossSpec("a", True, {"c": "1e-3", "d": "x"})),
+        ("forward_kl", LossSpec((TermSpec("forward_kl", {}),), False)),
+        ("forward_kl_chunked", LossSpec((TermSpec("forward_kl", {}),), True)),
+        (" a_b:c=1 ", LossSpec((TermSpec("a_b", {"c": "1"}),), False)),
+        ("a_chunked:c=1e-3, d = x", LossSpec((TermSpec("a", {"c": "1e-3", "d": "x"}),), True)),
+        (
+            "0.7*a_chunked + .3 * b_chunked:c=1e+3,d=+2+1e-1*c_chunked",
+            LossSpec(
+                (
+                    TermSpec("a", {}, 0.7),
+                    TermSpec("b", {"c": "1e+3", "d": "+2"}, 0.3),
+                    TermSpec("c", {}, 0.1),
+                ),
+                True,
+            ),
+        ),
+        ("a+b", LossSpec((TermSpec("a", {}), TermSpec("b", {})), False)),
     ],
 )
 def test_specs(text, expected):
@@ -67,11 +79,40 @@ def test_specs(text, expected):
 
 @pytest.mark.parametrize(
     "text",
-    ["", ":", "a:", "a:b", "a:b=", "a:=1", "a:b=1,", "a:b=1,,c=2", "A", "a-b", "1a", "_chunked"],
+    [
+        *("", ":", "a:", "a:b", "a:b=", "a:=1", "a:b=1,", "a:b=1,,c=2", "A", "a-b", "1a"),
+        *("_chunked", "a+", "+a", "a++b", "*a", "x*a", "0.5*", "0.5 a", "a*0.5", "1e*a"),
+    ],
 )
 def test_malformed_specs(text):
     with pytest.raises(LossSpecError, match="expected"):
         parse_spec(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a_chunked+b+c_chunked+d", "mixed; write _chunked after b, d too"),
+        ("0*a+b", "weight 0 must be above 0"),
+        ("-1*a", "weight -1 must be above 0"),
+        ("1e999*a", "must be above 0"),
+    ],
+)
+def test_sums_without_meaning(text, message):
+    with pytest.raises(LossSpecError, match=message):
+        parse_spec(text)
+
+
+def test_a_sum_that_names_a_loss_twice():
+    with pytest.raises(LossSpecError, match="forward_kl is given twice; add up its weights"):
+        get_loss("0.5*forward_kl+forward_kl")
+    loss = get_loss("skew_forward_kl:alpha=0.1+skew_forward_kl:alpha=0.2")
+    assert [term.name for term in loss.terms] == [
+        "skew_forward_kl:alpha=0.1",
+        "skew_forward_kl:alpha=0.2",
+    ]
+    with pytest.raises(ValueError, match="no single loss"):
+        _ = loss.loss
 
 
 def test_a_parameter_given_twice():

@@ -1,0 +1,99 @@
+"""A batch whose shapes have been checked: sources, supervised rows, weights, denominator."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdlosses.engine import Supervised, supervised_rows
+from kdlosses.sources import Compressed, Source, TeacherSource, as_source, as_teacher
+
+Denominator = int | float | Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loss is evaluated on.
+
+    Attributes:
+        student: where the student's logits come from.
+        teacher: the teacher, or None.
+        rows: which rows are supervised.
+        vocab_size: both sides are cut to this many entries.
+    """
+
+    student: Source
+    teacher: TeacherSource | None
+    rows: Supervised
+    vocab_size: int
+
+    @classmethod
+    def of(
+        cls,
+        student: Tensor | Source,
+        teacher: Tensor | TeacherSource | None,
+        labels: Tensor,
+        ignore_index: int,
+        vocab_size: int | None,
+    ) -> "Batch":
+        """Check shapes and labels.
+
+        Raises:
+            TypeError: what is neither logits nor a source.
+            ValueError: shapes that do not fit together, labels outside the vocabulary, or a
+                compressed teacher over more tokens than the vocabulary has.
+        """
+        student = as_source(student, "student")
+        given = None if teacher is None else as_teacher(teacher)
+        sides: dict[str, TeacherSource] = {"student": student}
+        if given is not None:
+            sides["teacher"] = given
+        for name, source in sides.items():
+            if source.leading_shape != labels.shape:
+                raise ValueError(
+                    f"{name}: positions {list(source.leading_shape)} differ from those of labels "
+                    f"{list(labels.shape)}"
+                )
+        size = min(source.vocab_size for source in sides.values())
+        if vocab_size is not None:
+            size = min(size, vocab_size)
+        if isinstance(given, Compressed) and given.vocab_size > size:
+            raise ValueError(
+                f"teacher: was compressed over {given.vocab_size} tokens, the shared vocabulary "
+                f"has {size}; cut its logits to that before compressing them"
+            )
+        return cls(student, given, supervised_rows(labels, ignore_index, size), size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of values: float32, or float64 for float64 students."""
+        double = self.student.tensors[0].dtype == torch.float64
+        return torch.float64 if double else torch.float32
+
+    def scalar(self, value: float) -> Tensor:
+        """A number as a 0-d tensor beside the student's."""
+        return torch.tensor(value, dtype=self.dtype, device=self.student.tensors[0].device)
+
+    def weights(self, token_weights: Tensor | None) -> Tensor:
+        """Weight ``[n]`` of each supervised row.
+
+        Raises:
+            ValueError: ``token_weights`` of another shape than the labels.
+        """
+        if token_weights is None:
+            values = self.student.tensors[0]
+            return torch.ones(len(self.rows.labels), dtype=self.dtype, device=values.device)
+        if token_weights.shape != self.rows.shape:
+            raise ValueError(
+                f"token_weights: shape {list(token_weights.shape)} differs from that of labels "
+                f"{list(self.rows.shape)}"
+            )
+        return self.rows.pick(token_weights.to(self.dtype))
+
+    def denominator(self, num_tokens: Denominator | None) -> Denominator:
+        """The denominator, at least 1 so that a batch without supervised tokens gives 0."""
+        if num_tokens is None:
+            return max(1, len(self.rows.labels))
+        if isinstance(num_tokens, Tensor):
+            return num_tokens.clamp_min(1)
+        return max(1, num_tokens)

@@ -1,0 +1,116 @@
+"""How a teacher's row meets the student's: over the vocabulary, over buckets, over draws."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdlosses.divergence import Divergence, Loss, RowLoss
+from kdlosses.numerics import LOG_ZERO, finite_log_probs, log_softmax
+from kdlosses.sources import IDENTITY, Postprocess, Sampled, TeacherSource, TopK
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Two distributions over the same events.
+
+    Attributes:
+        teacher: ``[n, m]`` finite log-probabilities.
+        student: the same for the student.
+        weights: ``[n, m]`` factor of each term, or None for 1.
+    """
+
+    teacher: Tensor
+    student: Tensor
+    weights: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The teacher's raw logits ``[n, V]``.
+
+    Attributes:
+        post: what the teacher does to them.
+    """
+
+    post: Postprocess
+
+    def align(
+        self, tensors: tuple[Tensor, ...], student: Tensor, temperature: Tensor | None
+    ) -> Aligned:
+        """Events are tokens.
+
+        Args:
+            tensors: of this kind of teacher, as the source stores them.
+            student: ``[n, V]`` softened finite log-probabilities.
+            temperature: 0-d, or None for 1.
+        """
+        logits = self.post(tensors[0])
+        if temperature is not None:
+            logits = logits / temperature
+        return Aligned(finite_log_probs(log_softmax(logits)), student)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The k most likely tokens and all others together; see :class:`kdlosses.TopK`."""
+
+    def align(
+        self, tensors: tuple[Tensor, ...], student: Tensor, temperature: Tensor | None
+    ) -> Aligned:
+        """Events are k tokens and the rest; arguments as for :meth:`Whole.align`."""
+        log_probs, indices, tail = tensors
+        teacher = torch.cat([log_probs, tail.unsqueeze(-1)], -1).to(student.dtype)
+        # Summed over the others: 1 minus the k would cancel where little is left.
+        others = student.scatter(-1, indices, LOG_ZERO).logsumexp(-1, keepdim=True)
+        chosen = torch.cat([student.gather(-1, indices), others], -1)
+        return Aligned(finite_log_probs(teacher), finite_log_probs(chosen))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Sampled tokens; see :class:`kdlosses.Sampled`."""
+
+    def align(
+        self, tensors: tuple[Tensor, ...], student: Tensor, temperature: Tensor | None
+    ) -> Aligned:
+        """Events are draws, weighed by ``1 / (n p)``; arguments as for :meth:`Whole.align`."""
+        log_probs, indices = tensors
+        teacher = log_probs.to(student.dtype)
+        weights = (-teacher).exp() / indices.shape[-1]
+        return Aligned(teacher, student.gather(-1, indices), weights)
+
+
+View = Whole | Buckets | Draws
+LOGITS = Whole(IDENTITY)
+
+
+def view_of(source: TeacherSource) -> View:
+    """How the rows of a teacher are to be read."""
+    if isinstance(source, TopK):
+        return Buckets()
+    if isinstance(source, Sampled):
+        return Draws()
+    return Whole(source.post)
+
+
+def refusal(loss: Loss, source: TeacherSource, temperature: float) -> str | None:
+    """Why a loss at a temperature has no meaning with a teacher; None where it has."""
+    if not isinstance(source, TopK | Sampled):
+        return None
+    if source.temperature != temperature:
+        return (
+            f"its log-probabilities were stored at temperature {source.temperature:g}, the loss "
+            f"is at {temperature:g}; store them anew, the sums of softened others are not in them"
+        )
+    name = type(loss).__name__
+    if isinstance(source, TopK):
+        if isinstance(loss, RowLoss) and not loss.supports_top_k:
+            return f"{name} needs the teacher's whole row (it does not declare supports_top_k)"
+        return None
+    if not isinstance(loss, Divergence) or not loss.linear_finish or loss.reduction != "sum":
+        return (
+            f"{name} is not a plain sum over the vocabulary with a linear finish, an estimate "
+            "from draws would be biased"
+        )
+    return None

@@ -1,0 +1,163 @@
+"""What a distillation loss is made of: weighted terms, and the values that change in training."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from kdlosses.divergence import Loss
+from kdlosses.schedules import Schedule
+
+TEMPERATURE = "temperature"
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss of a weighted sum.
+
+    Attributes:
+        loss: the divergence or row loss.
+        weight: its factor, above 0.
+        name: what logs and schedules call it.
+    """
+
+    loss: Loss
+    weight: float
+    name: str
+
+
+class MovingTerms:
+    """Terms with the scheduled fields and state variables that change from step to step.
+
+    Args:
+        terms: at least one, their names differ.
+        schedules: by field (``"alpha"``), or by term and field (``"reverse_kl.alpha"``).
+
+    Raises:
+        ValueError: no terms, names that repeat, weights that are not positive, and schedules of
+            fields that do not exist, are no floats, or leave their bounds.
+    """
+
+    def __init__(self, terms: Sequence[Term], schedules: Mapping[str, Schedule]) -> None:
+        self.terms = tuple(terms)
+        names = [term.name for term in self.terms]
+        if not names:
+            raise ValueError("terms: at least one loss is needed")
+        for term in self.terms:
+            if names.count(term.name) > 1:
+                raise ValueError(f"{term.name} is given twice; add up its weights")
+            if not (math.isfinite(term.weight) and term.weight > 0):
+                raise ValueError(f"{term.name}: its weight must be above 0, got {term.weight}")
+        self._schedules: list[dict[str, Schedule]] = [{} for _ in self.terms]
+        for key, schedule in schedules.items():
+            index, field = _place(key, self.terms)
+            _check(key, self.terms[index].loss, field, schedule)
+            self._schedules[index][field] = schedule
+        self.progress = 0.0
+        self._states = [term.loss.initial_state() for term in self.terms]
+
+    @property
+    def bound(self) -> tuple[tuple[str, ...], ...]:
+        """For each term the names of what changes."""
+        return tuple(tuple(values) for values in self.values)
+
+    @property
+    def values(self) -> list[dict[str, float]]:
+        """For each term the present values of what changes."""
+        return [
+            {**{field: at(self.progress) for field, at in schedules.items()}, **state}
+            for schedules, state in zip(self._schedules, self._states, strict=True)
+        ]
+
+    @property
+    def named_values(self) -> dict[str, float]:
+        """The present values by field, with the term's name where there are several terms."""
+        return {
+            field if len(self.terms) == 1 else f"{term.name}.{field}": value
+            for term, values in zip(self.terms, self.values, strict=True)
+            for field, value in values.items()
+        }
+
+    @property
+    def stateful(self) -> bool:
+        """Whether a term carries state."""
+        return any(self._states)
+
+    def curvature(self, index: int) -> float | None:
+        """A term's curvature at the present values of its fields."""
+        loss = self.terms[index].loss
+        return loss.model_copy(update=self.values[index]).curvature()
+
+    def advance(self, progress: float, term_values: Sequence[float] | None) -> None:
+        """Move on after an optimiser step.
+
+        Args:
+            progress: the share of the training that is done, in [0, 1].
+            term_values: each term's mean over the step; None leaves states as they are.
+
+        Raises:
+            ValueError: a progress outside [0, 1], or another number of values than of terms.
+        """
+        if not 0 <= progress <= 1:
+            raise ValueError(f"progress: must lie in [0, 1], got {progress}")
+        self.progress = progress
+        if term_values is None:
+            return
+        if len(term_values) != len(self.terms):
+            raise ValueError(
+                f"term_values: expected {len(self.terms)} values, got {len(term_values)}"
+            )
+        for index, (term, value) in enumerate(zip(self.terms, term_values, strict=True)):
+            if self._states[index]:
+                self._states[index] = term.loss.next_state(self._states[index], value, progress)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must keep: numbers only."""
+        return {"progress": self.progress, "states": [dict(state) for state in self._states]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state` gave.
+
+        Raises:
+            ValueError: it is of another loss.
+        """
+        states = [dict(entry) for entry in state["states"]]
+        if [set(entry) for entry in states] != [set(entry) for entry in self._states]:
+            raise ValueError(
+                f"the saved state {states} is not that of {[term.name for term in self.terms]}"
+            )
+        self.progress, self._states = float(state["progress"]), states
+
+
+def _place(key: str, terms: Sequence[Term]) -> tuple[int, str]:
+    """The term and the field that a key of the schedules means."""
+    name, _, field = key.rpartition(".")
+    having = [
+        index
+        for index, term in enumerate(terms)
+        if name in ("", term.name) and field in type(term.loss).model_fields
+    ]
+    if len(having) == 1:
+        return having[0], field
+    if having:
+        examples = " or ".join(f"{terms[index].name}.{field}" for index in having)
+        raise ValueError(f"schedules: {key} is a parameter of several losses; write {examples}")
+    known = [f"{term.name}.{field}" for term in terms for field in type(term.loss).model_fields]
+    raise ValueError(
+        f"schedules: no loss here has a parameter {key!r}; known: "
+        f"{', '.join([TEMPERATURE, *known])}"
+    )
+
+
+def _check(key: str, loss: Loss, field: str, schedule: Schedule) -> None:
+    kind = type(loss).model_fields[field].annotation
+    if kind is not float:
+        raise ValueError(f"schedules: {key} is no number that can move ({kind})")
+    for value in schedule.extremes:
+        try:
+            type(loss)(**{**loss.model_dump(), field: value})
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise ValueError(f"schedules: {key} reaches {value:g}: {reason}") from error
