@@ -142,6 +142,7 @@ def write_plot(spec: str, file: Path) -> None:
             ha="right",
             va="top",
             color="0.4",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False)

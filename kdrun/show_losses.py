@@ -18,22 +18,11 @@ from kdlosses import (
     get_loss,
     parse_spec,
 )
+from kdrun.describe_losses import parameters, traits
 from kdrun.plot_losses import SETTING, check_plot_file, draw_text, write_plot
 
 if TYPE_CHECKING:
     from kdlosses import Loss
-
-_TRAITS = (
-    "zero_at_equality",
-    "nonnegative",
-    "coarse_graining_monotone",
-    "linear_finish",
-    "reduction",
-    "temperature_power",
-    "detached",
-    "stateful",
-    "expected_failures",
-)
 
 
 def print_list(details: bool) -> None:
@@ -65,18 +54,15 @@ def print_loss(name: str, plot: Path | None = None) -> None:
     console = _console()
     console.print(inspect.cleandoc(type(loss).__doc__ or "(no docstring)"), markup=False)
     console.print()
-    if type(loss).model_fields:
+    if fields := parameters(loss):
         table = Table(box=None, pad_edge=False)
         for heading in ("parameter", "value", "bounds", "meaning"):
             table.add_column(heading)
-        for field, info in type(loss).model_fields.items():
-            bounds = ", ".join(str(bound) for bound in info.metadata) or "-"
-            table.add_row(field, str(getattr(loss, field)), bounds, info.description or "")
+        for field in fields:
+            table.add_row(field.name, field.value, field.bounds, field.meaning)
         console.print(table)
         console.print()
-    traits = {trait: getattr(loss, trait) for trait in _TRAITS if hasattr(loss, trait)}
-    traits["curvature"] = loss.curvature()
-    for trait, value in traits.items():
+    for trait, value in traits(loss).items():
         console.print(f"{trait}: {value}", markup=False)
     ref = find_loss(parse_spec(name).terms[0].name)
     console.print(f"registered by {ref.distribution} as {ref.name} and {ref.name}_chunked")
