@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from kdlosses import Schedule
 from kdrun.builtin import DEFAULTS
 from kdrun.errors import InputError
 
 BUILT_IN = "builtin"
+KD_RATIO = "kd_ratio"
 
 
 class _Section(BaseModel):
@@ -67,12 +69,24 @@ class LossConfig(_Section):
     match_curvature: bool = Field(
         False, description="divide by the loss's curvature: as strong as KL near equality"
     )
+    schedules: dict[str, Schedule] = Field(
+        {},
+        description="how kd_ratio, temperature or a parameter of the loss moves in training; "
+        "takes the place of the fixed value",
+    )
     chunk_size: int | None = Field(
         None, ge=1, description="tokens a chunk; null chooses by vocabulary and width"
     )
     compiled: bool | None = Field(
         None, description="compile the loss; null decides by the length of the run"
     )
+
+    @field_validator("schedules")
+    @classmethod
+    def _check_ratio(cls, schedules: dict[str, Schedule]) -> dict[str, Schedule]:
+        if KD_RATIO in schedules and any(not 0 <= x <= 1 for x in schedules[KD_RATIO].extremes):
+            raise ValueError("kd_ratio must stay within [0, 1]")
+        return schedules
 
 
 class OptimizerConfig(_Section):
@@ -163,7 +177,9 @@ def complete_pair(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     model = dict(_section(given, "model"))
     data = _section(given, "data")
-    ratio = _section(given, "loss").get("kd_ratio", 0.5)
+    loss = _section(given, "loss")
+    # A schedule of the ratio is never 0 throughout; its bounds are checked later.
+    ratio = 1.0 if KD_RATIO in _section(loss, "schedules") else loss.get(KD_RATIO, 0.5)
     student = model.get("student")
     if student in (None, BUILT_IN):
         if model.get("teacher") not in (None, BUILT_IN):

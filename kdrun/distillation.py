@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrun import runs
-from kdrun.config import LossConfig, RunConfig, validate
+from kdrun.config import KD_RATIO, LossConfig, RunConfig, validate
 from kdrun.data.prepare import RawRows, encode_rows, read_rows
 from kdrun.errors import InputError, Interrupted
 from kdrun.pairs import (
@@ -138,6 +138,7 @@ def build_loss(config: LossConfig, vocab_size: int | None) -> TokenLoss:
             vocab_size=vocab_size,
             match_curvature=config.match_curvature,
             compiled=config.compiled,
+            schedules={key: at for key, at in config.schedules.items() if key != KD_RATIO},
         )
     except (LossSpecError, BrokenLossError) as error:
         raise InputError(str(error)) from error
@@ -180,7 +181,7 @@ def _run(
         model=student,
         teacher=teacher,
         loss=build_loss(config.loss, pair.vocab_size),
-        kd_ratio=config.loss.kd_ratio,
+        kd_ratio=config.loss.schedules.get(KD_RATIO, config.loss.kd_ratio),
         args=arguments,
         data_collator=Collator(pair.tokenizer.pad_token_id),
         train_dataset=examples.train,
@@ -202,6 +203,7 @@ def _run(
     before = _before(trainer, folder, resume)
     if trained:  # the run ended between its last checkpoint and its summary
         trainer._load_from_checkpoint(str(checkpoint))
+        trainer.load_objective(str(checkpoint))
         trainer.state.global_step = first_step
     else:
         try:

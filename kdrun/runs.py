@@ -21,7 +21,10 @@ def choose_folder(given: str | None, loss: str) -> Path:
     """The folder of a run: the one given, or a new ``runs/<time>-<loss>``."""
     if given is not None:
         return Path(given).expanduser()
-    name = loss.partition(":")[0]
+    from kdlosses import parse_spec
+
+    parsed = parse_spec(loss)
+    name = "+".join(term.name for term in parsed.terms) + ("_chunked" if parsed.chunked else "")
     base = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     folder, count = base, 1
     while folder.exists():

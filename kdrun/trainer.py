@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from kdlosses import KDObjective, TokenLoss, get_loss, measure
+from kdlosses import KDObjective, Schedule, TokenLoss, get_loss, measure
 from kdrun.data.collate import shift_labels
 from kdrun.errors import TrainingError
 from kdrun.models.heads import FrozenTeacher, HeadSplit, call, find_split, install
-from kdrun.runs import COMPLETE
+from kdrun.runs import COMPLETE, write_json
 
 _MEASURE_COMPILED_FROM = 16384
 _NOT_FOR_THE_MODEL = ("labels", "shift_labels")
+_OBJECTIVE = "objective.json"
 
 
 class DistillTrainer(Trainer):
@@ -35,7 +37,7 @@ class DistillTrainer(Trainer):
         teacher: the teacher, or None, which needs ``kd_ratio`` 0. It is frozen, in eval mode, and
             never part of the student, its optimiser or its checkpoints.
         loss: a spec such as ``"reverse_kl_chunked"`` or what :func:`kdlosses.get_loss` returns.
-        kd_ratio: weight of the distillation loss, in [0, 1].
+        kd_ratio: weight of the distillation loss, in [0, 1], or its schedule.
         args: as for Trainer. ``average_tokens_across_devices`` must be on, its default.
         **options: as for Trainer.
 
@@ -51,11 +53,12 @@ class DistillTrainer(Trainer):
         model: PreTrainedModel | nn.Module,
         teacher: PreTrainedModel | None,
         loss: TokenLoss | str = "forward_kl_chunked",
-        kd_ratio: float = 0.5,
+        kd_ratio: float | Schedule = 0.5,
         args: TrainingArguments | None = None,
         **options: Any,
     ) -> None:
-        if teacher is None and kd_ratio > 0:
+        objective = KDObjective(get_loss(loss) if isinstance(loss, str) else loss, kd_ratio)
+        if teacher is None and objective.needs_teacher:
             raise ValueError(f"teacher: needed at kd_ratio {kd_ratio}, got None")
         if args is not None and not args.average_tokens_across_devices:
             raise ValueError(
@@ -64,9 +67,10 @@ class DistillTrainer(Trainer):
             )
         self.student_split: HeadSplit = find_split(model)
         install(model, self.student_split)
-        self.objective = KDObjective(get_loss(loss) if isinstance(loss, str) else loss, kd_ratio)
+        self.objective = objective
         super().__init__(model=model, args=args, **options)
         self.add_callback(_MoveToEpoch(self))
+        self.add_callback(_Advance(self))
         self.teacher: FrozenTeacher | None = None
         if teacher is not None:
             self.teacher = FrozenTeacher(teacher, find_split(teacher))
@@ -74,7 +78,10 @@ class DistillTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.args.logging_nan_inf_filter = False  # it would log an old value in place of a NaN
         self.supervised_tokens = 0
-        self._shares = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        terms = len(self.objective.loss.terms)
+        self._shares = torch.zeros(2 + terms, dtype=torch.float64, device=self.args.device)
+        self._step_terms = torch.zeros(terms, dtype=torch.float64, device=self.args.device)
+        self._moving_values: dict[str, float] = {}
         self._logged_step = 0
 
     @property
@@ -97,16 +104,19 @@ class DistillTrainer(Trainer):
 
         def consume(student: Any) -> dict[str, Tensor]:
             out = self.objective(student, teacher, labels, num_items_in_batch)
-            kd = torch.zeros_like(out.class_loss) if out.kd_loss is None else out.kd_loss
+            zeros = out.class_loss.new_zeros(len(self.objective.loss.terms))
             return {
                 "loss": out.loss,
                 "class_loss": out.class_loss,
-                "kd_loss": kd,
+                "kd_loss": zeros.sum() if out.kd_loss is None else out.kd_loss,
+                "kd_terms": zeros if out.kd_terms is None else out.kd_terms,
                 "num_tokens": out.num_tokens,
             }
 
         outputs = call(model, consume, **features)
-        self._shares += torch.stack([outputs["class_loss"], outputs["kd_loss"]]).detach()
+        both = torch.stack([outputs["class_loss"], outputs["kd_loss"]])
+        self._shares += torch.cat([both, outputs["kd_terms"]]).detach()
+        self._step_terms += outputs["kd_terms"].detach()
         self.supervised_tokens += int(outputs["num_tokens"])
         loss = outputs["loss"]
         value = loss.detach().item()
@@ -122,14 +132,20 @@ class DistillTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Adds class loss and KD loss, averaged over the steps since the last line."""
+        """Adds class loss and KD loss, averaged over the steps since the last line.
+
+        Also the terms of a weighted sum, and the values in the last step of what is scheduled or
+        carries state.
+        """
         steps = self.state.global_step - self._logged_step
         if "loss" in logs and steps:
-            class_loss, kd_loss = (self.accelerator.reduce(self._shares) / steps).tolist()
+            shares = (self.accelerator.reduce(self._shares) / steps).tolist()
             logs = {
                 "loss": logs.pop("loss"),
-                "class_loss": class_loss,
-                "kd_loss": kd_loss if self.objective.kd_ratio > 0 else None,
+                "class_loss": shares[0],
+                "kd_loss": shares[1] if self.objective.needs_teacher else None,
+                **self._named_terms("kd_loss", shares[2:]),
+                **{key: x for key, x in self._moving_values.items() if math.isfinite(x)},
                 **logs,
             }
             self._shares.zero_()
@@ -148,7 +164,8 @@ class DistillTrainer(Trainer):
         model = self.model_wrapped if self.is_in_train else self.model
         was_training = model.training
         model.eval()
-        sums = torch.zeros(6, dtype=torch.float64, device=self.args.device)
+        terms = len(self.objective.loss.terms)
+        sums = torch.zeros(6 + terms, dtype=torch.float64, device=self.args.device)
         rows = 0
         try:
             for batch in dataloader:
@@ -181,8 +198,11 @@ class DistillTrainer(Trainer):
                 found.reverse_kl,
                 found.top1_agreement,
             )
-            zero = torch.zeros((), dtype=torch.float64, device=labels.device)
-            return {"sums": torch.stack([zero if c is None else c.double() for c in columns])}
+            zeros = torch.zeros(
+                len(self.objective.loss.terms), dtype=torch.float64, device=labels.device
+            )
+            sums = torch.stack([zeros.sum() if c is None else c.double() for c in columns])
+            return {"sums": torch.cat([sums, zeros if found.kd_terms is None else found.kd_terms])}
 
         return call(model, consume, **features)["sums"]
 
@@ -190,7 +210,7 @@ class DistillTrainer(Trainer):
         tokens = sums[0]
         if tokens == 0:
             raise TrainingError("the evaluation rows hold no supervised token")
-        ce, kd, forward_kl, reverse_kl, agreement = (value / tokens for value in sums[1:])
+        ce, kd, forward_kl, reverse_kl, agreement, *terms = (value / tokens for value in sums[1:])
         ratio = self.objective.kd_ratio
         loss = (1 - ratio) * ce + ratio * kd if ratio > 0 else ce
         with_teacher = self.teacher is not None
@@ -198,16 +218,52 @@ class DistillTrainer(Trainer):
             "loss": loss,
             "ce": ce,
             "kd_loss": kd if with_teacher else None,
+            **(self._named_terms("kd_loss", terms) if with_teacher else {}),
             "forward_kl": forward_kl if with_teacher else None,
             "reverse_kl": reverse_kl if with_teacher else None,
             "top1_agreement": agreement if with_teacher else None,
             "tokens": int(tokens),
         }
 
+    def _named_terms(self, prefix: str, values: list[float]) -> dict[str, float]:
+        """The terms of a sum by name; a single loss is its own sum and adds nothing."""
+        terms = self.objective.loss.terms
+        if len(terms) == 1:
+            return {}
+        return {f"{prefix}/{term.name}": x for term, x in zip(terms, values, strict=True)}
+
+    def advance_objective(self) -> None:
+        """Move schedules and state on, at the end of an optimiser step."""
+        self._moving_values = self.objective.moving_values
+        values = None
+        if self.objective.loss.stateful and self.objective.kd_ratio > 0:
+            values = self.accelerator.reduce(self._step_terms).tolist()
+        progress = min(1.0, self.state.global_step / max(1, self.state.max_steps))
+        self.objective.advance(progress, values)
+        self._step_terms.zero_()
+
+    def load_objective(self, checkpoint: str | Path) -> None:
+        """Take schedules and state back from a checkpoint.
+
+        Raises:
+            TrainingError: it was saved for another loss.
+        """
+        saved = json.loads((Path(checkpoint) / _OBJECTIVE).read_text(encoding="utf-8"))
+        try:
+            self.objective.load_state_dict(saved)
+        except ValueError as error:
+            raise TrainingError(f"{checkpoint}: {error}") from error
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.load_objective(checkpoint)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            write_json(folder / _OBJECTIVE, self.objective.state_dict())
             with open(folder / COMPLETE, "w", encoding="utf-8") as marker:
                 marker.write("\n")
                 marker.flush()
@@ -262,6 +318,17 @@ class _MoveToEpoch(TrainerCallback):
         data = self._trainer.train_dataset
         if hasattr(data, "set_epoch"):
             data.set_epoch(int(state.epoch or 0))
+
+
+class _Advance(TrainerCallback):
+    """Moves the objective on after each optimiser step."""
+
+    def __init__(self, trainer: DistillTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the optimiser's step, before it is logged and saved."""
+        self._trainer.advance_objective()
 
 
 class StopOnRequest(TrainerCallback):

@@ -69,7 +69,7 @@ ALLOWED = {
     "batch": {"engine", "sources"},
     "objective": {"batch", "terms", "engine", "sources", "divergence", "schedules"},
     "registry": {"divergence", "objective", "engine", "schedules", "terms"},
-    "testing": {"divergence", "engine", "objective", "registry", "sources"},
+    "testing": {"testing", "schedules", "divergence", "engine", "objective", "registry", "sources"},
 }
 
 

@@ -94,8 +94,9 @@ def _moving_terms(alpha: float, beta: float, log_p: Tensor, log_q: Tensor) -> Te
 
     So near a limit they keep a small distance from it.
     """
-    a, b = (_away_from_zero(torch.as_tensor(x), _TOO_SMALL) for x in (alpha, beta))
-    total = _away_from_zero(a + b, _TOO_SMALL / 2)
+    distance = _TOO_SMALL if log_p.dtype == torch.float32 else _TOO_SMALL**2
+    a, b = (_away_from_zero(torch.as_tensor(x), distance) for x in (alpha, beta))
+    total = _away_from_zero(a + b, distance / 2)
     b = total - a
     of_student = b.abs() > a.abs()
     large, small = torch.where(of_student, b, a), torch.where(of_student, a, b)

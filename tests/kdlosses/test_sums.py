@@ -57,9 +57,7 @@ def test_a_sum_is_its_parts_added_up(chunked, temperature):
 def test_each_term_is_reported_before_its_weight(chunked):
     student, teacher, labels = problem()
     out = KDObjective(build(spec(chunked), temperature=2.0), 0.6)(student, teacher, labels)
-    singles = [
-        build(name, temperature=2.0)(student, teacher, labels).detach() for name in PARTS
-    ]
+    singles = [build(name, temperature=2.0)(student, teacher, labels).detach() for name in PARTS]
     torch.testing.assert_close(out.kd_terms, torch.stack(singles), rtol=1e-12, atol=0)
     total = sum(w * x for w, x in zip(PARTS.values(), singles, strict=True))
     torch.testing.assert_close(out.kd_loss, total, rtol=1e-12, atol=0)
@@ -71,9 +69,7 @@ def test_each_term_is_reported_before_its_weight(chunked):
 def test_measures_of_a_sum():
     student, teacher, labels = problem()
     found = measure(build(spec(True), temperature=2.0), student, teacher, labels)
-    each = [
-        measure(build(name, temperature=2.0), student, teacher, labels).kd for name in PARTS
-    ]
+    each = [measure(build(name, temperature=2.0), student, teacher, labels).kd for name in PARTS]
     torch.testing.assert_close(found.kd_terms, torch.stack(each), rtol=1e-12, atol=0)
     total = sum(w * x for w, x in zip(PARTS.values(), each, strict=True))
     torch.testing.assert_close(found.kd, total, rtol=1e-12, atol=0)

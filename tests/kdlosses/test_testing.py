@@ -13,9 +13,11 @@ from pydantic import Field, field_validator
 
 import kdlosses
 from kdlosses import testing
-from kdlosses.divergence import Divergence, RowLoss
+from kdlosses.divergence import Divergence, RowLoss, state_variable
 from kdlosses.losses.forward_kl import ForwardKL
 from kdlosses.numerics import kl_terms
+from kdlosses.testing import extremes
+from kdlosses.testing.catalogue import CHECKS
 
 BUILT_IN = [ref.name for ref in kdlosses.available_losses() if ref.distribution == "kdlosses"]
 SPECS = [
@@ -262,6 +264,46 @@ class KeepsWhatItSaw(Right):
 SEEN = []
 
 
+@wrong("top_k")
+class WeighsByPlace(Plain):
+    """Not elementwise: the place among the events counts."""
+
+    def integrand(self, teacher_log_probs, student_log_probs):
+        places = torch.arange(1, teacher_log_probs.shape[-1] + 1)
+        return kl_terms(teacher_log_probs, student_log_probs) * places
+
+
+@wrong("sampled")
+class SharesOut(Plain):
+    """Linear in the total, but the terms know how many they are."""
+
+    def integrand(self, teacher_log_probs, student_log_probs):
+        terms = kl_terms(teacher_log_probs, student_log_probs)
+        return terms / terms.shape[-1]
+
+
+@wrong("moving_parameters")
+class ConvertsItsParameter(Right):
+    share: float = Field(0.5, ge=0, le=1, description="a share")
+
+    def row(self, teacher_log_probs, student_log_probs, labels):
+        share = self.share if isinstance(self.share, float) else 2 * self.share
+        return share * super().row(teacher_log_probs, student_log_probs, labels)
+
+
+@wrong("state")
+class Forgetful(Right):
+    @state_variable
+    def steps(self):
+        return 1.0
+
+    def row(self, teacher_log_probs, student_log_probs, labels):
+        return self.steps * super().row(teacher_log_probs, student_log_probs, labels)
+
+    def next_state(self, state, value, progress):
+        return {}
+
+
 def failed(loss):
     return {result.name for result in testing.run_checks(loss) if result.verdict == "failed"}
 
@@ -272,13 +314,13 @@ def test_what_the_wrong_losses_derive_from_is_right():
 
 
 def test_every_check_has_a_wrong_loss():
-    assert set(WRONG) == set(testing._CHECKS)
+    assert set(WRONG) == set(CHECKS)
 
 
-@pytest.mark.parametrize("name", list(testing._CHECKS))
+@pytest.mark.parametrize("name", list(CHECKS))
 def test_the_check_can_fail(name):
     CALLS.clear()
-    check, applies = testing._CHECKS[name]
+    check, applies = CHECKS[name]
     loss = WRONG[name]()
     assert applies(loss)
     with pytest.raises(RuntimeError if name == "all_masked" else AssertionError):
@@ -287,9 +329,9 @@ def test_the_check_can_fail(name):
 
 @pytest.mark.parametrize("size", [64, None], ids=["large chunks", "plain"])
 def test_an_evaluation_that_stores_all_logits_is_found(monkeypatch, size):
-    honest = testing._module
-    monkeypatch.setattr(testing, "_module", lambda loss, _size=None: honest(loss, size))
-    check, _ = testing._CHECKS["chunked_memory"]
+    honest = extremes.token_loss
+    monkeypatch.setattr(extremes, "token_loss", lambda loss, _size=None: honest(loss, size))
+    check, _ = CHECKS["chunked_memory"]
     with pytest.raises(AssertionError, match=r"\[rows, V\]"):
         check(ForwardKL)
 
@@ -319,7 +361,7 @@ def test_the_guide_lists_every_check():
     page = Path(__file__).parents[2] / "docs" / "write-a-loss.md"
     rows = [row for row in page.read_text(encoding="utf-8").splitlines() if row.startswith("| `")]
     listed = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
-    assert set(testing._CHECKS) <= listed
+    assert set(CHECKS) <= listed
 
 
 def test_the_error_names_the_failed_checks_and_the_reasons():
@@ -384,7 +426,7 @@ def test_the_command_prints_checks_and_verdict():
     rows = [line.split() for line in done.stdout.splitlines()]
     assert rows[0] == ["check", "verdict", "reason"]
     assert ["curvature", "passed"] in rows
-    assert done.stdout.splitlines()[-1] == "skew_forward_kl:alpha=0.2: passed (30 checks)"
+    assert done.stdout.splitlines()[-1] == "skew_forward_kl:alpha=0.2: passed (33 checks)"
 
 
 def test_the_command_refuses_unknown_names_and_no_name():

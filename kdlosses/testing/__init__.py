@@ -1,0 +1,131 @@
+"""Conformance checks: what a loss must do, chosen by its traits. Plugins run them like built-ins.
+
+``check_loss("forward_kl")`` runs them all; ``parametrize_with_checks`` turns them into the tests of
+a plugin. The checks use relations and finite differences, so they need no reference value.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+from kdlosses.divergence import Loss
+from kdlosses.testing import (  # noqa: F401 - importing them fills the catalogue
+    batches,
+    extremes,
+    form,
+    gradients,
+    moving,
+    teachers,
+    values,
+)
+from kdlosses.testing.catalogue import CHECKS, Check, LossLike, as_loss
+
+__all__ = [
+    "Check",
+    "CheckResult",
+    "ConformanceError",
+    "check_loss",
+    "checks_for",
+    "parametrize_with_checks",
+    "run_checks",
+]
+
+Verdict = Literal["passed", "failed", "expected failure"]
+
+
+class ConformanceError(AssertionError):
+    """A loss fails checks; the message has their names and the reasons."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What became of one check.
+
+    Attributes:
+        name: of the check.
+        verdict: ``"passed"``, ``"failed"``, or ``"expected failure"`` where the loss declares it.
+        reason: why it failed, or the loss's written reason; empty where it passed.
+    """
+
+    name: str
+    verdict: Verdict
+    reason: str
+
+
+def checks_for(loss: LossLike) -> Iterator[Check]:
+    """The checks that apply to a loss, by its traits.
+
+    Args:
+        loss: a spec such as ``"skew_forward_kl:alpha=0.2"``, a class, or an instance.
+    """
+    loss = as_loss(loss)
+    for check, applies in CHECKS.values():
+        if applies(loss):
+            yield check
+
+
+def run_checks(loss: LossLike) -> list[CheckResult]:
+    """Run all checks of a loss; a failure is recorded, not raised.
+
+    A declared failure that does not happen counts as failed: its declaration is out of date.
+    """
+    loss = as_loss(loss)
+    results = []
+    for check in checks_for(loss):
+        reason = _failure(check, loss)
+        declared = loss.expected_failures.get(check.name)
+        if declared is None:
+            result = CheckResult(check.name, "failed" if reason else "passed", reason or "")
+        elif reason:
+            result = CheckResult(check.name, "expected failure", declared)
+        else:
+            result = CheckResult(check.name, "failed", f"passes, though declared: {declared}")
+        results.append(result)
+    return results
+
+
+def check_loss(loss: LossLike) -> None:
+    """Run all checks of a loss.
+
+    Args:
+        loss: a spec such as ``"skew_forward_kl:alpha=0.2"``, a class, or an instance.
+
+    Raises:
+        ConformanceError: with the names and reasons of the failed checks.
+    """
+    loss = as_loss(loss)
+    results = run_checks(loss)
+    failed = [result for result in results if result.verdict == "failed"]
+    if failed:
+        lines = [f"  {result.name}: {result.reason}" for result in failed]
+        heading = f"{loss!r} fails {len(failed)} of {len(results)} checks:"
+        raise ConformanceError("\n".join([heading, *lines]))
+
+
+def parametrize_with_checks(losses: Iterable[LossLike]) -> Any:
+    """A pytest decorator: one test for each loss and check.
+
+    The test takes ``loss`` and ``check`` and calls ``check(loss)``. Declared failures become
+    strict ``xfail`` marks with their reasons.
+    """
+    pytest = import_module("pytest")  # needed by those who write tests only
+    cases = []
+    for given in losses:
+        loss = as_loss(given)
+        label = given.__name__ if isinstance(given, type) else f"{given!r}".strip("'")
+        for check in checks_for(loss):
+            reason = loss.expected_failures.get(check.name)
+            marks = () if reason is None else pytest.mark.xfail(reason=reason, strict=True)
+            cases.append(pytest.param(loss, check, marks=marks, id=f"{label}-{check.name}"))
+    return pytest.mark.parametrize(("loss", "check"), cases)
+
+
+def _failure(check: Check, loss: Loss) -> str | None:
+    try:
+        check(loss)
+    except AssertionError as error:
+        return str(error) or "an assertion failed"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None

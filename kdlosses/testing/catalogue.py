@@ -1,0 +1,68 @@
+"""The named checks and which losses they apply to."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kdlosses.divergence import Divergence, Loss, RowLoss
+from kdlosses.registry import get_loss
+
+LossLike = str | Loss | type[Loss]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One named check.
+
+    Attributes:
+        name: what ``expected_failures`` and reports call it.
+        description: what it demands, one line.
+        function: raises where a loss fails.
+    """
+
+    name: str
+    description: str
+    function: Callable[[Loss], None]
+
+    def __call__(self, loss: LossLike) -> None:
+        """Check a loss.
+
+        Raises:
+            AssertionError: the loss fails; any other exception is a failure too.
+        """
+        with torch.enable_grad():
+            self.function(as_loss(loss))
+
+
+CHECKS: dict[str, tuple[Check, Callable[[Loss], bool]]] = {}
+"""Every check by name, with the losses it applies to; filled by the modules beside this one."""
+
+
+def conformance(
+    applies: Callable[[Loss], bool] = lambda loss: True,
+) -> Callable[[Callable[[Loss], None]], Callable[[Loss], None]]:
+    """Enter a function as a check; its name without underscores is the check's name."""
+
+    def register(function: Callable[[Loss], None]) -> Callable[[Loss], None]:
+        name = function.__name__.lstrip("_")
+        CHECKS[name] = (Check(name, inspect.getdoc(function) or "", function), applies)
+        return function
+
+    return register
+
+
+def as_loss(loss: LossLike) -> Loss:
+    """The loss that a spec, a class or an instance means.
+
+    Raises:
+        TypeError: none of the three.
+    """
+    if isinstance(loss, str):
+        return get_loss(loss).loss
+    if isinstance(loss, type) and issubclass(loss, Loss):
+        loss = loss()
+    if not isinstance(loss, Divergence | RowLoss):
+        raise TypeError(f"expected a loss or the name of one, got {loss!r}")
+    return loss

@@ -1,0 +1,139 @@
+"""The loss as it is written: docstring, parameters, traits."""
+
+import inspect
+import pickle
+import re
+import warnings
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from kdlosses.divergence import Divergence, Loss
+from kdlosses.testing.cases import close, no_nan, normal, pair, permutation, rows
+from kdlosses.testing.catalogue import CHECKS, conformance
+
+
+@conformance()
+def _docstring(loss: Loss) -> None:
+    """The docstring has a formula in its summary and a reference; parameters are described."""
+    text = inspect.cleandoc(type(loss).__dict__.get("__doc__") or "")
+    if not text:
+        raise AssertionError("the class has no docstring")
+    summary = " ".join(text.split("\n\n", 1)[0].split())
+    _, separator, formula = summary.partition("," if "," in summary else "=")
+    if not separator or not re.search(r"[(|+*/^-]|\bsum\b", formula):
+        raise AssertionError(
+            f"the summary gives no formula after a comma or '=' (Name, sum p log(p / q).): "
+            f"{summary!r}"
+        )
+    if not re.search(r"^References?:\s*\S", text, re.MULTILINE):
+        raise AssertionError("the docstring has no line 'Reference: ...'")
+    for name, field in type(loss).model_fields.items():
+        if not field.description:
+            raise AssertionError(f"parameter {name} has no description (Field(description=...))")
+
+
+@conformance()
+def _expected_failures(loss: Loss) -> None:
+    """Declared failures name existing checks and carry a reason."""
+    for name, reason in loss.expected_failures.items():
+        if name not in CHECKS:
+            raise AssertionError(f"no check is called {name!r}; there are {', '.join(CHECKS)}")
+        if not reason.strip():
+            raise AssertionError(f"{name} has no written reason")
+
+
+@conformance()
+def _bounds(loss: Loss) -> None:
+    """Defaults exist, values beyond a declared bound are refused, values on one give no NaN."""
+    kind = type(loss)
+    kind()  # every loss constructs without arguments
+    given = loss.model_dump()
+    _refused(kind, {**given, "no_such_parameter": 1}, "an unknown parameter")
+    for name, field in kind.model_fields.items():
+        for bound in field.metadata:
+            for relation, beyond, inside in (
+                ("ge", -1, True),
+                ("gt", -1, False),
+                ("le", 1, True),
+                ("lt", 1, False),
+            ):
+                limit = getattr(bound, relation, None)
+                if not isinstance(limit, int | float):
+                    continue
+                _refused(kind, {**given, name: limit + beyond}, f"{name}={limit + beyond}")
+                if inside:
+                    _evaluates(kind, {**given, name: limit}, f"{name}={limit}")
+                else:
+                    _refused(kind, {**given, name: limit}, f"{name}={limit}")
+    for name in kind.model_fields:
+        try:
+            setattr(loss, name, getattr(loss, name))
+        except ValidationError:
+            continue
+        raise AssertionError(f"parameter {name} can be changed: keep frozen=True")
+
+
+def _refused(kind: type[Loss], values: dict[str, Any], what: str) -> None:
+    try:
+        _quiet(kind, values)
+    except ValidationError:
+        return
+    raise AssertionError(f"{what} is accepted")
+
+
+def _evaluates(kind: type[Loss], values: dict[str, Any], what: str) -> None:
+    try:
+        loss = _quiet(kind, values)
+    except ValidationError:
+        return  # a validator of its own may exclude a bound
+    teacher, student, labels = pair(5, 9, dtype=torch.float32)
+    no_nan(f"the value at {what}", rows(loss, student, teacher, labels))
+
+
+def _quiet(kind: type[Loss], values: dict[str, Any]) -> Loss:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return kind(**values)
+
+
+@conformance()
+def _serialization(loss: Loss) -> None:
+    """Pickle and JSON give back an equal loss with the same values."""
+    teacher, student, labels = pair(4, 9)
+    expected = rows(loss, student, teacher, labels)
+    copies = {
+        "pickle": pickle.loads(pickle.dumps(loss)),
+        "JSON": type(loss).model_validate_json(loss.model_dump_json()),
+    }
+    for how, copy in copies.items():
+        if copy != loss:
+            raise AssertionError(f"{how} gives {copy!r} for {loss!r}")
+        close(f"the value after {how}", rows(copy, student, teacher, labels), expected)
+
+
+@conformance(lambda loss: isinstance(loss, Divergence))
+def _elementwise(loss: Loss) -> None:
+    """A term of the integrand depends on its own entry only."""
+    assert isinstance(loss, Divergence)
+    teacher, student, _ = pair(4, 10)
+    p, q = teacher.log_softmax(-1), student.log_softmax(-1)
+    whole = loss.integrand(p, q)
+    if whole.shape != p.shape:
+        raise AssertionError(f"integrand gives {list(whole.shape)} for {list(p.shape)}")
+    parts = [loss.integrand(p[..., cut], q[..., cut]) for cut in (slice(3), slice(3, None))]
+    close("the terms of a part of the vocabulary", torch.cat(parts, -1), whole)
+    order = permutation(10)
+    close(
+        "the terms in another order", loss.integrand(p[..., order], q[..., order]), whole[:, order]
+    )
+
+
+@conformance(lambda loss: isinstance(loss, Divergence) and loss.linear_finish)
+def _linear_finish(loss: Loss) -> None:
+    """Finish is linear, as linear_finish says."""
+    assert isinstance(loss, Divergence)
+    a, b = normal(2, 6).abs() + 0.1
+    combined = loss.finish(2 * a + 3 * b)
+    close("finish(2 a + 3 b)", combined, 2 * loss.finish(a) + 3 * loss.finish(b))
