@@ -17,6 +17,7 @@ from mkdocs.structure.files import File, Files
 
 from kdlosses import BrokenLossError, LossRef, LossSpecError, available_losses, find_loss, get_loss
 from kdrun.describe_losses import doc_parts, parameters, traits
+from kdrun.errors import InputError
 from kdrun.plot_losses import SETTING, write_plot
 
 if TYPE_CHECKING:
@@ -41,13 +42,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, INDEX, content=_index()))
     with tempfile.TemporaryDirectory() as folder:
         for ref, loss in _usable():
-            page = _page(ref, loss)
+            picture = Path(folder) / f"{ref.name}.svg"
+            try:
+                write_plot(ref.name, picture)
+            except InputError as error:
+                plot = [_markdown(f"No plot: {error}")]
+            else:
+                svg = picture.read_bytes()
+                files.append(File.generated(config, f"losses/{picture.name}", content=svg))
+                plot = [f"![Value and gradient of {ref.name}]({picture.name})", "", SETTING]
+            page = _page(ref, loss, plot)
             files.append(File.generated(config, f"losses/{ref.name}.md", content=page))
-            picture = Path(folder) / "plot.svg"
-            write_plot(ref.name, picture)
-            files.append(
-                File.generated(config, f"losses/{ref.name}.svg", content=picture.read_bytes())
-            )
     return files
 
 
@@ -95,7 +100,7 @@ def _index() -> str:
     )
 
 
-def _page(ref: LossRef, loss: Loss) -> str:
+def _page(ref: LossRef, loss: Loss, plot: list[str]) -> str:
     parts, fields = doc_parts(loss), parameters(loss)
     chosen = ",".join(f"{field.name}={field.value}" for field in fields)
     spec = f"{ref.name}_chunked" + (f":{chosen}" if chosen else "")
@@ -105,9 +110,7 @@ def _page(ref: LossRef, loss: Loss) -> str:
     lines += _paragraphs(parts.about)
     if parts.limits:
         lines += ["## When not to use it", "", *_paragraphs(parts.limits)]
-    lines += ["## Value and gradient", "", f"![Value and gradient of {ref.name}]({ref.name}.svg)"]
-    lines += ["", SETTING, ""]
-    lines += ["## Parameters", ""]
+    lines += ["## Value and gradient", "", *plot, "", "## Parameters", ""]
     if fields:
         lines += ["| parameter | default | bounds | meaning |", "|---|---|---|---|"]
         lines += [

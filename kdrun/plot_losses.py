@@ -51,14 +51,23 @@ def loss_curve(spec: str, student: Sequence[float]) -> Curve:
     Args:
         spec: of the loss, such as ``"skew_forward_kl:alpha=0.2"``.
         student: q, each in (0, 1).
+
+    Raises:
+        InputError: the loss fails on these distributions.
     """
     q = torch.tensor(student, dtype=torch.float64).unsqueeze(-1)
     rest = torch.tensor(TEACHER[1:], dtype=torch.float64)
     logits = torch.cat([q, (1 - q) * rest / rest.sum()], dim=-1).log().requires_grad_()
     teacher = torch.tensor(TEACHER, dtype=torch.float64).log().expand_as(logits)
     labels = torch.zeros(len(student), dtype=torch.int64)
-    values = get_loss(spec)(logits, teacher, labels, reduction="none")
-    (gradient,) = torch.autograd.grad(values.sum(), logits)
+    loss = get_loss(spec)
+    try:
+        values = loss(logits, teacher, labels, reduction="none")
+        (gradient,) = torch.autograd.grad(values.sum(), logits)
+    except Exception as error:  # whatever a stranger's loss raises on three tokens
+        raise InputError(
+            f"loss {spec!r} cannot be drawn on three tokens: {type(error).__name__}: {error}"
+        ) from error
     return Curve(list(student), values.tolist(), gradient[:, 0].tolist())
 
 

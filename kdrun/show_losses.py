@@ -19,6 +19,7 @@ from kdlosses import (
     parse_spec,
 )
 from kdrun.describe_losses import parameters, traits
+from kdrun.errors import InputError
 from kdrun.plot_losses import SETTING, check_plot_file, draw_text, write_plot
 
 if TYPE_CHECKING:
@@ -45,8 +46,11 @@ def print_loss(name: str, plot: Path | None = None) -> None:
 
     Raises:
         LossSpecError: no such loss.
-        InputError: a picture that cannot be written.
+        InputError: a picture that cannot be written, or a sum of losses.
     """
+    first, *others = parse_spec(name).terms
+    if others:
+        raise InputError(f"loss {name!r} is a sum; show its terms one by one, {first.name} first")
     loss = get_loss(name).loss
     if plot is not None:
         check_plot_file(plot)
@@ -64,7 +68,7 @@ def print_loss(name: str, plot: Path | None = None) -> None:
         console.print()
     for trait, value in traits(loss).items():
         console.print(f"{trait}: {value}", markup=False)
-    ref = find_loss(parse_spec(name).terms[0].name)
+    ref = find_loss(first.name)
     console.print(f"registered by {ref.distribution} as {ref.name} and {ref.name}_chunked")
     console.print()
     _print_plot(console, name)
@@ -75,8 +79,8 @@ def print_loss(name: str, plot: Path | None = None) -> None:
 def _print_plot(console: Any, name: str) -> None:
     try:
         lines = draw_text(name, console.encoding)
-    except Exception as error:  # of the loss: whoever wrote it still wants to see the rest
-        console.print(f"no plot: {type(error).__name__}: {error}", markup=False)
+    except InputError as error:  # whoever wrote the loss still wants to see the rest
+        console.print(f"no plot: {error}", markup=False)
         return
     for line in lines:
         console.print(line, markup=False)

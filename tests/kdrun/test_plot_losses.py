@@ -117,6 +117,13 @@ def test_a_file_that_cannot_be_written_is_told_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_sum_is_told_in_one_line() -> None:
+    done = show("0.5*forward_kl+0.5*reverse_kl")
+    assert done.returncode == 2
+    (line,) = done.stderr.decode().splitlines()
+    assert "is a sum" in line
+
+
 def test_without_matplotlib_the_cure_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"pip install 'kdlosses\[plot\]'"):
@@ -126,13 +133,15 @@ def test_without_matplotlib_the_cure_is_told(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_loss_that_cannot_be_drawn_is_shown_without_a_plot(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from kdrun import show_losses
+    from kdlosses.losses.forward_kl import ForwardKL
+    from kdrun.show_losses import print_loss
 
-    def fails(spec: str, encoding: str) -> Any:
+    def fails(loss: ForwardKL, teacher_log_probs: Any, student_log_probs: Any) -> Any:
         raise IndexError("needs more tokens")
 
-    monkeypatch.setattr(show_losses, "draw_text", fails)
-    show_losses.print_loss("forward_kl")
+    monkeypatch.setattr(ForwardKL, "integrand", fails)
+    print_loss("forward_kl")
     printed = capsys.readouterr().out
     assert "curvature: 1.0" in printed
-    assert "no plot: IndexError: needs more tokens" in printed
+    assert "no plot: loss 'forward_kl' cannot be drawn" in printed
+    assert "IndexError: needs more tokens" in printed
