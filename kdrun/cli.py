@@ -164,11 +164,14 @@ def list_losses(details: bool) -> None:
 
 @losses.command("show")
 @click.argument("name")
-def show_loss(name: str) -> None:
-    """Show the formula, parameters and traits of a loss."""
+@click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="FILE", help="Write the plot: .png or .svg."
+)
+def show_loss(name: str, plot: Path | None) -> None:
+    """Show the formula, parameters, traits and plot of a loss."""
     from kdrun.show_losses import print_loss
 
-    print_loss(name)
+    print_loss(name, plot)
 
 
 @losses.command("check")

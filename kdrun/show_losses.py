@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,21 +18,12 @@ from kdlosses import (
     get_loss,
     parse_spec,
 )
+from kdrun.describe_losses import parameters, traits
+from kdrun.errors import InputError
+from kdrun.plot_losses import SETTING, check_plot_file, draw_text, write_plot
 
 if TYPE_CHECKING:
     from kdlosses import Loss
-
-_TRAITS = (
-    "zero_at_equality",
-    "nonnegative",
-    "coarse_graining_monotone",
-    "linear_finish",
-    "reduction",
-    "temperature_power",
-    "detached",
-    "stateful",
-    "expected_failures",
-)
 
 
 def print_list(details: bool) -> None:
@@ -45,31 +37,54 @@ def print_list(details: bool) -> None:
     _console().print(table)
 
 
-def print_loss(name: str) -> None:
-    """Formula, parameters and traits of one loss.
+def print_loss(name: str, plot: Path | None = None) -> None:
+    """Formula, parameters, traits and plot of one loss.
+
+    Args:
+        name: of the loss, with parameters or without.
+        plot: a picture of the plot to write.
 
     Raises:
         LossSpecError: no such loss.
+        InputError: a picture that cannot be written, or a sum of losses.
     """
+    first, *others = parse_spec(name).terms
+    if others:
+        raise InputError(f"loss {name!r} is a sum; show its terms one by one, {first.name} first")
     loss = get_loss(name).loss
+    if plot is not None:
+        check_plot_file(plot)
+        write_plot(name, plot)
     console = _console()
     console.print(inspect.cleandoc(type(loss).__doc__ or "(no docstring)"), markup=False)
     console.print()
-    if type(loss).model_fields:
+    if fields := parameters(loss):
         table = Table(box=None, pad_edge=False)
         for heading in ("parameter", "value", "bounds", "meaning"):
             table.add_column(heading)
-        for field, info in type(loss).model_fields.items():
-            bounds = ", ".join(str(bound) for bound in info.metadata) or "-"
-            table.add_row(field, str(getattr(loss, field)), bounds, info.description or "")
+        for field in fields:
+            table.add_row(field.name, field.value, field.bounds, field.meaning)
         console.print(table)
         console.print()
-    traits = {trait: getattr(loss, trait) for trait in _TRAITS if hasattr(loss, trait)}
-    traits["curvature"] = loss.curvature()
-    for trait, value in traits.items():
+    for trait, value in traits(loss).items():
         console.print(f"{trait}: {value}", markup=False)
-    ref = find_loss(parse_spec(name).terms[0].name)
+    ref = find_loss(first.name)
     console.print(f"registered by {ref.distribution} as {ref.name} and {ref.name}_chunked")
+    console.print()
+    _print_plot(console, name)
+    if plot is not None:
+        console.print(f"\n{plot} written", markup=False)
+
+
+def _print_plot(console: Any, name: str) -> None:
+    try:
+        lines = draw_text(name, console.encoding)
+    except InputError as error:  # whoever wrote the loss still wants to see the rest
+        console.print(f"no plot: {error}", markup=False)
+        return
+    for line in lines:
+        console.print(line, markup=False)
+    console.print(SETTING)
 
 
 def _details(ref: LossRef) -> tuple[str, str]:
