@@ -1,0 +1,1 @@
+"""Fair comparisons of losses: plan, ledger, trials, statistics, report."""

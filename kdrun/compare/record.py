@@ -1,0 +1,168 @@
+"""What a comparison consists of: arms, trials and their records. Plain data, no behaviour."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Status = Literal["done", "diverged", "failed"]
+Stage = Literal["tuning", "final"]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Arm(_Data):
+    """What is compared: all that differs between two columns of the comparison but the seed.
+
+    Attributes:
+        loss: the spec of the loss; None trains on cross-entropy alone (``kd_ratio`` 0).
+        kd_ratio: weight of the loss.
+        lr: highest learning rate.
+        teacher: folder, hub id, or ``"builtin"``.
+        student: the initial student.
+    """
+
+    loss: str | None
+    kd_ratio: float
+    lr: float
+    teacher: str
+    student: str
+
+    @property
+    def method(self) -> str:
+        """The loss, or ``cross-entropy``."""
+        return "cross-entropy" if self.loss is None else self.loss
+
+
+class Trial(_Data):
+    """One training run of a comparison.
+
+    Attributes:
+        arm: what is trained.
+        seed: varies the order of rows and dropout.
+        stage: ``"tuning"`` chooses learning rate and ratio on validation rows; ``"final"`` is
+            measured on test rows.
+    """
+
+    arm: Arm
+    seed: int
+    stage: Stage = "final"
+
+    def identity(self, setting: str) -> str:
+        """A short name that follows from the trial and the setting that all trials share."""
+        content = json.dumps([self.model_dump(), setting], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+class Record(_Data):
+    """A trial that has ended, as the ledger keeps it.
+
+    Attributes:
+        id: :meth:`Trial.identity`.
+        trial: what was run.
+        status: ``"diverged"`` where the loss or a measure became NaN or infinite.
+        reason: one line, where the status is not ``"done"``.
+        measures: of the trained student on the held-out rows, by the names of
+            :data:`YARDSTICKS`; None where a yardstick does not apply. Empty where not done.
+        curves: lines of the training log, with ``step`` and what was logged at it.
+        supervised_tokens_per_second: of training alone.
+        peak_memory_mib: of the process.
+        seconds: of the whole trial.
+        command: the command that repeats this trial alone.
+        versions: of Python and packages.
+        hardware: processor, cores, memory, accelerator.
+    """
+
+    id: str
+    trial: Trial
+    status: Status
+    reason: str | None = None
+    measures: dict[str, float | None] = Field(default_factory=dict)
+    curves: list[dict[str, Any]] = Field(default_factory=list)
+    supervised_tokens_per_second: float = 0.0
+    peak_memory_mib: int = 0
+    seconds: float = 0.0
+    command: str = ""
+    versions: dict[str, str] = Field(default_factory=dict)
+    hardware: dict[str, str] = Field(default_factory=dict)
+
+
+class Yardstick(_Data):
+    """A measure on held-out rows that does not depend on the loss that was trained on.
+
+    Attributes:
+        name: key in :attr:`Record.measures`.
+        title: in tables.
+        unit: what the numbers are.
+        lower_is_better: its direction.
+        difference: the smallest difference of interest.
+        trained_on_by: registered losses whose value is this yardstick.
+    """
+
+    name: str
+    title: str
+    unit: str
+    lower_is_better: bool
+    difference: float
+    trained_on_by: tuple[str, ...] = ()
+
+
+YARDSTICKS = (
+    Yardstick(
+        name="ce",
+        title="cross-entropy",
+        unit="nats a token",
+        lower_is_better=True,
+        difference=0.02,
+        trained_on_by=("cross-entropy",),
+    ),
+    Yardstick(
+        name="forward_kl",
+        title="forward KL to the teacher",
+        unit="nats a token",
+        lower_is_better=True,
+        difference=0.02,
+        trained_on_by=("forward_kl",),
+    ),
+    Yardstick(
+        name="reverse_kl",
+        title="reverse KL to the teacher",
+        unit="nats a token",
+        lower_is_better=True,
+        difference=0.02,
+        trained_on_by=("reverse_kl",),
+    ),
+    Yardstick(
+        name="top1_agreement",
+        title="top-1 agreement",
+        unit="share of tokens",
+        lower_is_better=False,
+        difference=0.005,
+    ),
+    Yardstick(
+        name="calibration_error",
+        title="calibration error",
+        unit="share",
+        lower_is_better=True,
+        difference=0.005,
+    ),
+    Yardstick(
+        name="rouge_l",
+        title="ROUGE-L of greedy answers",
+        unit="0 to 100",
+        lower_is_better=False,
+        difference=1.0,
+    ),
+    Yardstick(
+        name="exact_match",
+        title="exact match of greedy answers",
+        unit="share of answers",
+        lower_is_better=False,
+        difference=0.01,
+    ),
+)
