@@ -15,6 +15,7 @@ from kdrun.errors import InputError, Interrupted, TrainingError
 # Flag, configuration key, placeholder, help. Every flag is a short name for one key.
 _FLAGS: tuple[tuple[str, str, str, str], ...] = (
     ("--teacher", "model.teacher", "MODEL", "Folder, hub id or GGUF file of the teacher."),
+    ("--teacher-cache", "model.teacher_cache", "DIR", "What 'kdrun cache-teacher' wrote."),
     ("--student", "model.student", "MODEL", "Folder or hub id of the student."),
     ("--data", "data.train", "FILE", "Training rows: a file or a hub id."),
     ("--eval-data", "data.eval", "FILE", "Held-out rows; by default 5 % of the training rows."),
@@ -104,16 +105,10 @@ def cli(
                 "have no effect; see its own --help"
             )
         return
-    from kdrun.config import load_config, parse_value
+    from kdrun.config import load_config
     from kdrun.distillation import distill
 
-    overrides: list[tuple[str, Any]] = []
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise InputError(f"--set {setting}: expected section.key=value")
-        overrides.append((key.strip(), parse_value(value)))
-    overrides += [(key, _flag_value(key, text)) for key, text in given]
+    overrides = _overrides(settings, given)
     run_config = load_config(config, overrides)
     if resume and run_config.output.dir is None:
         raise InputError("--resume needs --output, the folder of the run to continue")
@@ -122,6 +117,21 @@ def cli(
     if resume and config is None and not given_beyond(overrides, "output.dir"):
         run_config = _config_of(Path(str(run_config.output.dir)))
     distill(run_config, resume=resume, overwrite=overwrite)
+
+
+def _overrides(
+    settings: Sequence[str], given: Sequence[tuple[str, str | None]]
+) -> list[tuple[str, Any]]:
+    """Keys and values of ``--set`` and of the flags that were given, which win."""
+    from kdrun.config import parse_value
+
+    overrides: list[tuple[str, Any]] = []
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting}: expected section.key=value")
+        overrides.append((key.strip(), parse_value(value)))
+    return overrides + [(key, _flag_value(key, text)) for key, text in given if text is not None]
 
 
 def given_beyond(overrides: Sequence[tuple[str, Any]], key: str) -> bool:
@@ -295,6 +305,77 @@ def init_student(teacher: str, keep_layers: int, output: str, trust_remote_code:
     click.echo(
         f"{made.folder}: {made.parameters / 1e6:.1f} M parameters, layers {layers} of "
         f"{made.teacher_layers}"
+    )
+
+
+@cli.command("cache-teacher")
+@click.option("--teacher", metavar="MODEL", help="By default the built-in teacher.")
+@click.option("--student", metavar="MODEL", help="Whose tokenizer encodes; by default TEACHER's.")
+@click.option("--data", metavar="FILE", help="Training rows; by default the built-in text.")
+@click.option("--eval-data", metavar="FILE", help="Held-out rows.")
+@click.option(
+    "--kind",
+    default="hidden",
+    show_default=True,
+    type=click.Choice(("hidden", "top-k", "sampled")),
+    help="hidden is exact.",
+)
+@click.option("--k", type=click.IntRange(1), metavar="K", help="Tokens kept; 50.")
+@click.option("--draws", type=click.IntRange(1), metavar="N", help="Tokens drawn; 50.")
+@click.option("--temperature", metavar="T", help="Softens what top-k and sampled keep.")
+@click.option(
+    "--dtype",
+    type=click.Choice(("float32", "bfloat16")),
+    help="Of the teacher and the stored states.",
+)
+@click.option("--max-length", metavar="L", help="Tokens a row.")
+@click.option("--batch-size", metavar="B", help="Rows that run through the teacher at once.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="YAML file of the run to cache for."
+)
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set section.key; repeatable."
+)
+@click.option("--output", required=True, metavar="DIR", help="Folder of the cache.")
+def cache_teacher(
+    kind: str,
+    k: int | None,
+    draws: int | None,
+    config: Path | None,
+    settings: tuple[str, ...],
+    output: str,
+    teacher: str | None,
+    student: str | None,
+    **flags: str | None,
+) -> None:
+    """Keep what a teacher says about rows, so that training does without the teacher."""
+    for option, value, right in (("--k", k, "top-k"), ("--draws", draws, "sampled")):
+        if value is not None and kind != right:
+            raise click.UsageError(f"{option} goes with --kind {right}")
+    if kind == "hidden" and flags["temperature"] is not None:
+        raise click.UsageError("--temperature: hidden states serve every temperature")
+    from kdrun.cache.command import cache_teacher as run
+    from kdrun.config import load_config
+
+    keys = {
+        "data": "data.train",
+        "eval_data": "data.eval",
+        "temperature": "loss.temperature",
+        "dtype": "model.dtype",
+        "max_length": "data.max_length",
+        "batch_size": "training.batch_size",
+    }
+    given = [
+        ("model.teacher", teacher),
+        ("model.student", student or teacher),
+        *((keys[name], value) for name, value in flags.items()),
+    ]
+    run_config = load_config(config, _overrides(settings, given))
+    run(
+        run_config,
+        Path(output).expanduser(),
+        "hidden" if kind == "hidden" else "top_k" if kind == "top-k" else "sampled",
+        (draws if kind == "sampled" else k) or 50,
     )
 
 

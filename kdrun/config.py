@@ -30,6 +30,9 @@ class ModelConfig(_Section):
     teacher: str | None = Field(
         None, description="folder, hub id or GGUF file; 'builtin'; null trains without a teacher"
     )
+    teacher_cache: str | None = Field(
+        None, description="folder that 'kdrun cache-teacher' wrote; takes the teacher's place"
+    )
     student: str = Field(BUILT_IN, description="folder or hub id; 'builtin'")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="type of both models' weights"
@@ -52,6 +55,11 @@ class DataConfig(_Section):
     prompt_field: str | None = Field(None, description="field of the prompt")
     response_field: str | None = Field(None, description="field of the answer")
     max_length: int = Field(512, ge=2, description="tokens a row; longer answers are cut")
+    shift_windows: bool = Field(
+        True,
+        description="cut plain text into windows at other places in each epoch; false cuts it "
+        "once, which a teacher cache needs",
+    )
     strict: bool = Field(False, description="refuse unusable rows instead of skipping them")
 
 
@@ -181,6 +189,7 @@ def complete_pair(given: Mapping[str, Any]) -> dict[str, Any]:
     # A schedule of the ratio is never 0 throughout; its bounds are checked later.
     ratio = 1.0 if KD_RATIO in _section(loss, "schedules") else loss.get(KD_RATIO, 0.5)
     student = model.get("student")
+    cached = model.get("teacher_cache") is not None
     if student in (None, BUILT_IN):
         if model.get("teacher") not in (None, BUILT_IN):
             raise InputError(
@@ -188,16 +197,16 @@ def complete_pair(given: Mapping[str, Any]) -> dict[str, Any]:
                 "'kdrun init-student' makes one from the teacher's layers"
             )
         if "teacher" not in model:
-            model["teacher"] = BUILT_IN
-        elif model["teacher"] is None and ratio != 0:
+            model["teacher"] = None if cached else BUILT_IN
+        elif model["teacher"] is None and ratio != 0 and not cached:
             raise InputError(
                 "--teacher none goes with --kd-ratio 0 only: there is nothing to distil"
             )
     else:
-        if model.get("teacher") is None and ratio != 0:
+        if model.get("teacher") is None and ratio != 0 and not cached:
             raise InputError(
-                f"--student {student} was given without --teacher; add one, or --kd-ratio 0 to "
-                "train on the data alone"
+                f"--student {student} was given without --teacher; add one (or --teacher-cache), "
+                "or --kd-ratio 0 to train on the data alone"
             )
         if "train" not in data:
             raise InputError(

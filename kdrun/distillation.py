@@ -17,17 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrun import runs
+from kdrun.cache.choose import check_cached_rows, choose_teacher
 from kdrun.config import KD_RATIO, LossConfig, RunConfig, validate
 from kdrun.data.prepare import RawRows, encode_rows, read_rows
 from kdrun.errors import InputError, Interrupted
-from kdrun.pairs import (
-    check_head,
-    describe_cut,
-    find_pair,
-    load_student,
-    load_teacher,
-    locate_pair,
-)
+from kdrun.pairs import describe_cut, describe_model, find_pair, load_student, locate_pair
 from kdrun.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -89,6 +83,7 @@ def distill(
     check_name(config.loss.spec)
     locate_pair(config.model)
     rows = read_rows(config.data)
+    check_cached_rows(config, rows)
     build_loss(config.loss, vocab_size=None)
     folder = runs.choose_folder(config.output.dir, config.loss.spec)
     runs.prepare_folder(folder, resume, overwrite)
@@ -159,27 +154,24 @@ def _run(
 
     started = time.monotonic()
     pair = find_pair(config.model)
-    examples = encode_rows(rows, pair.tokenizer, config.data.max_length, config.training.seed)
+    shift = config.data.shift_windows
+    examples = encode_rows(
+        rows, pair.tokenizer, config.data.max_length, config.training.seed, shift
+    )
     for note in (*pair.notes, *rows.notes, *examples.notes):
         console.print(note, markup=False)
-    teacher = load_teacher(pair, config.model)
-    if teacher is not None:
-        check_head(teacher, pair, str(pair.teacher))
+    teacher = choose_teacher(config, pair, examples, build_loss(_unchunked(config.loss), None))
     student = load_student(pair, config.model, config.training.seed)
-    widths = {"student": _width(student)}
-    if teacher is not None:
-        widths["teacher"] = _width(teacher)
+    widths = {"student": student.get_output_embeddings().weight.shape[0], **teacher.widths}
     describe_cut(widths, pair.vocab_size, lambda line: console.print(line, markup=False))
-    for name, model in (("teacher", teacher), ("student", student)):
-        if model is not None:
-            size = sum(p.numel() for p in model.parameters())
-            console.print(f"{name}: {model.config.model_type}, {size / 1e6:.2f} M parameters")
+    for line in (*teacher.notes, f"student: {describe_model(student)}"):
+        console.print(line, markup=False)
 
     arguments = training_arguments(config, folder)
     config = _settle(config, student, pair.vocab_size, len(examples.train))  # type: ignore[arg-type]
     trainer = DistillTrainer(
         model=student,
-        teacher=teacher,
+        teacher=teacher.training,
         loss=build_loss(config.loss, pair.vocab_size),
         kd_ratio=config.loss.schedules.get(KD_RATIO, config.loss.kd_ratio),
         args=arguments,
@@ -188,6 +180,7 @@ def _run(
         eval_dataset=examples.held_out,
         processing_class=pair.tokenizer,
     )
+    trainer.eval_teacher = teacher.evaluation
     for name, split in trainer.splits.items():
         if split.reason is not None:
             console.print(f"{name}: chunks of its full logits are used: {split.reason}")
@@ -270,6 +263,12 @@ def training_arguments(config: RunConfig, folder: Path) -> Any:
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
+
+
+def _unchunked(config: LossConfig) -> LossConfig:
+    """The same loss as plain autograd, for a look at whether it accepts a teacher."""
+    plain = {"spec": config.spec.replace("_chunked", ""), "chunk_size": None, "compiled": None}
+    return config.model_copy(update=plain)
 
 
 def _settle(config: RunConfig, student: Any, vocab_size: int, rows: int) -> RunConfig:
@@ -358,10 +357,6 @@ def _save_student(trainer: DistillTrainer, folder: Path) -> None:
         uninstall(trainer.model)
         causal_lm(trainer.model).save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
-
-
-def _width(model: Any) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])
 
 
 def _peak_memory_mib() -> int:

@@ -101,6 +101,12 @@ def check_head(model: Any, pair: Pair, name: str) -> None:
         )
 
 
+def describe_model(model: Any) -> str:
+    """Type and size of a model."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return f"{model.config.model_type}, {size / 1e6:.2f} M parameters"
+
+
 def describe_cut(widths: dict[str, int], vocab_size: int, say: Callable[[str], None]) -> None:
     """Say so where padded heads are cut to the tokenizer's size."""
     padded = {name: width for name, width in widths.items() if width > vocab_size}

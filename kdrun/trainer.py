@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from kdlosses import KDObjective, Schedule, TokenLoss, get_loss, measure
 from kdrun.data.collate import shift_labels
 from kdrun.errors import TrainingError
-from kdrun.models.heads import FrozenTeacher, HeadSplit, call, find_split, install
+from kdrun.models.heads import FrozenTeacher, HeadSplit, Teacher, call, find_split, install
 from kdrun.runs import COMPLETE, write_json
 
 _MEASURE_COMPILED_FROM = 16384
@@ -34,12 +34,19 @@ class DistillTrainer(Trainer):
 
     Args:
         model: the student, a causal language model (also under peft).
-        teacher: the teacher, or None, which needs ``kd_ratio`` 0. It is frozen, in eval mode, and
-            never part of the student, its optimiser or its checkpoints.
+        teacher: the teacher, a :class:`kdrun.cache.teacher.CachedTeacher`, or None, which needs
+            ``kd_ratio`` 0. It is frozen, in eval mode, and never part of the student, its
+            optimiser or its checkpoints.
         loss: a spec such as ``"reverse_kl_chunked"`` or what :func:`kdlosses.get_loss` returns.
         kd_ratio: weight of the distillation loss, in [0, 1], or its schedule.
         args: as for Trainer. ``average_tokens_across_devices`` must be on, its default.
         **options: as for Trainer.
+
+    Attributes:
+        teacher: what training distils.
+        eval_teacher: what evaluation compares with, by default ``teacher``. It may be set to
+            another or to None; measures that need a teacher are then None. It has to give full
+            distributions.
 
     Raises:
         ValueError: no teacher at a ``kd_ratio`` above 0, or tokens averaged per device.
@@ -51,7 +58,7 @@ class DistillTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | nn.Module,
-        teacher: PreTrainedModel | None,
+        teacher: PreTrainedModel | Teacher | None,
         loss: TokenLoss | str = "forward_kl_chunked",
         kd_ratio: float | Schedule = 0.5,
         args: TrainingArguments | None = None,
@@ -71,10 +78,12 @@ class DistillTrainer(Trainer):
         super().__init__(model=model, args=args, **options)
         self.add_callback(_MoveToEpoch(self))
         self.add_callback(_Advance(self))
-        self.teacher: FrozenTeacher | None = None
+        if isinstance(teacher, nn.Module):
+            teacher = FrozenTeacher(teacher, find_split(teacher))
+        self.teacher: Teacher | None = teacher
+        self.eval_teacher: Teacher | None = teacher
         if teacher is not None:
-            self.teacher = FrozenTeacher(teacher, find_split(teacher))
-            self.teacher.to(self.args.device)
+            teacher.to(self.args.device)
         self.model_accepts_loss_kwargs = True
         self.args.logging_nan_inf_filter = False  # it would log an old value in place of a NaN
         self.supervised_tokens = 0
@@ -100,7 +109,9 @@ class DistillTrainer(Trainer):
         """The objective of a micro-batch, over the supervised tokens of the whole step."""
         labels, features = _split_inputs(inputs)
         ratio = self.objective.kd_ratio
-        teacher = self.teacher.source(**features) if self.teacher and ratio > 0 else None
+        teacher = None
+        if self.teacher is not None and ratio > 0:
+            teacher = self.teacher.source(**features, shift_labels=labels)
 
         def consume(student: Any) -> dict[str, Tensor]:
             out = self.objective(student, teacher, labels, num_items_in_batch)
@@ -181,7 +192,9 @@ class DistillTrainer(Trainer):
 
     def _measure(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         labels, features = _split_inputs(inputs)
-        teacher = self.teacher.source(**features) if self.teacher else None
+        teacher = None
+        if self.eval_teacher is not None:
+            teacher = self.eval_teacher.source(**features, shift_labels=labels)
 
         def consume(student: Any) -> dict[str, Tensor]:
             chunking = self.objective.loss.chunking
@@ -212,10 +225,10 @@ class DistillTrainer(Trainer):
             raise TrainingError("the evaluation rows hold no supervised token")
         ce, kd, forward_kl, reverse_kl, agreement, *terms = (value / tokens for value in sums[1:])
         ratio = self.objective.kd_ratio
+        with_teacher = self.eval_teacher is not None
         loss = (1 - ratio) * ce + ratio * kd if ratio > 0 else ce
-        with_teacher = self.teacher is not None
         return {
-            "loss": loss,
+            "loss": loss if with_teacher or ratio == 0 else None,
             "ce": ce,
             "kd_loss": kd if with_teacher else None,
             **(self._named_terms("kd_loss", terms) if with_teacher else {}),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdrun.builtin.text import load_text
 from kdrun.config import BUILT_IN, DataConfig
 from kdrun.data.encode import encode_chats
-from kdrun.data.rows import ChatRow, Position, RowSet, TextRow, load_rows
+from kdrun.data.rows import ChatRow, Position, Row, RowSet, TextRow, load_rows
 from kdrun.data.split import hold_out
 from kdrun.errors import InputError
 
@@ -77,20 +77,47 @@ def read_rows(config: DataConfig) -> RawRows:
 
 
 def encode_rows(
-    rows: RawRows, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
+    rows: RawRows,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    seed: int,
+    shift_windows: bool = True,
 ) -> Examples:
     """Turn rows into examples.
+
+    Args:
+        rows: training and held-out rows.
+        tokenizer: encodes them.
+        max_length: tokens a row, or a window of plain text.
+        seed: decides where windows start.
+        shift_windows: whether the windows of training text move from epoch to epoch.
 
     Raises:
         InputError: no row fits ``max_length``.
     """
-    train, training_notes = _encode(rows.train, tokenizer, max_length, seed, training=True)
-    held_out, held_out_notes = _encode(rows.held_out, tokenizer, max_length, seed, training=False)
+    train, training_notes = _encode(rows.train, tokenizer, max_length, seed, shift_windows)
+    held_out, held_out_notes = encode_held_out(rows.held_out, tokenizer, max_length)
     notes = [
         *(f"training rows: {line}" for line in training_notes),
         *(f"held-out rows: {line}" for line in held_out_notes),
     ]
     return Examples(train, held_out, tuple(notes))
+
+
+def examples_in(data: Any) -> Iterator[Mapping[str, Sequence[int]]]:
+    """The examples of a data set, in its order; of moving windows those of the present epoch."""
+    return (data[index] for index in range(len(data)))
+
+
+def encode_held_out(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[Dataset[Any], list[str]]:
+    """Rows to measure on as examples, and notes on them; windows of text stay in their places.
+
+    Raises:
+        InputError: no row fits ``max_length``.
+    """
+    return _encode(rows, tokenizer, max_length, seed=0, phase=False)
 
 
 def _documents(texts: Sequence[str]) -> list[TextRow]:
@@ -110,11 +137,11 @@ def _load(source: str, config: DataConfig) -> RowSet:
 
 
 def _encode(
-    rows: Sequence[TextRow] | Sequence[ChatRow],
+    rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     seed: int,
-    training: bool,
+    phase: bool,
 ) -> tuple[Dataset[Any], list[str]]:
     if isinstance(rows[0], ChatRow):
         encoded = encode_chats(rows, tokenizer, max_length)  # type: ignore[arg-type]
@@ -129,7 +156,7 @@ def _encode(
 
     tokens = concatenate([row.text for row in rows], tokenizer)  # type: ignore[union-attr]
     try:
-        windows = TextWindows(tokens, max_length, seed=seed, phase=training)
+        windows = TextWindows(tokens, max_length, seed=seed, phase=phase)
     except ValueError as error:
         raise InputError(f"{error} Give more text, or a smaller --max-length.") from error
     return windows, [f"{len(rows)} documents, {len(windows)} windows of {max_length} tokens"]

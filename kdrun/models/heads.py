@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kdlosses import Logits, Projected
 
@@ -184,6 +184,20 @@ def call(
     return result
 
 
+class Teacher(Protocol):
+    """Where the teacher's side of a batch comes from: a live model, or a cache of one."""
+
+    split: HeadSplit
+
+    def to(self, device: torch.device) -> None:
+        """Move to the device of the batches."""
+
+    def source(
+        self, input_ids: Tensor, attention_mask: Tensor, shift_labels: Tensor, **inputs: Any
+    ) -> Any:
+        """A teacher for :class:`kdlosses.KDObjective`, right at the supervised positions."""
+
+
 class FrozenTeacher:
     """A teacher: in eval mode whatever happens around it, without gradients, in no optimiser.
 
@@ -204,12 +218,21 @@ class FrozenTeacher:
         """Move the weights."""
         self.model.to(device)
 
-    def source(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Any:
+    def source(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        shift_labels: Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:
         """Where the teacher's logits of a batch come from (:class:`kdlosses.Projected` or logits).
 
-        The projection itself happens later, a chunk at a time.
+        The projection itself happens later, a chunk at a time. ``shift_labels`` are no input of
+        the model: it answers for every position, where a cache has the supervised ones only.
         """
         import torch
+
+        del shift_labels
 
         self.model.eval()
         found: list[Logits | Projected] = []

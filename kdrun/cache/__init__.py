@@ -1,0 +1,1 @@
+"""Teacher caches: what a teacher says about rows, kept on disk, in place of the teacher."""

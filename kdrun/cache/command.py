@@ -1,0 +1,128 @@
+"""``kdrun cache-teacher``: from a run's configuration to a cache of its teacher."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdrun.cache.manifest import MANIFEST, Kind
+from kdrun.cache.write import prepare_folder
+from kdrun.config import RunConfig
+from kdrun.data.prepare import encode_rows, examples_in, read_rows
+from kdrun.errors import InputError
+from kdrun.pairs import check_head, describe_model, find_pair, load_teacher, locate_pair
+from kdrun.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kdrun.cache.build import Report
+
+_LINES_WITHOUT_TERMINAL = 10
+
+
+def cache_teacher(config: RunConfig, folder: Path, kind: Kind, entries: int) -> None:
+    """Cache the teacher of a run on its training and held-out rows.
+
+    Args:
+        config: names teacher, tokenizer (the student's), rows and their length, type,
+            temperature, seed and batch size.
+        folder: of the cache.
+        kind: what is kept.
+        entries: k, or draws.
+
+    Raises:
+        InputError: wrong input; no cache is written.
+        TrainingError: the disk fails.
+    """
+    if config.model.teacher is None:
+        raise InputError("--teacher: name the teacher to cache")
+    locate_pair(config.model)
+    rows = read_rows(config.data)
+    prepare_folder(folder)
+
+    from kdrun.progress import make_console
+
+    console = make_console()
+    with quiet_libraries():
+        import torch
+
+        from kdrun.cache.build import Recipe, build_cache
+        from kdrun.models.heads import FrozenTeacher, find_split
+
+        pair = find_pair(config.model)
+        examples = encode_rows(
+            rows, pair.tokenizer, config.data.max_length, config.training.seed, shift_windows=False
+        )
+        for note in (*pair.notes, *rows.notes, *examples.notes):
+            console.print(note, markup=False)
+        model = load_teacher(pair, config.model)
+        assert model is not None
+        check_head(model, pair, str(pair.teacher))
+        console.print(f"teacher: {describe_model(model)}", markup=False)
+        teacher = FrozenTeacher(model, find_split(model))
+        teacher.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        recipe = Recipe(
+            kind=kind,
+            entries=entries,
+            temperature=config.loss.temperature,
+            seed=config.training.seed,
+            vocab_size=pair.vocab_size,
+            max_length=config.data.max_length,
+            batch_size=config.training.batch_size,
+        )
+        every = (*examples_in(examples.train), *examples_in(examples.held_out))
+        started = time.monotonic()
+        with _progress(console) as report:
+            manifest = build_cache(
+                folder, teacher, config.model.teacher, pair.tokenizer, every, recipe, report
+            )
+    seconds = time.monotonic() - started
+    size = sum(file.bytes for file in manifest.files) + (folder / MANIFEST).stat().st_size
+    if manifest.kept_mass is not None:
+        console.print(
+            f"the {manifest.entries} kept tokens hold {manifest.kept_mass:.4f} of the teacher's "
+            f"probability at temperature {manifest.temperature:g}, on average"
+        )
+    console.print(
+        f"{manifest.rows} different rows, {manifest.tokens} supervised tokens in {seconds:.0f} s "
+        f"({manifest.tokens / seconds:.0f} tokens/s), {size / 1e6:.1f} MB on disk"
+    )
+    console.print(f"cache: {folder}", markup=False)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Report]:
+    """A bar on a terminal, a few plain lines elsewhere."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    started = time.monotonic()
+    if not console.is_terminal:
+        told = 0
+
+        def tell(rows: int, total: int, tokens: int) -> None:
+            nonlocal told
+            if rows * _LINES_WITHOUT_TERMINAL // total > told:
+                told = rows * _LINES_WITHOUT_TERMINAL // total
+                rate = tokens / (time.monotonic() - started)
+                console.print(f"row {rows}/{total}  {rate:.0f} tokens/s")
+
+        yield tell
+        return
+    columns = (
+        TextColumn("row {task.completed}/{task.total}"),
+        BarColumn(),
+        TextColumn("{task.fields[rate]:.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("cache", total=None, rate=0.0)
+
+        def show(rows: int, total: int, tokens: int) -> None:
+            rate = tokens / (time.monotonic() - started)
+            progress.update(task, completed=rows, total=total, rate=rate)
+
+        yield show

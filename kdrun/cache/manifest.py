@@ -1,0 +1,151 @@
+"""What a cache says of itself, and whether it is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kdrun.cache.fingerprint import TeacherPrint, TokenizerPrint
+from kdrun.errors import InputError
+from kdrun.paths import did_you_mean
+
+MANIFEST = "manifest.json"
+HEAD = "head.safetensors"
+FORMAT = 1
+
+Kind = Literal["hidden", "top_k", "sampled"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StoredFile(_Data):
+    """A file of the cache.
+
+    Attributes:
+        name: in the cache's folder.
+        bytes: its size, by which a truncated file is found out.
+        rows: how many rows it holds; 0 for the head.
+    """
+
+    name: str
+    bytes: int
+    rows: int = 0
+
+
+class Manifest(_Data):
+    """What a cache holds; written last, so that a cache without it is known to be incomplete.
+
+    Attributes:
+        format: version of the layout.
+        kind: ``hidden`` (last hidden states; exact), ``top_k`` or ``sampled``.
+        teacher_name: as it was given, for messages.
+        teacher: its fingerprint.
+        tokenizer: fingerprint of the tokenizer that encoded the rows.
+        dtype: type that the teacher ran in, and of hidden states and head on disk;
+            log-probabilities are always float32.
+        logit_scale: factor on the logits (``hidden``).
+        softcap: their bound, or None (``hidden``).
+        vocab_size: tokens that teacher and tokenizer share; compressed kinds are cut to it.
+        entries: what is kept of each token: width of the hidden states, k, or draws.
+        temperature: that log-probabilities were softened by (compressed kinds).
+        kept_mass: mean share of the teacher's probability that the k tokens hold (``top_k``).
+        seed: of the draws (``sampled``).
+        max_length: that rows were cut at.
+        rows: different rows.
+        tokens: supervised positions.
+        head: the file of the output head (``hidden``).
+        shards: the files of the rows.
+    """
+
+    format: int = FORMAT
+    kind: Kind
+    teacher_name: str
+    teacher: TeacherPrint
+    tokenizer: TokenizerPrint
+    dtype: DType
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    vocab_size: int
+    entries: int
+    temperature: float | None = None
+    kept_mass: float | None = None
+    seed: int | None = None
+    max_length: int
+    rows: int
+    tokens: int
+    head: StoredFile | None = None
+    shards: tuple[StoredFile, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the teacher's full distributions can be had from the cache."""
+        return self.kind == "hidden"
+
+    @property
+    def files(self) -> tuple[StoredFile, ...]:
+        """All files but the manifest."""
+        return self.shards if self.head is None else (self.head, *self.shards)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a cache and check that its files are there, whole.
+
+    Raises:
+        InputError: no cache, an incomplete or damaged one, or one of another version.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such cache{did_you_mean(folder)}")
+    if not path.is_file():
+        found = "is incomplete" if is_unfinished(folder) else "is no teacher cache"
+        raise InputError(
+            f"{folder} {found} (it has no {MANIFEST}); build one with kdrun cache-teacher"
+        )
+    try:
+        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        reason = (
+            error.errors()[0]["msg"] if isinstance(error, ValidationError) else "it is not UTF-8"
+        )
+        raise InputError(f"{path}: unreadable ({reason}); build the cache again") from error
+    if manifest.format != FORMAT:
+        raise InputError(
+            f"{path}: format {manifest.format}, this version reads {FORMAT}; build the cache again"
+        )
+    for file in manifest.files:
+        _check_size(folder / file.name, file.bytes)
+    return manifest
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder holds what an interrupted build leaves, and nothing else."""
+    names = [entry.name for entry in folder.iterdir()]
+    return bool(names) and all(_is_ours(name) for name in names) and MANIFEST not in names
+
+
+def shard_name(number: int) -> str:
+    """The file name of a shard; they count from 1."""
+    return f"rows-{number:05d}.safetensors"
+
+
+def _is_ours(name: str) -> bool:
+    plain = name.removeprefix(".").removesuffix(".partial")
+    return plain in (MANIFEST, HEAD) or (
+        plain.startswith("rows-") and plain.endswith(".safetensors")
+    )
+
+
+def _check_size(path: Path, expected: int) -> None:
+    if not path.is_file():
+        raise InputError(f"{path} is missing; build the cache again")
+    size = path.stat().st_size
+    if size != expected:
+        what = "truncated" if size < expected else "changed"
+        raise InputError(
+            f"{path} is {what} ({size} bytes, written were {expected}); build the cache again"
+        )

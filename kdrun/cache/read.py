@@ -1,0 +1,109 @@
+"""Reading a cache: rows by the hash of their content, from files that stay on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrun.cache.fingerprint import TeacherPrint, TokenizerPrint
+from kdrun.cache.manifest import HEAD, Manifest, StoredFile, read_manifest
+from kdrun.cache.write import KEYS, STOPS
+from kdrun.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TENSORS = {
+    "hidden": ("hidden",),
+    "top_k": ("log_probs", "indices", "tail"),
+    "sampled": ("log_probs", "indices"),
+}
+
+
+class Cache:
+    """A complete cache. Shards are mapped, not loaded: a row is read when it is asked for.
+
+    Args:
+        folder: that ``kdrun cache-teacher`` wrote.
+
+    Raises:
+        InputError: no cache, an incomplete or a damaged one.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self.manifest: Manifest = read_manifest(self.folder)
+        self._shards = [self._open(file) for file in self.manifest.shards]
+        self._places: dict[bytes, tuple[int, int, int]] = {}
+        for number, shard in enumerate(self._shards):
+            start = 0
+            keys, stops = shard.get_tensor(KEYS), shard.get_tensor(STOPS).tolist()
+            for key, stop in zip(keys.numpy(), stops, strict=True):
+                self._places[key.tobytes()] = (number, start, stop)
+                start = stop
+        if len(self._places) != self.manifest.rows:
+            raise InputError(
+                f"{self.folder} holds {len(self._places)} rows, its manifest says "
+                f"{self.manifest.rows}; build the cache again"
+            )
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._places
+
+    def read(self, key: bytes) -> tuple[Tensor, ...]:
+        """What is kept of a row, first axis: its supervised positions.
+
+        Returns:
+            Hidden states; or log-probabilities, indices and, for ``top_k``, the tail.
+        """
+        number, start, stop = self._places[key]
+        shard = self._shards[number]
+        return tuple(shard.get_slice(name)[start:stop] for name in _TENSORS[self.manifest.kind])
+
+    def head(self) -> dict[str, Tensor]:
+        """``weight`` and, where the head has one, ``bias``; only of a cache of hidden states."""
+        file = self._open(StoredFile(name=HEAD, bytes=0))
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+    def check_tokenizer(self, given: TokenizerPrint) -> None:
+        """Refuse a tokenizer that is not the one that encoded the rows.
+
+        Raises:
+            InputError: vocabulary or chat template differ.
+        """
+        kept = self.manifest.tokenizer
+        for name, what in (("vocabulary", "vocabulary"), ("chat_template", "chat template")):
+            if getattr(given, name) != getattr(kept, name):
+                raise InputError(
+                    f"{self.folder} was built with another tokenizer: the {what} differs from the "
+                    "student's; build the cache again with --student naming this student"
+                )
+
+    def check_teacher(self, given: TeacherPrint, name: str) -> None:
+        """Refuse a teacher that is not the one that was cached.
+
+        Raises:
+            InputError: configuration or weights differ.
+        """
+        kept = self.manifest.teacher
+        for part, what in (
+            ("config", "configuration differs"),
+            ("head", "output head differs"),
+            ("parameters", "weights differ"),
+        ):
+            if getattr(given, part) != getattr(kept, part):
+                raise InputError(
+                    f"{self.folder} was built from another teacher "
+                    f"({self.manifest.teacher_name}) than {name}: the {what}; build the "
+                    "cache again, or leave out --teacher"
+                )
+
+    def _open(self, file: StoredFile) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            return safe_open(self.folder / file.name, "pt")
+        except SafetensorError as error:
+            raise InputError(
+                f"{self.folder / file.name} is damaged ({error}); build the cache again"
+            ) from error

@@ -1,0 +1,186 @@
+"""A teacher that is read from a cache, in the place of a live one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kdlosses import Projected, Sampled, TopK
+from kdrun.cache.fingerprint import BatchRow, print_tokenizer, rows_of
+from kdrun.cache.read import Cache
+from kdrun.data.collate import Collator
+from kdrun.errors import InputError
+from kdrun.models.heads import HeadSplit
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from kdlosses import TokenLoss
+
+_SHOWN_TOKENS = 16
+
+
+class CachedTeacher:
+    """A cache with the interface of :class:`kdrun.models.heads.FrozenTeacher`.
+
+    Rows are found by their tokens and supervised positions, so their order, the batches and the
+    padding have no say. Only supervised positions are filled; the others are zeros, which no loss
+    looks at.
+
+    Args:
+        cache: a complete cache.
+        tokenizer: that encodes the rows; shows refused rows as text.
+        dtype: type of hidden states and head in training; log-probabilities are float32.
+
+    Attributes:
+        cache: the cache.
+        split: how logits are made.
+
+    Raises:
+        InputError: another tokenizer than the one that encoded the rows.
+    """
+
+    def __init__(
+        self, cache: Cache, tokenizer: PreTrainedTokenizerBase, dtype: str = "float32"
+    ) -> None:
+        import torch
+
+        cache.check_tokenizer(print_tokenizer(tokenizer))
+        self.cache = cache
+        self._tokenizer = tokenizer
+        manifest = cache.manifest
+        self.split = HeadSplit(manifest.logit_scale, manifest.softcap)
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._device = torch.device("cpu")
+        self._head: dict[str, Tensor] = {}
+        if manifest.exact:
+            self._head = {name: x.to(self._dtype) for name, x in cache.head().items()}
+
+    @property
+    def exact(self) -> bool:
+        """Whether full distributions can be had, which measures need."""
+        return self.cache.manifest.exact
+
+    @property
+    def width(self) -> int:
+        """Entries of the output head, or of the vocabulary that was compressed."""
+        if self.exact:
+            return len(self._head["weight"])
+        return self.cache.manifest.vocab_size
+
+    def to(self, device: torch.device) -> None:
+        """Where sources are made; the head moves there."""
+        self._device = device
+        self._head = {name: tensor.to(device) for name, tensor in self._head.items()}
+
+    def missing(self, examples: Iterable[Mapping[str, Sequence[int]]]) -> str | None:
+        """Why the cache does not serve some rows: the first one it lacks; None where it has all.
+
+        Args:
+            examples: rows with ``input_ids`` and ``labels``, as the trainer collates them.
+        """
+        alone = Collator()
+        for example in examples:
+            batch = alone([example])
+            for row in rows_of(batch["input_ids"], batch["attention_mask"], batch["shift_labels"]):
+                if row.key not in self.cache:
+                    return self._lacks(row)
+        return None
+
+    def source(
+        self, input_ids: Tensor, attention_mask: Tensor, shift_labels: Tensor, **inputs: Any
+    ) -> Projected | TopK | Sampled:
+        """What was kept of a batch.
+
+        Args:
+            input_ids: ``[rows, length]``.
+            attention_mask: likewise; 0 is padding, on either side.
+            shift_labels: likewise, aligned with the logits; they tell the supervised positions.
+            **inputs: what else a live teacher would be given.
+
+        Raises:
+            InputError: a row is not in the cache.
+        """
+        import torch
+
+        columns: list[Tensor] = []
+        for row in rows_of(input_ids, attention_mask, shift_labels):
+            if row.key not in self.cache:
+                raise InputError(self._lacks(row))
+            stored = self.cache.read(row.key)
+            if not columns:
+                columns = [
+                    torch.zeros(*input_ids.shape, *part.shape[1:], dtype=self._type_of(part))
+                    for part in stored
+                ]
+            for column, part in zip(columns, stored, strict=True):
+                column[row.number, row.positions] = part.to(column.dtype)
+        if not columns:  # no position is supervised
+            columns = self._nothing(input_ids.shape)
+        return self._source_of(columns)
+
+    def check_loss(self, loss: TokenLoss) -> None:
+        """Refuse a loss that has no meaning with what was kept; a full teacher serves every loss.
+
+        Args:
+            loss: unchunked, so that nothing is compiled for a look.
+
+        Raises:
+            InputError: another temperature, or a loss that needs the teacher's whole row.
+        """
+        import torch
+
+        if self.exact:
+            return
+        source = self._source_of(self._nothing(torch.Size([1])))
+        student = torch.zeros(1, self.width, device=self._device)
+        labels = torch.zeros(1, dtype=torch.int64, device=self._device)
+        try:
+            loss(student, source, labels)
+        except ValueError as error:
+            raise InputError(f"{self.cache.folder}: {error}") from error
+
+    def _source_of(self, columns: Sequence[Tensor]) -> Projected | TopK | Sampled:
+        manifest = self.cache.manifest
+        columns = [column.to(self._device) for column in columns]
+        if manifest.kind == "hidden":
+            return Projected(
+                columns[0],
+                self._head["weight"],
+                self._head.get("bias"),
+                manifest.logit_scale,
+                manifest.softcap,
+            )
+        assert manifest.temperature is not None
+        if manifest.kind == "top_k":
+            log_probs, indices, tail = columns
+            return TopK(log_probs, indices, tail, manifest.vocab_size, manifest.temperature)
+        log_probs, indices = columns
+        return Sampled(log_probs, indices, manifest.vocab_size, manifest.temperature)
+
+    def _type_of(self, part: Tensor) -> torch.dtype:
+        import torch
+
+        if not part.is_floating_point():
+            return torch.int64
+        return self._dtype if self.exact else torch.float32
+
+    def _nothing(self, shape: torch.Size) -> list[Tensor]:
+        import torch
+
+        entries = (*shape, self.cache.manifest.entries)
+        if self.exact:
+            return [torch.zeros(entries, dtype=self._dtype)]
+        found = [torch.zeros(entries), torch.zeros(entries, dtype=torch.int64)]
+        return [*found, torch.zeros(shape)] if self.cache.manifest.kind == "top_k" else found
+
+    def _lacks(self, row: BatchRow) -> str:
+        text = self._tokenizer.decode(row.ids[:_SHOWN_TOKENS])
+        return (
+            f"{self.cache.folder} lacks the row that begins {text!r} ({len(row.ids)} tokens, "
+            f"{len(row.positions)} supervised): it was edited, is cut at another --max-length "
+            f"(the cache's is {self.cache.manifest.max_length}), or was never cached; build the "
+            "cache again from this data"
+        )

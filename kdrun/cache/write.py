@@ -1,0 +1,137 @@
+"""Writing a cache: shards of rows, each whole or not there, and the manifest last."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdrun.cache.manifest import MANIFEST, Manifest, StoredFile, is_unfinished, shard_name
+from kdrun.errors import InputError, TrainingError
+from kdrun.runs import write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHARD_BYTES = 256 * 2**20
+KEYS, STOPS = "keys", "stops"
+"""In a shard: the keys of its rows ``[rows, 32]``, and where each row's tokens end ``[rows]``."""
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder of a new cache; what an interrupted build left in it is removed.
+
+    Raises:
+        InputError: it holds a cache or something else, or cannot be written.
+    """
+    if folder.is_file():
+        raise InputError(f"--output {folder} is a file; name a folder")
+    if (folder / MANIFEST).is_file():
+        raise InputError(f"--output {folder} holds a cache; remove it, or name another folder")
+    try:
+        if folder.is_dir() and is_unfinished(folder):
+            for entry in folder.iterdir():
+                entry.unlink()
+        if folder.is_dir() and any(folder.iterdir()):
+            raise InputError(f"--output {folder} is not empty; name another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder}: {error.strerror}; name a writable folder") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--output {folder} cannot be written; name another folder")
+
+
+class ShardWriter:
+    """Collects rows and writes them in shards.
+
+    Args:
+        folder: of the cache.
+        shard_bytes: about how large a shard becomes.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self._folder = folder
+        self._shard_bytes = shard_bytes
+        self._rows: list[tuple[bytes, Mapping[str, Tensor]]] = []
+        self._collected = 0
+        self.shards: list[StoredFile] = []
+
+    def add(self, key: bytes, tensors: Mapping[str, Tensor]) -> None:
+        """Add a row: tensors whose first axis is its supervised positions."""
+        self._rows.append((key, {name: tensor.cpu() for name, tensor in tensors.items()}))
+        self._collected += sum(tensor.nbytes for tensor in tensors.values())
+        if self._collected >= self._shard_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been collected."""
+        import torch
+
+        if not self._rows:
+            return
+        keys = [list(key) for key, _ in self._rows]
+        names = list(self._rows[0][1])
+        lengths = torch.tensor([len(row[names[0]]) for _, row in self._rows])
+        content = {name: torch.cat([row[name] for _, row in self._rows]) for name in names}
+        content[KEYS] = torch.tensor(keys, dtype=torch.uint8)
+        content[STOPS] = lengths.cumsum(0)
+        name = shard_name(len(self.shards) + 1)
+        size = write_tensors(self._folder / name, content)
+        self.shards.append(StoredFile(name=name, bytes=size, rows=len(keys)))
+        self._rows, self._collected = [], 0
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
+    """Write a safetensors file whole or not at all.
+
+    Returns:
+        Its size.
+
+    Raises:
+        TrainingError: the disk is full or fails.
+    """
+    from safetensors.torch import save
+
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        with open(partial, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _failure(path, error) from error
+    return len(data)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Declare the cache complete.
+
+    Raises:
+        TrainingError: the disk is full or fails.
+    """
+    try:
+        write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+    except OSError as error:
+        raise _failure(folder / MANIFEST, error) from error
+
+
+def stored_bytes(rows: Sequence[int], bytes_per_token: int, head_bytes: int) -> int:
+    """About how large a cache becomes.
+
+    Args:
+        rows: the supervised positions of each row.
+        bytes_per_token: of what is kept of each.
+        head_bytes: of the output head.
+    """
+    return sum(rows) * bytes_per_token + len(rows) * (32 + 8) + head_bytes
+
+
+def _failure(path: Path, error: OSError) -> TrainingError:
+    return TrainingError(
+        f"{path} could not be written ({error.strerror}); the cache is incomplete: free some space "
+        "and build it again into the same folder"
+    )
