@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrun.compare.display import Display, arm_name
-from kdrun.compare.jobs import run_jobs
+from kdrun.compare.jobs import WORKER, run_jobs
 from kdrun.compare.ledger import Ledger
 from kdrun.compare.plan import DEFAULT_LOSSES, Axes, find_yardstick, trained_on
 from kdrun.compare.record import Record, Trial
