@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -40,10 +40,6 @@ _COMPILE_FROM_ELEMENTS = 2e8
 _VERSIONS = ("kdlosses", "torch", "transformers", "accelerate")
 
 
-Measure = Callable[["DistillTrainer", RawRows], Mapping[str, float | None]]
-"""Measures a trained student on the held-out rows, by name."""
-
-
 @dataclass(frozen=True)
 class RunResult:
     """What a run leaves.
@@ -68,7 +64,6 @@ def distill(
     resume: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
-    measure: Measure | None = None,
 ) -> RunResult:
     """Distil a student, as the command ``kdrun`` does.
 
@@ -77,7 +72,6 @@ def distill(
         resume: continue the run in ``output.dir`` from its newest complete checkpoint.
         overwrite: replace the run in ``output.dir``.
         console: where progress is shown; by default standard error.
-        measure: further measures of the trained student, kept under ``measures`` in the summary.
 
     Returns:
         The run's folder and its summary.
@@ -109,7 +103,7 @@ def distill(
         console.print(f"the run in {folder} is finished; nothing is left to do", markup=False)
         return RunResult(folder, json.loads(summary.read_text(encoding="utf-8")))
     with quiet_libraries():
-        return _run(config, rows, folder, resume, checkpoint, trained, console, measure)
+        return _run(config, rows, folder, resume, checkpoint, trained, console)
 
 
 def check_name(spec: str) -> None:
@@ -158,7 +152,6 @@ def _run(
     checkpoint: Path | None,
     trained: bool,
     console: Console,
-    measure: Measure | None,
 ) -> RunResult:
     from kdrun.data.collate import Collator
     from kdrun.progress import ShowProgress, WriteMetrics, before_after
@@ -218,12 +211,10 @@ def _run(
         finally:
             show.close()
     after = _evaluate(trainer)
-    measures = {} if measure is None else dict(measure(trainer, rows))
     _save_student(trainer, folder / runs.STUDENT)
     summary = {
         "before": before,
         "after": after,
-        "measures": measures,
         "steps": trainer.state.global_step,
         "supervised_tokens_per_second": round(rate.rate * arguments.world_size, 1),
         "training_seconds": round(rate.seconds, 2),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kdrun.compare.display import Display, arm_name
 from kdrun.compare.jobs import WORKER, run_jobs
 from kdrun.compare.ledger import Ledger
+from kdrun.compare.outcome import print_verdicts, write_results
 from kdrun.compare.plan import DEFAULT_LOSSES, Axes, find_yardstick, trained_on
 from kdrun.compare.record import Record, Trial
 from kdrun.compare.run import Comparison, check_pairs, check_settings, run_comparison
@@ -123,23 +124,20 @@ def compare_losses(options: Options, console: Console) -> None:
         ledger = Ledger(folder)
         check_settings(comparison, ledger, folder)
         if os.environ.get(WORKER):
-            run_comparison(comparison, ledger, _measure, _nothing)
+            run_comparison(comparison, ledger, _nothing)
             return
         _show_declaration(comparison, folder, console)
         with Display(console, comparison.yardstick) as display:
             if options.jobs == 1:
-                records = run_comparison(comparison, ledger, _measure, display.update)
+                records = run_comparison(comparison, ledger, display.update)
             else:
                 records = run_jobs(comparison, ledger, options.jobs, display.update)
-        _report(comparison, records, folder, console)
+        console.print(f"{write_results(records, folder)} written", markup=False)
+        print_verdicts(comparison, records, console)
 
 
 def _nothing(planned: Sequence[Trial], records: Sequence[Record], running: Trial | None) -> None:
     """A worker shows nothing: its parent does."""
-
-
-def _measure(trainer: Any, rows: Any) -> dict[str, float | None]:
-    return {}
 
 
 def _show_declaration(comparison: Comparison, folder: Path, console: Console) -> None:
@@ -195,9 +193,3 @@ def _show_plan(comparison: Comparison, records: Sequence[Record], console: Conso
         console.print("time: give --max-steps for an estimate")
     else:
         console.print(f"time: about {sum(s or 0 for s in seconds) / 60:.0f} min (rough)")
-
-
-def _report(
-    comparison: Comparison, records: Sequence[Record], folder: Path, console: Console
-) -> None:
-    raise NotImplementedError

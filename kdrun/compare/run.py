@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kdrun.compare.ledger import Ledger
 from kdrun.compare.plan import Axes, final_trials, setting, tuning_trials
@@ -14,9 +13,6 @@ from kdrun.compare.record import Record, Trial, Yardstick
 from kdrun.compare.trial import run_trial, trial_config
 from kdrun.config import RunConfig
 from kdrun.errors import InputError
-
-if TYPE_CHECKING:
-    from kdrun.distillation import Measure
 
 _WAIT = 2.0
 
@@ -59,9 +55,7 @@ class Comparison:
 Watch = Callable[[Sequence[Trial], Sequence[Record], Trial | None], None]
 
 
-def run_comparison(
-    comparison: Comparison, ledger: Ledger, measure: Measure, watch: Watch
-) -> list[Record]:
+def run_comparison(comparison: Comparison, ledger: Ledger, watch: Watch) -> list[Record]:
     """Run all trials that have no record.
 
     Several processes may do this on one folder: each trial is held by one of them.
@@ -69,7 +63,6 @@ def run_comparison(
     Args:
         comparison: what to run.
         ledger: where records are.
-        measure: further measures of a trained student.
         watch: called with the planned trials, the records and the trial that begins.
 
     Returns:
@@ -83,13 +76,11 @@ def run_comparison(
         watch(planned, records, None)
         if not open_trials:
             return records
-        if not any(_try(comparison, ledger, trial, measure, watch) for trial in open_trials):
+        if not any(_try(comparison, ledger, trial, watch) for trial in open_trials):
             time.sleep(_WAIT)  # other processes hold what is left
 
 
-def _try(
-    comparison: Comparison, ledger: Ledger, trial: Trial, measure: Measure, watch: Watch
-) -> bool:
+def _try(comparison: Comparison, ledger: Ledger, trial: Trial, watch: Watch) -> bool:
     """Run a trial unless another process holds it or has ended it."""
     identity = comparison.identity(trial)
     with ledger.claim(identity) as mine:
@@ -99,7 +90,7 @@ def _try(
         watch(comparison.planned(records), records, trial)
         folder = ledger.trial_folder(identity)
         config = trial_config(comparison.base, trial, folder, comparison.axes.tuned)
-        ledger.add(run_trial(trial, identity, config, measure, comparison.keep_students))
+        ledger.add(run_trial(trial, identity, config, comparison.keep_students))
         return True
 
 

@@ -10,15 +10,12 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kdrun import runs
 from kdrun.compare.record import Record, Trial
 from kdrun.config import RunConfig
 from kdrun.errors import InputError, TrainingError
-
-if TYPE_CHECKING:
-    from kdrun.distillation import Measure
 
 _LARGE = (runs.STUDENT, runs.CHECKPOINTS)
 
@@ -48,16 +45,13 @@ def trial_config(base: RunConfig, trial: Trial, folder: Path, tuned: bool) -> Ru
     return base.model_copy(update=sections)
 
 
-def run_trial(
-    trial: Trial, identity: str, config: RunConfig, measure: Measure, keep_student: bool
-) -> Record:
+def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool) -> Record:
     """Run a trial to its end, good or bad.
 
     Args:
         trial: what is run.
         identity: name of its record.
         config: from :func:`trial_config`.
-        measure: further measures of the trained student.
         keep_student: keep its weights beside the log.
 
     Returns:
@@ -81,7 +75,7 @@ def run_trial(
         "hardware": hardware(),
     }
     try:
-        summary = distill(config, console=quiet_console(), measure=measure).summary
+        summary = distill(config, console=quiet_console()).summary
     except (InputError, OSError):
         raise
     except Exception as error:
@@ -97,10 +91,7 @@ def run_trial(
         if not keep_student:
             for name in _LARGE:
                 shutil.rmtree(folder / name, ignore_errors=True)
-    measures = {
-        **{key.removeprefix("eval_"): value for key, value in summary["after"].items()},
-        **summary["measures"],
-    }
+    measures = {key.removeprefix("eval_"): value for key, value in summary["after"].items()}
     wrong = [name for name, x in measures.items() if x is not None and not math.isfinite(x)]
     return Record(
         **known,
