@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kdrun.compare.display import Display, arm_name
 from kdrun.compare.jobs import WORKER, run_jobs
 from kdrun.compare.ledger import Ledger
-from kdrun.compare.outcome import print_verdicts, write_results
+from kdrun.compare.outcome import report
 from kdrun.compare.plan import DEFAULT_LOSSES, Axes, find_yardstick, trained_on
 from kdrun.compare.record import Record, Trial
 from kdrun.compare.run import Comparison, check_pairs, check_settings, run_comparison
@@ -132,8 +132,7 @@ def compare_losses(options: Options, console: Console) -> None:
                 records = run_comparison(comparison, ledger, display.update)
             else:
                 records = run_jobs(comparison, ledger, options.jobs, display.update)
-        console.print(f"{write_results(records, folder)} written", markup=False)
-        print_verdicts(comparison, records, console)
+        report(comparison, records, ledger, console)
 
 
 def _nothing(planned: Sequence[Trial], records: Sequence[Record], running: Trial | None) -> None:
