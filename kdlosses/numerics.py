@@ -23,7 +23,7 @@ _SMALL = 0.25
 HIGHEST_EXPONENT = 40.0
 """``exp`` of it, 2e17, stands for infinity; sums and slopes of it stay within float32."""
 
-_TERMS = {torch.float32: 8, torch.float64: 13}
+_TERMS = {torch.float32: 7, torch.float64: 13}
 
 
 def log_softmax(logits: Tensor) -> Tensor:
@@ -59,8 +59,8 @@ def restore_infinity(values: Tensor) -> Tensor:
     return values + torch.where(values.detach().abs() > INFINITE, infinity, 0.0)
 
 
-def _taylor(x: Tensor) -> Tensor:
-    """``x^2/2! + x^3/3! + ...`` to the precision of ``x`` for ``|x| < 0.25``."""
+def exp_remainder(x: Tensor) -> Tensor:
+    """``exp(x) - 1 - x`` as ``x^2/2! + x^3/3! + ...``, for ``|x| < 0.25`` only."""
     highest = _TERMS[x.dtype]
     total = torch.full_like(x, 1.0 / math.factorial(highest))
     for power in range(highest - 1, 1, -1):
@@ -74,7 +74,7 @@ def expm1_minus_x(x: Tensor) -> Tensor:
     It stops growing at :data:`HIGHEST_EXPONENT`.
     """
     x = x.clamp_max(HIGHEST_EXPONENT)
-    return choose_near(x, _SMALL, _taylor, x.exp() - 1 - x)
+    return choose_near(x, _SMALL, exp_remainder, x.exp() - 1 - x)
 
 
 def bounded_exp(x: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def choose_near(x: Tensor, radius: float, near: Callable[[Tensor], Tensor], far:
     return torch.where(small, near(torch.where(small, x, 0.0)), far)
 
 
-def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+def kl_terms(log_p: Tensor, log_q: Tensor, q: Tensor | None = None) -> Tensor:
     """The terms ``q - p - p (log q - log p)``, whose sum over the vocabulary is ``KL(p || q)``.
 
     For normalised rows the extra ``q - p`` sums to 0. It makes every term non-negative, so no
@@ -125,24 +125,30 @@ def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     Args:
         log_p: ``[..., V]`` finite log-probabilities of the distribution that weighs the terms.
         log_q: ``[..., V]`` finite log-probabilities of the other one.
+        q: their exponentials where they are at hand (:func:`mix` gives both).
 
     Returns:
         ``[..., V]``, each entry at least 0.
     """
     x = log_q - log_p
     p = log_p.exp()
-    far = log_q.exp() - p - p * x
-    return choose_near(x, _SMALL, lambda small: _taylor(small) * p, far)
+    far = (log_q.exp() if q is None else q) - p - p * x
+    return choose_near(x, _SMALL, lambda small: exp_remainder(small) * p, far)
 
 
-def log_mix(log_a: Tensor, log_b: Tensor, weight: float | Tensor) -> Tensor:
-    """``log(weight * a + (1 - weight) * b)`` from log-probabilities, elementwise.
+def mix(log_a: Tensor, log_b: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The mixture ``weight * a + (1 - weight) * b`` of two distributions, elementwise.
 
-    The mixture is formed in probabilities: an entry that underflows there carries no mass in any
-    divergence. Where both are 0 the result is about -87 (-708 in float64), and any weight on it
-    is 0. A weight of exactly 0 or 1 returns the one side as it is, which may underflow alone.
+    It is formed in probabilities: an entry that underflows there carries no mass in any
+    divergence. Where both are 0 its logarithm is about -87 (-708 in float64), and any weight on it
+    is 0. A weight of exactly 0 or 1 gives the one side as it is, which may underflow alone.
+
+    Returns:
+        Its logarithm and its probabilities, as :func:`kl_terms` takes them.
     """
     if isinstance(weight, float | int) and weight in {0, 1}:
-        return log_a if weight else log_b
+        one = log_a if weight else log_b
+        return one, one.exp()
     mixture = weight * log_a.exp() + (1 - weight) * log_b.exp()
-    return mixture.clamp_min(torch.finfo(mixture.dtype).tiny).log()
+    mixture = mixture.clamp_min(torch.finfo(mixture.dtype).tiny)
+    return mixture.log(), mixture

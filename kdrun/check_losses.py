@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kdlosses import BrokenLossError, LossSpecError, available_losses, get_loss, testing
+from kdlosses import BrokenLossError, LossSpecError, available_losses, testing
+from kdrun.describe_losses import single_loss
 
 _COLOURS = {"passed": "green", "failed": "red", "expected failure": "yellow"}
 
@@ -63,7 +64,7 @@ def check_all() -> bool:
 
 
 def _results(spec: str) -> list[testing.CheckResult]:
-    loss = get_loss(spec).loss
+    loss = single_loss(spec)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return testing.run_checks(loss)

@@ -255,6 +255,80 @@ def bench(
         sys.exit(1)
 
 
+@cli.command("compare-losses")
+@click.option("--loss", "losses", multiple=True, metavar="SPEC", help="Loss; repeat for more.")
+@click.option(
+    "--kd-ratio", "kd_ratios", multiple=True, type=float, metavar="R", help="Weight of the losses."
+)
+@click.option("--lr", "lrs", multiple=True, type=float, metavar="LR", help="Learning rate.")
+@click.option("--teacher", "teachers", multiple=True, metavar="MODEL", help="Teacher.")
+@click.option("--student", "students", multiple=True, metavar="MODEL", help="Initial student.")
+@click.option(
+    "--seeds",
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Trials of each arm; 2 for a verdict.",
+)
+@click.option(
+    "--tuning-seeds",
+    default=2,
+    show_default=True,
+    metavar="N",
+    help="Trials that choose where --lr or --kd-ratio is given several times.",
+)
+@click.option("--yardstick", default="ce", show_default=True, metavar="NAME", help="Primary one.")
+@click.option(
+    "--difference", type=float, metavar="D", help="Smallest difference of interest on it."
+)
+@click.option("--data", metavar="FILE", help="Training rows: a file or a hub id.")
+@click.option("--eval-data", metavar="FILE", help="Held-out rows.")
+@click.option("--temperature", metavar="T", help="Softens both sides of every loss.")
+@click.option("--max-steps", metavar="N", help="Optimiser steps of a trial.")
+@click.option("--batch-size", metavar="B", help="Rows per micro-batch.")
+@click.option("--max-length", metavar="L", help="Tokens a row.")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML with what all trials share.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set section.key; repeatable."
+)
+@click.option("--output", metavar="DIR", help="Folder; by default runs/<time>-comparison.")
+@click.option("--keep-students", is_flag=True, help="Keep the weights of every trial.")
+@click.option(
+    "--jobs", default=1, show_default=True, type=click.IntRange(1), metavar="N", help="Processes."
+)
+@click.option("--dry-run", is_flag=True, help="Show the trials and the time they take.")
+def compare_losses(
+    data: str | None,
+    eval_data: str | None,
+    temperature: str | None,
+    max_steps: str | None,
+    batch_size: str | None,
+    max_length: str | None,
+    settings: tuple[str, ...],
+    **given: Any,
+) -> None:
+    """Compare losses fairly: paired trials over seeds, a verdict for each, a report.
+
+    Every option that says so may be repeated. All trials share initial student, steps and
+    evaluation; those of a seed also the order of rows. A baseline on cross-entropy alone is always
+    there. The same command on the same --output resumes, and runs only what is new.
+    """
+    from kdrun.compare.command import Options
+    from kdrun.compare.command import compare_losses as compare
+    from kdrun.progress import make_console
+
+    flags = {
+        "data.train": data,
+        "data.eval": eval_data,
+        "loss.temperature": temperature,
+        "training.max_steps": max_steps,
+        "training.batch_size": batch_size,
+        "data.max_length": max_length,
+    }
+    overrides = tuple(_overrides(settings, list(flags.items())))
+    compare(Options(overrides=overrides, **given), make_console())
+
+
 @cli.command("generate")
 @click.argument("student")
 @click.option("--prompt", required=True, metavar="TEXT", help="The user's message.")

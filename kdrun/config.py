@@ -34,6 +34,9 @@ class ModelConfig(_Section):
         None, description="folder that 'kdrun cache-teacher' wrote; takes the teacher's place"
     )
     student: str = Field(BUILT_IN, description="folder or hub id; 'builtin'")
+    init_seed: int | None = Field(
+        None, ge=0, description="seed of a student without weights; null takes training.seed"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="type of both models' weights"
     )
@@ -48,6 +51,14 @@ class DataConfig(_Section):
     train: str = Field(BUILT_IN, description="file or hub id; 'builtin'")
     eval: str | None = Field(
         None, description="held-out rows; by default 5 % of the training rows, by content hash"
+    )
+    test: str | None = Field(
+        None, description="rows that comparisons report on, after tuning on the held-out rows"
+    )
+    part: Literal["all", "validation", "test"] = Field(
+        "all",
+        description="which held-out rows to measure on; without data.test they are halved by "
+        "content hash",
     )
     format: Literal["auto", "text", "prompt_response", "alpaca", "messages"] = Field(
         "auto", description="how a row is read"

@@ -7,6 +7,9 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kdlosses import get_loss, parse_spec
+from kdrun.errors import InputError
+
 if TYPE_CHECKING:
     from kdlosses import Loss
 
@@ -24,6 +27,20 @@ TRAITS = (
 )
 
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def single_loss(spec: str) -> Loss:
+    """The one loss that a spec names.
+
+    Raises:
+        LossSpecError: no such loss.
+        BrokenLossError: it cannot be imported.
+        InputError: the spec is a sum.
+    """
+    first, *others = parse_spec(spec).terms
+    if others:
+        raise InputError(f"loss {spec!r} is a sum; name its terms one by one, {first.name} first")
+    return get_loss(spec).loss
 
 
 @dataclass(frozen=True)
@@ -76,6 +93,14 @@ def doc_parts(loss: Loss) -> DocParts:
         limits=[part for part in others if part.startswith("Not ")],
         reference=" ".join(part.partition(":")[2].strip() for part in references),
     )
+
+
+def family(loss: Loss) -> str:
+    """How the loss is made up: ``additive`` over the vocabulary, or of the whole ``row``."""
+    from kdlosses import Divergence
+
+    kind = "additive" if isinstance(loss, Divergence) else "row"
+    return f"{kind}, stateful" if loss.stateful else kind
 
 
 def parameters(loss: Loss) -> list[Parameter]:

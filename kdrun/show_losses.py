@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kdlosses import (
@@ -15,10 +16,9 @@ from kdlosses import (
     LossSpecError,
     available_losses,
     find_loss,
-    get_loss,
     parse_spec,
 )
-from kdrun.describe_losses import parameters, traits
+from kdrun.describe_losses import doc_parts, family, parameters, single_loss, traits
 from kdrun.errors import InputError
 from kdrun.plot_losses import SETTING, check_plot_file, draw_text, write_plot
 
@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 def print_list(details: bool) -> None:
     """One row a loss; with ``details`` each is imported, and a broken one says so."""
     table = Table(box=None, pad_edge=False)
-    headings = ("name", "distribution", *(("parameters", "what it is") if details else ()))
+    more = ("family", "parameters", "formula", "reference") if details else ()
+    headings = ("name", "distribution", *more)
     for heading in headings:
         table.add_column(heading, no_wrap=heading in ("name", "distribution"))
     for ref in available_losses():
-        table.add_row(ref.name, ref.distribution, *(_details(ref) if details else ()))
+        cells = (ref.name, ref.distribution, *(_details(ref) if details else ()))
+        table.add_row(*map(escape, cells))  # formulas hold brackets
     _console().print(table)
 
 
@@ -48,10 +50,7 @@ def print_loss(name: str, plot: Path | None = None) -> None:
         LossSpecError: no such loss.
         InputError: a picture that cannot be written, or a sum of losses.
     """
-    first, *others = parse_spec(name).terms
-    if others:
-        raise InputError(f"loss {name!r} is a sum; show its terms one by one, {first.name} first")
-    loss = get_loss(name).loss
+    loss = single_loss(name)
     if plot is not None:
         check_plot_file(plot)
         write_plot(name, plot)
@@ -63,12 +62,12 @@ def print_loss(name: str, plot: Path | None = None) -> None:
         for heading in ("parameter", "value", "bounds", "meaning"):
             table.add_column(heading)
         for field in fields:
-            table.add_row(field.name, field.value, field.bounds, field.meaning)
+            table.add_row(*map(escape, (field.name, field.value, field.bounds, field.meaning)))
         console.print(table)
         console.print()
     for trait, value in traits(loss).items():
         console.print(f"{trait}: {value}", markup=False)
-    ref = find_loss(first.name)
+    ref = find_loss(parse_spec(name).terms[0].name)
     console.print(f"registered by {ref.distribution} as {ref.name} and {ref.name}_chunked")
     console.print()
     _print_plot(console, name)
@@ -87,14 +86,14 @@ def _print_plot(console: Any, name: str) -> None:
     console.print(SETTING)
 
 
-def _details(ref: LossRef) -> tuple[str, str]:
+def _details(ref: LossRef) -> tuple[str, str, str, str]:
     try:
-        loss: Loss = get_loss(ref.name).loss
+        loss: Loss = single_loss(ref.name)
     except (BrokenLossError, LossSpecError) as error:
-        return "-", f"broken: {error}"
-    parameters = ", ".join(f"{key}={value}" for key, value in loss.model_dump().items())
-    summary = inspect.cleandoc(type(loss).__doc__ or "").split("\n\n", 1)[0]
-    return parameters or "-", " ".join(summary.split())
+        return "broken", "-", str(error), "-"
+    given = ", ".join(f"{key}={value}" for key, value in loss.model_dump().items())
+    parts = doc_parts(loss)
+    return family(loss), given or "-", parts.formula or parts.title, parts.reference
 
 
 def _console() -> Any:

@@ -9,7 +9,15 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kdlosses.divergence import Divergence
-from kdlosses.numerics import bounded_exp, choose_near, expm1_minus_x, joint_exp, kl_terms, moves
+from kdlosses.numerics import (
+    bounded_exp,
+    choose_near,
+    exp_remainder,
+    expm1_minus_x,
+    joint_exp,
+    kl_terms,
+    moves,
+)
 
 _TOO_SMALL = 1e-3
 _STEEPEST = -1e6
@@ -77,12 +85,14 @@ def _terms(
     which does not cancel near equality as the smaller exponent stands in it.
     """
 
-    def near(x: Tensor) -> Tensor:
-        bracket = small / total * expm1_minus_x(total * x) - expm1_minus_x(small * x)
-        return bounded_exp(total * log_p) * bracket / (large * small)
-
     exponents = (total * log_p, total * log_q, large * log_p + small * log_q)
     p, q, both = joint_exp(*exponents) if bounded else [x.exp() for x in exponents]
+    weigh = bounded_exp(total * log_p) if bounded else p
+
+    def near(x: Tensor) -> Tensor:
+        bracket = small / total * exp_remainder(total * x) - exp_remainder(small * x)
+        return weigh * bracket / (large * small)
+
     far = ((large / total) * p + (small / total) * q - both) / (large * small)
     # |total| is at most twice the larger exponent and may be below the smaller one.
     reach = abs(small) + abs(total)

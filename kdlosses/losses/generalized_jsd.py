@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kdlosses.divergence import Divergence
-from kdlosses.numerics import kl_terms, log_mix, moves
+from kdlosses.numerics import kl_terms, mix, moves
 
 _CLOSEST = 1e-3  # to the ends, with normalize, that float32 is enough for
 
@@ -60,9 +60,9 @@ class GeneralizedJSD(Divergence):
             return kl_terms(teacher_log_probs, student_log_probs)
         elif beta == 1:
             return kl_terms(student_log_probs, teacher_log_probs)
-        mixture = log_mix(teacher_log_probs, student_log_probs, beta)
-        from_teacher = kl_terms(teacher_log_probs, mixture)
-        from_student = kl_terms(student_log_probs, mixture)
+        log_mixture, mixture = mix(teacher_log_probs, student_log_probs, beta)
+        from_teacher = kl_terms(teacher_log_probs, log_mixture, mixture)
+        from_student = kl_terms(student_log_probs, log_mixture, mixture)
         total = beta * from_teacher + (1 - beta) * from_student
         return total / (beta * (1 - beta)) if self.normalize else total
 

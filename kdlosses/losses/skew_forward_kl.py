@@ -4,7 +4,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdlosses.divergence import Divergence
-from kdlosses.numerics import kl_terms, log_mix
+from kdlosses.numerics import kl_terms, mix
 
 
 class SkewForwardKL(Divergence):
@@ -24,8 +24,8 @@ class SkewForwardKL(Divergence):
 
     def integrand(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
         """KL's terms from the teacher to the mixture."""
-        mixture = log_mix(teacher_log_probs, student_log_probs, self.alpha)
-        return kl_terms(teacher_log_probs, mixture)
+        log_mixture, mixture = mix(teacher_log_probs, student_log_probs, self.alpha)
+        return kl_terms(teacher_log_probs, log_mixture, mixture)
 
     def curvature(self) -> float:
         """``(1 - alpha)^2``: 0.81 at the default."""

@@ -144,25 +144,4 @@ YARDSTICKS = (
         lower_is_better=False,
         difference=0.005,
     ),
-    Yardstick(
-        name="calibration_error",
-        title="calibration error",
-        unit="share",
-        lower_is_better=True,
-        difference=0.005,
-    ),
-    Yardstick(
-        name="rouge_l",
-        title="ROUGE-L of greedy answers",
-        unit="0 to 100",
-        lower_is_better=False,
-        difference=1.0,
-    ),
-    Yardstick(
-        name="exact_match",
-        title="exact match of greedy answers",
-        unit="share of answers",
-        lower_is_better=False,
-        difference=0.01,
-    ),
 )

@@ -73,6 +73,13 @@ def read_rows(config: DataConfig) -> RawRows:
         evaluation = _load(config.eval, config)
         notes += evaluation.warnings()
         held_out = evaluation.rows
+    if config.part == "test" and config.test is not None:
+        test = _load(config.test, config)
+        notes += test.warnings()
+        held_out = test.rows
+    elif config.part != "all" and config.test is None:
+        validation, test_rows = hold_out(held_out, 0.5)
+        held_out = validation if config.part == "validation" else test_rows
     return RawRows(train, held_out, tuple(notes))
 
 

@@ -438,7 +438,7 @@ def test_the_command_refuses_unknown_names_and_no_name():
 def test_the_command_exits_with_1_when_a_check_fails(monkeypatch, capsys):
     from kdrun import check_losses, cli
 
-    monkeypatch.setattr(check_losses, "get_loss", lambda spec: kdlosses.TokenLoss(WrongCurvature()))
+    monkeypatch.setattr(check_losses, "single_loss", lambda spec: WrongCurvature())
     with pytest.raises(SystemExit) as caught:
         cli.cli.main(["losses", "check", "wrong"], standalone_mode=False)
     assert caught.value.code == 1

@@ -1,0 +1,129 @@
+"""What a comparison shows while it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from kdrun.compare.record import Arm, Record, Trial, Yardstick
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_SHORT = {"diverged": "[red]diverged[/red]", "failed": "[red]failed[/red]", "done": "done"}
+
+
+def arm_name(arm: Arm, arms: Sequence[Arm]) -> str:
+    """An arm by what tells it from the others of a comparison."""
+    parts = [arm.method]
+    if arm.loss is not None and len({other.kd_ratio for other in arms if other.loss}) > 1:
+        parts.append(f"kd {arm.kd_ratio:g}")
+    if len({other.lr for other in arms}) > 1:
+        parts.append(f"lr {arm.lr:g}")
+    for side in ("teacher", "student"):
+        if len({getattr(other, side) for other in arms}) > 1:
+            parts.append(f"{side} {getattr(arm, side)}")
+    return ", ".join(parts)
+
+
+class Display:
+    """A live table on a terminal, a line for each trial elsewhere.
+
+    Args:
+        console: where it is shown.
+        yardstick: the primary one, whose mean is shown.
+    """
+
+    def __init__(self, console: Console, yardstick: Yardstick) -> None:
+        self._console = console
+        self._yardstick = yardstick
+        self._live: Live | None = None
+        self._seen: set[str] = set()
+        self._running: tuple[Trial, float] | None = None
+
+    def __enter__(self) -> Display:
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, auto_refresh=False)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(
+        self, planned: Sequence[Trial], records: Sequence[Record], running: Trial | None
+    ) -> None:
+        """Show where the comparison stands.
+
+        Args:
+            planned: all trials so far.
+            records: those that have ended.
+            running: the trial that begins now, if one does.
+        """
+        self._running = (running, time.monotonic()) if running is not None else None
+        if self._live is not None:
+            self._live.update(self._table(planned, records), refresh=True)
+            return
+        arms = [trial.arm for trial in planned]
+        for record in records:
+            if record.id not in self._seen:
+                self._seen.add(record.id)
+                self._console.print(self._ended(record, arms), markup=False)
+        if running is not None:
+            count = f"{len(records) + 1}/{len(planned)}"
+            self._console.print(
+                f"[{count}] {arm_name(running.arm, arms)}, seed {running.seed}, {running.stage}: "
+                f"begins; {self._left(planned, records)}",
+                markup=False,
+            )
+
+    def _ended(self, record: Record, arms: Sequence[Arm]) -> str:
+        name = f"{arm_name(record.trial.arm, arms)}, seed {record.trial.seed}"
+        if record.status != "done":
+            return f"  {name}: {record.status}: {record.reason}"
+        value = record.measures.get(self._yardstick.name)
+        shown = "" if value is None else f", {self._yardstick.title} {value:.4f}"
+        return f"  {name}: done in {record.seconds:.0f} s{shown}"
+
+    def _left(self, planned: Sequence[Trial], records: Sequence[Record]) -> str:
+        times = [record.seconds for record in records]
+        if not times:
+            return f"{len(planned)} trials"
+        left = (len(planned) - len(records)) * sum(times) / len(times)
+        return f"about {left / 60:.0f} min left"
+
+    def _table(self, planned: Sequence[Trial], records: Sequence[Record]) -> Table:
+        table = Table(
+            title=f"{len(records)} of {len(planned)} trials, {self._left(planned, records)}",
+            title_justify="left",
+        )
+        for heading in ("arm", "stage", "done", "running", "queued", self._yardstick.title):
+            table.add_column(heading, justify="left" if heading in ("arm", "stage") else "right")
+        arms = list(dict.fromkeys((trial.arm, trial.stage) for trial in planned))
+        for arm, stage in arms:
+            ended = [r for r in records if (r.trial.arm, r.trial.stage) == (arm, stage)]
+            count = sum((trial.arm, trial.stage) == (arm, stage) for trial in planned)
+            now = self._running is not None and (
+                (self._running[0].arm, self._running[0].stage) == (arm, stage)
+            )
+            values = [
+                value
+                for record in ended
+                if (value := record.measures.get(self._yardstick.name)) is not None
+            ]
+            bad = [_SHORT[record.status] for record in ended if record.status != "done"]
+            table.add_row(
+                escape(arm_name(arm, [a for a, _ in arms])),
+                stage,
+                " ".join([str(len(ended) - len(bad)), *sorted(set(bad))]),
+                "1" if now else "",
+                str(count - len(ended) - now),
+                f"{sum(values) / len(values):.4f}" if values else "",
+            )
+        return table

@@ -1,0 +1,201 @@
+"""From the axes of a comparison to its trials."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from kdrun.compare.record import YARDSTICKS, Arm, Record, Stage, Trial, Yardstick
+from kdrun.config import RunConfig
+from kdrun.errors import InputError
+
+DEFAULT_LOSSES = ("forward_kl_chunked", "reverse_kl_chunked", "generalized_jsd_chunked")
+_VARIED = {
+    "model": ("teacher", "student"),
+    "loss": ("spec", "kd_ratio"),
+    "optimizer": ("lr",),
+    "training": ("seed",),
+    "data": ("part",),
+    "output": ("dir",),
+}
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What is varied.
+
+    Attributes:
+        losses: specs.
+        kd_ratios: weights of the losses, above 0; the baseline has 0.
+        lrs: learning rates.
+        teachers: folders, hub ids or ``"builtin"``.
+        students: likewise; the initial students.
+        seeds: of the trials that are reported.
+        tuning_seeds: of the trials that choose learning rate and ratio.
+    """
+
+    losses: tuple[str, ...]
+    kd_ratios: tuple[float, ...]
+    lrs: tuple[float, ...]
+    teachers: tuple[str, ...]
+    students: tuple[str, ...]
+    seeds: int
+    tuning_seeds: int
+
+    @property
+    def tuned(self) -> bool:
+        """Whether a learning rate or a ratio has to be chosen first."""
+        return len(self.lrs) > 1 or len(self.kd_ratios) > 1
+
+    def check(self) -> None:
+        """Refuse axes without meaning, before anything starts.
+
+        Raises:
+            InputError: naming the option and the cure.
+        """
+        for option, values in (
+            ("--loss", self.losses),
+            ("--kd-ratio", self.kd_ratios),
+            ("--lr", self.lrs),
+            ("--teacher", self.teachers),
+            ("--student", self.students),
+        ):
+            twice = next((value for value in values if values.count(value) > 1), None)
+            if twice is not None:
+                raise InputError(f"{option} {twice} is given twice")
+        for ratio in self.kd_ratios:
+            if not 0 < ratio <= 1:
+                raise InputError(
+                    f"--kd-ratio {ratio:g}: must lie in (0, 1]; the baseline at 0 is always there"
+                )
+        for lr in self.lrs:
+            if not lr > 0:
+                raise InputError(f"--lr {lr:g}: must be above 0")
+        if self.seeds < 1:
+            raise InputError("--seeds: at least one is needed, two for any verdict")
+        if self.tuned and self.tuning_seeds < 1:
+            raise InputError("--tuning-seeds: at least one is needed to choose --lr or --kd-ratio")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What gets one column of the result: a loss (or none) on a pair, whatever is tuned.
+
+    Attributes:
+        loss: the spec, None for cross-entropy alone.
+        teacher: of the pair.
+        student: of the pair.
+    """
+
+    loss: str | None
+    teacher: str
+    student: str
+
+    def arms(self, axes: Axes) -> list[Arm]:
+        """All ratios and learning rates of the method."""
+        ratios = (0.0,) if self.loss is None else axes.kd_ratios
+        return [
+            Arm(loss=self.loss, kd_ratio=ratio, lr=lr, teacher=self.teacher, student=self.student)
+            for ratio, lr in product(ratios, axes.lrs)
+        ]
+
+
+def methods(axes: Axes) -> list[Method]:
+    """The baseline of each pair first, then its losses."""
+    return [
+        Method(loss, teacher, student)
+        for teacher, student in product(axes.teachers, axes.students)
+        for loss in (None, *axes.losses)
+    ]
+
+
+def tuning_trials(axes: Axes) -> list[Trial]:
+    """The trials that choose; seeds are those after the final ones, so that those stay fresh."""
+    if not axes.tuned:
+        return []
+    seeds = range(axes.seeds, axes.seeds + axes.tuning_seeds)
+    return _seed_by_seed(
+        [arm for method in methods(axes) for arm in method.arms(axes)], seeds, "tuning"
+    )
+
+
+def final_trials(axes: Axes, records: Sequence[Record], yardstick: Yardstick) -> list[Trial]:
+    """The trials that are reported: of each method its only arm, or the one that tuning chose.
+
+    A method whose tuning is not finished has none yet; one all of whose arms failed has its first.
+    """
+    chosen = []
+    for method in methods(axes):
+        arms = method.arms(axes)
+        if len(arms) == 1:
+            chosen.append(arms[0])
+        elif (best := choose(arms, axes, records, yardstick)) is not None:
+            chosen.append(best)
+    return _seed_by_seed(chosen, range(axes.seeds), "final")
+
+
+def choose(
+    arms: Sequence[Arm], axes: Axes, records: Sequence[Record], yardstick: Yardstick
+) -> Arm | None:
+    """The arm with the best mean of a yardstick over the tuning seeds; None while some are missing.
+
+    An arm with a trial that diverged or failed is chosen only where all have one.
+    """
+    sign = 1.0 if yardstick.lower_is_better else -1.0
+    best: tuple[float, int] | None = None
+    for index, arm in enumerate(arms):
+        found = [r for r in records if r.trial.arm == arm and r.trial.stage == "tuning"]
+        if len(found) < axes.tuning_seeds:
+            return None
+        values = [r.measures.get(yardstick.name) if r.status == "done" else None for r in found]
+        known = [value for value in values if value is not None]
+        mean = sign * sum(known) / len(known) if len(known) == len(found) else float("inf")
+        if best is None or (mean, index) < best:
+            best = mean, index
+    return None if best is None else arms[best[1]]
+
+
+def find_yardstick(name: str) -> Yardstick:
+    """A yardstick by name.
+
+    Raises:
+        InputError: there is none, naming those there are.
+    """
+    for yardstick in YARDSTICKS:
+        if yardstick.name == name:
+            return yardstick
+    known = ", ".join(yardstick.name for yardstick in YARDSTICKS)
+    raise InputError(f"--yardstick {name}: no such measure; known: {known}")
+
+
+def trained_on(yardstick: Yardstick, axes: Axes) -> list[str]:
+    """The losses of the comparison that train on the yardstick itself."""
+    from kdlosses import parse_spec
+
+    return [
+        spec
+        for spec in axes.losses
+        if any(term.name in yardstick.trained_on_by for term in parse_spec(spec).terms)
+    ]
+
+
+def setting(base: RunConfig) -> str:
+    """A hash of all that the trials of a comparison share."""
+    return hashlib.sha256(json.dumps(shared_settings(base), sort_keys=True).encode()).hexdigest()
+
+
+def shared_settings(base: RunConfig) -> dict[str, dict[str, object]]:
+    """The configuration without what trials vary."""
+    values = base.model_dump(mode="json")
+    return {
+        section: {key: v for key, v in content.items() if key not in _VARIED.get(section, ())}
+        for section, content in values.items()
+    }
+
+
+def _seed_by_seed(arms: Sequence[Arm], seeds: range, stage: Stage) -> list[Trial]:
+    """All arms of one seed before the next: an early end leaves whole pairs."""
+    return [Trial(arm=arm, seed=seed, stage=stage) for seed in seeds for arm in arms]

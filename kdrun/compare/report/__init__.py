@@ -1,0 +1,7 @@
+"""The report of a comparison: a page, figures, tables; also of one that is not finished."""
+
+from kdrun.compare.report.content import ReportInput
+from kdrun.compare.report.screen import print_table
+from kdrun.compare.report.write import write_report
+
+__all__ = ["ReportInput", "print_table", "write_report"]

@@ -1,0 +1,241 @@
+"""What a report says, before it is laid out: arms with their means, verdicts, what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kdlosses import LossSpecError, parse_spec
+from kdrun.compare.record import YARDSTICKS, Arm, Record, Trial, Yardstick
+
+if TYPE_CHECKING:
+    from kdrun.compare.statistics import ArmVerdict
+
+
+@dataclass(frozen=True)
+class ReportInput:
+    """A comparison, finished or not.
+
+    Attributes:
+        title: heading of the page.
+        records: of all trials that have ended, tuning included.
+        trials: all that are planned, also those that have not run.
+        baseline: the arm that the others are compared with.
+        yardstick: the primary one, which alone decides.
+        difference: the smallest difference of interest, in its unit.
+        references: measures, by the names of the yardsticks, of models that no trial trained:
+            the untrained student and the teacher.
+        notes: sentences to be shown below the verdicts.
+    """
+
+    title: str
+    records: Sequence[Record]
+    trials: Sequence[Trial]
+    baseline: Arm
+    yardstick: Yardstick
+    difference: float
+    references: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A measure over seeds.
+
+    Attributes:
+        values: one a seed.
+        mean: of them.
+        deviation: standard deviation with n - 1; None for one seed.
+    """
+
+    values: tuple[float, ...]
+    mean: float
+    deviation: float | None
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """An arm in the tables.
+
+    Attributes:
+        arm: what was trained.
+        label: what tells it from the others.
+        records: its final trials that have ended, by seed.
+        planned: how many final trials it should have.
+        measures: over its finished trials, by name of the yardstick, where measured.
+        speed: supervised tokens a second.
+        memory: peak, MiB.
+        trained_on: the yardsticks that it trains on, with ``"wholly"`` or ``"partly"``.
+        verdict: None for the baseline.
+    """
+
+    arm: Arm
+    label: str
+    records: tuple[Record, ...]
+    planned: int
+    measures: dict[str, Spread]
+    speed: Spread | None
+    memory: Spread | None
+    trained_on: dict[str, str]
+    verdict: ArmVerdict | None
+
+    @property
+    def done(self) -> int:
+        """Finished trials."""
+        return sum(record.status == "done" for record in self.records)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that the pages, tables and figures show.
+
+    Attributes:
+        given: what it was made from.
+        arms: the baseline first, then in the order of the plan.
+        yardsticks: those measured anywhere, the primary one first.
+        unwell: trials that diverged or failed.
+        missing: planned trials without a record.
+        labels: of all arms, those of tuning trials included.
+        tuned: label of each arm that was tried in tuning, its primary measure on validation rows,
+            and whether it went on to final trials.
+    """
+
+    given: ReportInput
+    arms: tuple[ArmSummary, ...]
+    yardsticks: tuple[Yardstick, ...]
+    unwell: tuple[Record, ...]
+    missing: tuple[Trial, ...]
+    labels: dict[Arm, str]
+    tuned: tuple[tuple[str, Spread | None, bool], ...]
+
+    @property
+    def judged(self) -> list[tuple[ArmSummary, ArmVerdict]]:
+        """All arms but the baseline."""
+        return [(arm, arm.verdict) for arm in self.arms if arm.verdict is not None]
+
+
+def summarise(given: ReportInput) -> Summary:
+    """Bring a comparison into the order of a report."""
+    from kdrun.compare.statistics import compare_all
+
+    trials = list(dict.fromkeys([*given.trials, *(record.trial for record in given.records)]))
+    labels = label_arms(dict.fromkeys([given.baseline, *(trial.arm for trial in trials)]))
+    finals = [trial for trial in trials if trial.stage == "final"]
+    arms = list(dict.fromkeys([given.baseline, *(trial.arm for trial in finals)]))
+    verdicts = {
+        verdict.arm: verdict
+        for verdict in compare_all(
+            given.records, given.baseline, given.yardstick, given.difference, arms
+        )
+    }
+    ended = {record.trial: record for record in given.records}
+    measured = {
+        name
+        for measures in [*(record.measures for record in given.records), *given.references.values()]
+        for name, value in measures.items()
+        if value is not None
+    }
+    summaries = []
+    for arm in arms:
+        own = [trial for trial in finals if trial.arm == arm]
+        records = [ended[trial] for trial in own if trial in ended]
+        done = [record for record in records if record.status == "done"]
+        summaries.append(
+            ArmSummary(
+                arm=arm,
+                label=labels[arm],
+                records=tuple(sorted(records, key=lambda record: record.trial.seed)),
+                planned=len(own),
+                measures={
+                    yardstick.name: found
+                    for yardstick in YARDSTICKS
+                    if (found := _spread(r.measures.get(yardstick.name) for r in done))
+                },
+                # 0 says that it was not recorded.
+                speed=_spread(record.supervised_tokens_per_second or None for record in done),
+                memory=_spread(record.peak_memory_mib or None for record in done),
+                trained_on=_trained_on(arm),
+                verdict=verdicts.get(arm),
+            )
+        )
+    primary = given.yardstick
+    return Summary(
+        given=given,
+        arms=tuple(summaries),
+        yardsticks=(
+            primary,
+            *(y for y in YARDSTICKS if y.name in measured and y.name != primary.name),
+        ),
+        unwell=tuple(record for record in ended.values() if record.status != "done"),
+        missing=tuple(trial for trial in trials if trial not in ended),
+        labels=labels,
+        tuned=tuple(
+            (
+                labels[arm],
+                _spread(
+                    record.measures.get(primary.name)
+                    for record in given.records
+                    if record.trial == Trial(arm=arm, seed=record.trial.seed, stage="tuning")
+                ),
+                any(trial.arm == arm for trial in finals),
+            )
+            for arm in dict.fromkeys(trial.arm for trial in trials if trial.stage == "tuning")
+        ),
+    )
+
+
+def label_arms(arms: Iterable[Arm]) -> dict[Arm, str]:
+    """Names that tell arms apart: the method, and whatever else is not the same for all."""
+    listed = list(arms)
+
+    def varies(name: str, among: Sequence[Arm]) -> bool:
+        return len({getattr(arm, name) for arm in among}) > 1
+
+    # The ratio of cross-entropy alone is always 0 and tells nothing.
+    ratios = varies("kd_ratio", [arm for arm in listed if arm.loss is not None])
+    labels = {}
+    for arm in listed:
+        parts = ["cross-entropy alone" if arm.loss is None else _printable(arm.loss)]
+        if ratios and arm.loss is not None:
+            parts.append(f"ratio {arm.kd_ratio:g}")
+        if varies("lr", listed):
+            parts.append(f"lr {arm.lr:g}")
+        parts += [
+            f"{name} {_printable(getattr(arm, name))}"
+            for name in ("teacher", "student")
+            if varies(name, listed)
+        ]
+        labels[arm] = ", ".join(parts)
+    return labels
+
+
+def _printable(name: str) -> str:
+    """Without line breaks and control characters, which have no place in a table."""
+    return "".join(letter if letter.isprintable() else " " for letter in name)
+
+
+def _trained_on(arm: Arm) -> dict[str, str]:
+    """Yardsticks that an arm minimises or maximises itself."""
+    try:
+        terms = [] if arm.loss is None else [term.name for term in parse_spec(arm.loss).terms]
+    except LossSpecError:
+        terms = []  # an unknown loss trains on no yardstick that is known
+    shares = {term: arm.kd_ratio / len(terms) for term in dict.fromkeys(terms)}
+    shares["cross-entropy"] = 1 - arm.kd_ratio
+    found = {}
+    for yardstick in YARDSTICKS:
+        share = max((shares.get(name, 0.0) for name in yardstick.trained_on_by), default=0.0)
+        if share > 0:
+            found[yardstick.name] = "wholly" if share == 1 else "partly"
+    return found
+
+
+def _spread(values: Iterable[float | None]) -> Spread | None:
+    import statistics
+
+    known = tuple(value for value in values if value is not None)
+    if not known:
+        return None
+    deviation = statistics.stdev(known) if len(known) > 1 else None
+    return Spread(known, statistics.fmean(known), deviation)

@@ -1,0 +1,148 @@
+"""One trial: its configuration, its run, and the record of how it ended."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdrun import runs
+from kdrun.compare.record import Record, Trial
+from kdrun.config import RunConfig
+from kdrun.errors import InputError, TrainingError
+
+_LARGE = (runs.STUDENT, runs.CHECKPOINTS)
+
+
+def trial_config(base: RunConfig, trial: Trial, folder: Path, tuned: bool) -> RunConfig:
+    """The run of a trial: the shared settings, and what the trial varies.
+
+    Args:
+        base: what all trials share.
+        trial: the trial.
+        folder: of its run.
+        tuned: whether the comparison has a tuning stage, so that validation and test rows differ.
+    """
+    arm = trial.arm
+    part = {"tuning": "validation", "final": "test" if tuned else "all"}[trial.stage]
+    varied: dict[str, dict[str, Any]] = {
+        "model": {"teacher": arm.teacher, "student": arm.student},
+        "loss": {"spec": arm.loss or base.loss.spec, "kd_ratio": arm.kd_ratio},
+        "optimizer": {"lr": arm.lr},
+        "training": {"seed": trial.seed},
+        "data": {"part": part},
+        "output": {"dir": str(folder)},
+    }
+    sections = {
+        name: getattr(base, name).model_copy(update=values) for name, values in varied.items()
+    }
+    return base.model_copy(update=sections)
+
+
+def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool) -> Record:
+    """Run a trial to its end, good or bad.
+
+    Args:
+        trial: what is run.
+        identity: name of its record.
+        config: from :func:`trial_config`.
+        keep_student: keep its weights beside the log.
+
+    Returns:
+        The record. A loss that is not finite, memory that does not suffice and any other failure
+        of the training itself are recorded.
+
+    Raises:
+        InputError: the input is wrong, which is no result of the trial.
+        OSError: nothing can be written, likewise.
+        Interrupted: by Ctrl-C.
+    """
+    from kdrun.distillation import distill
+
+    folder = Path(str(config.output.dir))
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed attempt left
+    started = time.monotonic()
+    known: dict[str, Any] = {
+        "id": identity,
+        "trial": trial,
+        "command": f"kdrun --config {folder / runs.CONFIG} --output NEW-FOLDER",
+        "hardware": hardware(),
+    }
+    try:
+        summary = distill(config, console=quiet_console()).summary
+    except (InputError, OSError):
+        raise
+    except Exception as error:
+        status = "diverged" if isinstance(error, TrainingError) else "failed"
+        return Record(
+            **known,
+            status=status,
+            reason=_one_line(error),
+            curves=_curves(folder),
+            seconds=round(time.monotonic() - started, 2),
+        )
+    finally:
+        if not keep_student:
+            for name in _LARGE:
+                shutil.rmtree(folder / name, ignore_errors=True)
+    measures = {key.removeprefix("eval_"): value for key, value in summary["after"].items()}
+    wrong = [name for name, x in measures.items() if x is not None and not math.isfinite(x)]
+    return Record(
+        **known,
+        status="diverged" if wrong else "done",
+        reason=f"not finite after training: {', '.join(wrong)}" if wrong else None,
+        measures={name: None if name in wrong else x for name, x in measures.items()},
+        curves=_curves(folder),
+        supervised_tokens_per_second=summary["supervised_tokens_per_second"],
+        peak_memory_mib=summary["peak_memory_mib"],
+        seconds=round(time.monotonic() - started, 2),
+        versions=summary["versions"],
+    )
+
+
+def quiet_console() -> Any:
+    """A console that shows nothing: a comparison has its own display."""
+    from rich.console import Console
+
+    return Console(quiet=True)
+
+
+def hardware() -> dict[str, str]:
+    """Processor, cores, memory, accelerator."""
+    import torch
+
+    found = {
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
+    }
+    if torch.cuda.is_available():
+        found["accelerator"] = torch.cuda.get_device_name()
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _curves(folder: Path) -> list[Mapping[str, Any]]:
+    path = folder / runs.METRICS
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, TrainingError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,142 @@
+"""What a comparison is made of: arms, tuning, identities, settings that all trials share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kdrun.compare.plan import (
+    Axes,
+    choose,
+    final_trials,
+    find_yardstick,
+    methods,
+    setting,
+    trained_on,
+    tuning_trials,
+)
+from kdrun.compare.record import Record, Trial
+from kdrun.config import load_config
+from kdrun.errors import InputError
+
+CE = find_yardstick("ce")
+AGREEMENT = find_yardstick("top1_agreement")
+
+
+def axes(**changes: Any) -> Axes:
+    values: dict[str, Any] = {
+        "losses": ("forward_kl_chunked", "reverse_kl_chunked"),
+        "kd_ratios": (0.5,),
+        "lrs": (1e-3,),
+        "teachers": ("builtin",),
+        "students": ("builtin",),
+        "seeds": 2,
+        "tuning_seeds": 2,
+    }
+    return Axes(**{**values, **changes})
+
+
+def record(trial: Trial, value: float | None, status: Any = "done", name: str = "ce") -> Record:
+    measures = {} if value is None else {name: value}
+    return Record(id=trial.identity("s"), trial=trial, status=status, measures=measures)
+
+
+def test_one_arm_each_and_the_baseline_seed_by_seed() -> None:
+    plain = axes()
+    assert tuning_trials(plain) == []
+    trials = final_trials(plain, [], CE)
+    assert [(t.seed, t.arm.method, t.arm.kd_ratio) for t in trials] == [
+        (seed, method, ratio)
+        for seed in (0, 1)
+        for method, ratio in (
+            ("cross-entropy", 0.0),
+            ("forward_kl_chunked", 0.5),
+            ("reverse_kl_chunked", 0.5),
+        )
+    ]
+
+
+def test_each_method_is_tuned_on_seeds_that_the_final_trials_do_not_use() -> None:
+    grid = axes(kd_ratios=(0.25, 1.0), lrs=(1e-4, 3e-4))
+    trials = tuning_trials(grid)
+    counts = dict.fromkeys(("cross-entropy", *grid.losses), 0)
+    for trial in trials:
+        assert trial.stage == "tuning"
+        assert trial.seed in (2, 3)
+        counts[trial.arm.method] += 1
+    # Every loss has the same budget; the baseline has no ratio to choose.
+    assert counts == {"cross-entropy": 4, "forward_kl_chunked": 8, "reverse_kl_chunked": 8}
+    assert final_trials(grid, [], CE) == []
+
+
+def test_the_best_mean_is_chosen_and_a_diverged_arm_is_not() -> None:
+    grid = axes(losses=("forward_kl_chunked",), kd_ratios=(0.25, 0.5, 1.0))
+    trials = tuning_trials(grid)
+    values = {0.0: 4.0, 0.25: 3.0, 0.5: 2.0, 1.0: 1.0}
+    records = [
+        record(t, None, "diverged")
+        if t.arm.kd_ratio == 1.0 and t.seed == 3
+        else record(t, values[t.arm.kd_ratio] + 0.01 * t.seed)
+        for t in trials
+    ]
+    assert {t.arm.kd_ratio for t in final_trials(grid, records, CE)} == {0.0, 0.5}
+    arms = methods(grid)[1].arms(grid)
+    assert choose(arms, grid, records[:-1], CE) is None  # not finished
+    by_agreement = [record(t, values[t.arm.kd_ratio], name="top1_agreement") for t in trials]
+    best = choose(arms, grid, by_agreement, AGREEMENT)
+    assert best is not None
+    assert best.kd_ratio == 0.25  # higher is better there
+
+
+def test_a_method_all_of_whose_arms_diverged_keeps_its_first() -> None:
+    grid = axes(losses=("forward_kl_chunked",), lrs=(1e-3, 1e-2))
+    records = [record(t, None, "diverged") for t in tuning_trials(grid)]
+    assert {t.arm.lr for t in final_trials(grid, records, CE)} == {1e-3}
+
+
+def test_teachers_and_students_are_axes() -> None:
+    pairs = axes(teachers=("a", "b"), students=("c", "d"), seeds=1)
+    trials = final_trials(pairs, [], CE)
+    assert len(trials) == 2 * 2 * 3
+    assert len({t.identity("s") for t in trials}) == len(trials)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"losses": ("forward_kl", "forward_kl")}, "--loss forward_kl is given twice"),
+        ({"kd_ratios": (0.0,)}, r"--kd-ratio 0: must lie in \(0, 1\]"),
+        ({"kd_ratios": (1.5,)}, "--kd-ratio 1.5"),
+        ({"lrs": (0.0,)}, "--lr 0: must be above 0"),
+        ({"seeds": 0}, "--seeds: at least one"),
+        ({"lrs": (1.0, 2.0), "tuning_seeds": 0}, "--tuning-seeds: at least one"),
+    ],
+)
+def test_axes_without_meaning_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        axes(**changes).check()
+
+
+def test_what_trials_vary_is_no_part_of_their_common_setting() -> None:
+    base = load_config(None, [("training.max_steps", 5)])
+    same = load_config(
+        None,
+        [
+            *(("training.max_steps", 5), ("training.seed", 3), ("optimizer.lr", 1.0)),
+            *(("loss.spec", "reverse_kl"), ("output.dir", "x"), ("loss.kd_ratio", 0.1)),
+        ],
+    )
+    assert setting(base) == setting(same)
+    assert setting(base) != setting(load_config(None, [("training.max_steps", 6)]))
+
+
+def test_losses_that_train_on_the_yardstick_are_named() -> None:
+    several = axes(losses=("forward_kl_chunked", "reverse_kl+0.5*forward_kl", "reverse_kl"))
+    assert trained_on(find_yardstick("forward_kl"), several) == list(several.losses[:2])
+    assert trained_on(AGREEMENT, several) == []
+
+
+def test_an_unknown_yardstick() -> None:
+    with pytest.raises(InputError, match="--yardstick bleu: no such measure; known: ce,"):
+        find_yardstick("bleu")
