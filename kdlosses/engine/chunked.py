@@ -174,6 +174,8 @@ def _run(
         sink = None if needed is None else Gradients(job.student, needed, sides.student)
         kd = values.new_empty(len(job.labels), len(job.program.losses), dtype=_value_dtype(values))
         ce = values.new_empty(len(job.labels), dtype=kd.dtype)
+        # Detached, as requires_grad alone would make another graph.
+        kd_weight, ce_weight = kd_weight.detach(), ce_weight.detach()
         if unit is not None:
             kd_weight, ce_weight = kd_weight / unit, ce_weight / unit
         for chunk in spans(0, len(job.labels), job.chunk_rows):

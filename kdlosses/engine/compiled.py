@@ -63,8 +63,13 @@ def _call(
     tile = _tiles.get(key)
     new = tile is None
     if tile is None:
+        # Not dynamic but for the rows, marked below: tiles share a code object, and widths that
+        # differ between programs would turn into symbols of the next one.
         tile = _tiles[key] = torch.compile(  # type: ignore[call-overload]
-            functools.partial(function, *static), fullgraph=True, isolate_recompiles=True
+            functools.partial(function, *static),
+            fullgraph=True,
+            dynamic=False,
+            isolate_recompiles=True,
         )
     for tensor in _tensors(arguments):
         if tensor.ndim:

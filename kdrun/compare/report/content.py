@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -196,13 +198,13 @@ def label_arms(arms: Iterable[Arm]) -> dict[Arm, str]:
     ratios = varies("kd_ratio", [arm for arm in listed if arm.loss is not None])
     labels = {}
     for arm in listed:
-        parts = ["cross-entropy alone" if arm.loss is None else _printable(arm.loss)]
+        parts = ["cross-entropy alone" if arm.loss is None else printable(arm.loss)]
         if ratios and arm.loss is not None:
             parts.append(f"ratio {arm.kd_ratio:g}")
         if varies("lr", listed):
             parts.append(f"lr {arm.lr:g}")
         parts += [
-            f"{name} {_printable(getattr(arm, name))}"
+            f"{name} {printable(getattr(arm, name))}"
             for name in ("teacher", "student")
             if varies(name, listed)
         ]
@@ -210,8 +212,8 @@ def label_arms(arms: Iterable[Arm]) -> dict[Arm, str]:
     return labels
 
 
-def _printable(name: str) -> str:
-    """Without line breaks and control characters, which have no place in a table."""
+def printable(name: str) -> str:
+    """Line breaks and control characters, which have no place in a table, become spaces."""
     return "".join(letter if letter.isprintable() else " " for letter in name)
 
 
@@ -232,9 +234,7 @@ def _trained_on(arm: Arm) -> dict[str, str]:
 
 
 def _spread(values: Iterable[float | None]) -> Spread | None:
-    import statistics
-
-    known = tuple(value for value in values if value is not None)
+    known = tuple(value for value in values if value is not None and math.isfinite(value))
     if not known:
         return None
     deviation = statistics.stdev(known) if len(known) > 1 else None

@@ -7,10 +7,10 @@ import io
 
 from kdrun.compare.record import YARDSTICKS, Record, Trial
 from kdrun.compare.report import words
-from kdrun.compare.report.content import Spread, Summary
+from kdrun.compare.report.content import Spread, Summary, printable
 
 # A spreadsheet takes a cell that starts so for a formula.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+_FORMULA = ("=", "+", "-", "@")
 _LATEX = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -126,7 +126,8 @@ def _number(record: Record, name: str) -> object:
 
 
 def _cell(text: str) -> str:
-    return f"'{text}" if text.startswith(_FORMULA) else text
+    text = printable(text)
+    return f"'{text}" if text.lstrip().startswith(_FORMULA) else text
 
 
 def _table(caption: str, columns: str, head: list[str], groups: list[list[list[str]]]) -> str:

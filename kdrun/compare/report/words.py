@@ -90,11 +90,11 @@ def rule(summary: Summary) -> str:
     better = "lower" if given.yardstick.lower_is_better else "higher"
     return (
         f"Yardstick: {given.yardstick.title} in {given.yardstick.unit}, {better} is better; "
-        f"smallest difference of interest {given.difference:g}. Each trial is one number, its mean over "
-        "held-out rows; arms are compared with the baseline seed by seed (paired t tests, Holm "
-        f"over {len(summary.judged)} arms). At {LEVEL:.0%}, no arm is called better or worse that "
-        "does not differ, and none equivalent that differs by the smallest difference of interest "
-        f"or more. Intervals hold for all arms at once ({1 - LEVEL:.0%})."
+        f"smallest difference of interest {given.difference:g}. Each trial is one number, its "
+        "mean over held-out rows; arms are compared with the baseline seed by seed (paired t "
+        f"tests, Holm over {len(summary.judged)} arms). At {LEVEL:.0%}, no arm is called better or "
+        "worse that does not differ, and none equivalent that differs by the smallest difference "
+        f"of interest or more. Intervals hold for all arms at once ({1 - LEVEL:.0%})."
     )
 
 

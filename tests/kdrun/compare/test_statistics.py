@@ -161,7 +161,7 @@ def test_verdicts_of_whole_comparisons_under_the_null(seeds):
 
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-@pytest.mark.parametrize("delta", [0.5, 2.0, 6.0])
+@pytest.mark.parametrize("delta", [0.5, 2.0, 6.0, 20.0])
 def test_equivalence_is_rare_at_the_boundary(name, seeds, delta):
     offsets = np.array([delta, -delta, delta])
     found = family_of(simulate(DISTRIBUTIONS[name], 3, seeds, offsets), delta)
