@@ -68,8 +68,7 @@ def measure(
         raise ValueError(f"teacher: measures need its full distribution, got {kind}")
     size = None if loss.chunking is None else loss.chunking.size
     kd, ce, student_rows, teacher_rows = (
-        values.double()
-        for values in measure_rows(loss._problem(batch), Chunking(size, compiled))
+        values.double() for values in measure_rows(loss._problem(batch), Chunking(size, compiled))
     )
     num_tokens = torch.tensor(len(batch.rows.labels), device=labels.device)
     calibration = _bin(*student_rows.unbind(-1))

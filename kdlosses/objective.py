@@ -21,7 +21,7 @@ from kdlosses.engine import (
     view_of,
 )
 from kdlosses.schedules import Schedule
-from kdlosses.sources import Compressed, Source, TeacherSource
+from kdlosses.sources import Source, TeacherSource
 from kdlosses.terms import TEMPERATURE, MovingTerms, Term
 
 

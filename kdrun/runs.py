@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from kdrun.errors import InputError
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+ANSWERS = "answers.jsonl"
 STUDENT, CHECKPOINTS = "student", "checkpoints"
 COMPLETE = "complete"
 """A file that is written last into a checkpoint: without it the checkpoint is not whole."""
@@ -65,7 +67,7 @@ def prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 
 def _clear(folder: Path) -> None:
     """Remove what a run wrote, and nothing else."""
-    for name in (CONFIG, METRICS, SUMMARY):
+    for name in (CONFIG, METRICS, SUMMARY, ANSWERS):
         (folder / name).unlink(missing_ok=True)
     for name in (STUDENT, CHECKPOINTS):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -100,6 +102,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write an object as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write objects as JSON lines, whole or not at all."""
+    write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
 
 class MetricsFile:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from kdlosses import KDObjective, Schedule, TokenLoss, get_loss, measure
+from kdlosses import KDObjective, Schedule, TokenLoss, calibration_error, get_loss, measure
 from kdrun.data.collate import shift_labels
 from kdrun.errors import TrainingError
 from kdrun.models.heads import FrozenTeacher, HeadSplit, Teacher, call, find_split, install
@@ -175,18 +175,19 @@ class DistillTrainer(Trainer):
         model = self.model_wrapped if self.is_in_train else self.model
         was_training = model.training
         model.eval()
-        terms = len(self.objective.loss.terms)
-        sums = torch.zeros(6 + terms, dtype=torch.float64, device=self.args.device)
+        sums: Tensor | None = None
         rows = 0
         try:
             for batch in dataloader:
                 inputs = self._prepare_inputs(batch)
                 rows += len(inputs["input_ids"])
                 with torch.no_grad():
-                    sums += self._measure(model, inputs)
+                    found = self._measure(model, inputs)
+                sums = found if sums is None else sums + found
         finally:
             model.train(was_training)
-        metrics = self._metrics(self.accelerator.reduce(sums).tolist())
+        assert sums is not None, "a data loader has a batch"
+        metrics = self._metrics(self.accelerator.reduce(sums))
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=rows)
 
@@ -211,19 +212,20 @@ class DistillTrainer(Trainer):
                 found.reverse_kl,
                 found.top1_agreement,
             )
-            zeros = torch.zeros(
-                len(self.objective.loss.terms), dtype=torch.float64, device=labels.device
-            )
-            sums = torch.stack([zeros.sum() if c is None else c.double() for c in columns])
-            return {"sums": torch.cat([sums, zeros if found.kd_terms is None else found.kd_terms])}
+            zero = found.cross_entropy.new_zeros(())
+            terms = zero.expand(len(self.objective.loss.terms))
+            sums = torch.stack([zero if column is None else column for column in columns])
+            kd_terms = terms if found.kd_terms is None else found.kd_terms
+            return {"sums": torch.cat([sums, kd_terms, found.calibration.flatten()])}
 
         return call(model, consume, **features)["sums"]
 
-    def _metrics(self, sums: list[float]) -> dict[str, float | None]:
-        tokens = sums[0]
+    def _metrics(self, sums: Tensor) -> dict[str, float | None]:
+        tokens = sums[0].item()
         if tokens == 0:
             raise TrainingError("the evaluation rows hold no supervised token")
-        ce, kd, forward_kl, reverse_kl, agreement, *terms = (value / tokens for value in sums[1:])
+        columns, calibration = sums.tensor_split([6 + len(self.objective.loss.terms)])
+        ce, kd, forward_kl, reverse_kl, agreement, *terms = (columns[1:] / tokens).tolist()
         ratio = self.objective.kd_ratio
         with_teacher = self.eval_teacher is not None
         loss = (1 - ratio) * ce + ratio * kd if ratio > 0 else ce
@@ -235,6 +237,7 @@ class DistillTrainer(Trainer):
             "forward_kl": forward_kl if with_teacher else None,
             "reverse_kl": reverse_kl if with_teacher else None,
             "top1_agreement": agreement if with_teacher else None,
+            "calibration_error": calibration_error(calibration.view(3, -1)).item(),
             "tokens": int(tokens),
         }
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from kdrun.compare.record import YARDSTICKS, Arm, Record, Trial
+from kdrun.compare.record import Arm, Record, Trial
 from kdrun.compare.report import ReportInput
+from kdrun.evaluation.yardsticks import YARDSTICKS
 
 
 def arm(loss: str | None, kd_ratio: float = 0.5, lr: float = 1e-3, student: str = "s") -> Arm:
