@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,17 +12,13 @@ from rich.table import Table
 
 from kdrun import runs
 from kdrun.config import RunConfig
-from kdrun.data.prepare import encode_held_out, read_held_out
+from kdrun.data.prepare import read_held_out
 from kdrun.environment import versions
 from kdrun.errors import InputError
+from kdrun.evaluation.judge import judge
 from kdrun.evaluation.yardsticks import YARDSTICKS
-from kdrun.pairs import Pair, check_head, describe_model, find_pair, load_teacher, locate_pair
+from kdrun.pairs import check_head, describe_model, find_pair, load_teacher, locate_pair
 from kdrun.quiet import quiet_libraries
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from kdrun.models.heads import Teacher
 
 
 def evaluate(
@@ -96,49 +92,16 @@ def _measure_all(
     if model is not None:
         check_head(model, pairs[0], str(pairs[0].teacher))
         progress.print(f"teacher: {first.teacher}, {describe_model(model)}", markup=False)
-        measures = _measure(model, None, pairs[0], configs[0], rows, progress)
+        measures = judge(model, None, pairs[0], configs[0], rows, progress)
         found.append((str(first.teacher), "teacher", measures))
         teacher = FrozenTeacher(model, find_split(model))
     for name, pair, config in zip(students, pairs, configs, strict=True):
         student = load_model(pair.student, config.model.dtype, config.model.trust_remote_code)
         check_head(student, pair, name)
         progress.print(f"student: {name}, {describe_model(student)}", markup=False)
-        measures = _measure(student, teacher, pair, config, rows, progress)
+        measures = judge(student, teacher, pair, config, rows, progress)
         found.append((name, "student", measures))
     return found
-
-
-def _measure(
-    model: PreTrainedModel,
-    teacher: Teacher | None,
-    pair: Pair,
-    config: RunConfig,
-    rows: Sequence[Any],
-    progress: Console,
-) -> dict[str, Any]:
-    """Every yardstick of a model."""
-    from kdrun.distillation import build_loss
-    from kdrun.evaluation.answers import ask, choose_questions, mean_scores
-    from kdrun.evaluation.measures import measure_model
-
-    examples, notes = encode_held_out(rows, pair.tokenizer, config.data.max_length)
-    questions, note = choose_questions(rows, pair.tokenizer, config.evaluation, model)
-    if teacher is None:  # it comes first, or is alone: what is said of the rows is said once
-        for line in (*notes, note):
-            if line is not None:
-                progress.print(line, markup=False)
-    found = measure_model(
-        model,
-        teacher,
-        build_loss(config.loss, pair.vocab_size),
-        examples,
-        pair.tokenizer,
-        config.training.batch_size,
-    )
-    measures = {key.removeprefix("eval_"): value for key, value in found.items()}
-    if questions:
-        measures |= mean_scores(ask(model, pair.tokenizer, questions, config.evaluation))
-    return measures
 
 
 def _table(found: Sequence[Found]) -> Table:

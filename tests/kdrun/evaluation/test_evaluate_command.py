@@ -105,8 +105,8 @@ def test_bad_input_is_one_line(folders, tmp_path, tiny_tokenizer):
     rows = folders / "rows.jsonl"
     with pytest.raises(InputError, match=r"no such file or folder"):
         invoke(folders / "nothing-here", "--data", rows)
+    (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(InputError, match=r"empty|no rows"):
-        (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
         invoke(folders / "student", "--data", tmp_path / "empty.jsonl")
     with pytest.raises(InputError, match=r"the folder .* is not there"):
         invoke(folders / "student", "--data", rows, "--output", tmp_path / "no" / "x.json")

@@ -47,5 +47,5 @@ def test_exact_match(answer, references, pattern, expected):
 
 @pytest.mark.parametrize("pattern", ["[", "no group"])
 def test_patterns_without_an_answer_are_refused(pattern):
-    with pytest.raises(ValueError, match="group|regular"):
+    with pytest.raises(ValueError, match=r"group|regular"):
         EvaluationConfig(answer_pattern=pattern)
