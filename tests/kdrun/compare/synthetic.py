@@ -122,7 +122,7 @@ def _trained(
             "reverse_kl": 1.2 * kl,
             "top1_agreement": 0.62 - 0.1 * kl,
             "calibration_error": 0.031,
-            "rouge_l": 18.0 + seed / 3,
+            "rouge_l": 0.18 + seed / 300,
             "exact_match": None,
         },
         curves=curves,
