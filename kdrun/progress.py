@@ -111,9 +111,8 @@ def before_after(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
     for yardstick in YARDSTICKS:
         key = f"eval_{yardstick.name}"
         values = [_figure(measures.get(key)) for measures in (before, after)]
-        better = "lower" if yardstick.lower_is_better else "higher"
         if key in after:
-            table.add_row(yardstick.title, *values, f"{yardstick.unit}, {better} is better")
+            table.add_row(yardstick.title, *values, yardstick.explained)
     return table
 
 

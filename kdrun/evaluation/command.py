@@ -106,14 +106,14 @@ def _measure_all(
 
 def _table(found: Sequence[Found]) -> Table:
     table = Table(title="held-out rows", title_justify="left")
-    table.add_column("model", overflow="fold")
-    shown = [y for y in YARDSTICKS if any(m.get(y.name) is not None for _, _, m in found)]
-    for yardstick in shown:
-        arrow = "lower" if yardstick.lower_is_better else "higher"
-        heading = f"{yardstick.title}\n{yardstick.unit}\n{arrow} is better"
-        table.add_column(heading, justify="right")
-    for name, role, measures in found:
-        label = f"{escape(name)} (teacher)" if role == "teacher" else escape(name)
-        values = [measures.get(yardstick.name) for yardstick in shown]
-        table.add_row(label, *("–" if value is None else f"{value:.4f}" for value in values))
+    table.add_column("measure")
+    for name, role, _ in found:
+        label = f"{name} (teacher)" if role == "teacher" else name
+        table.add_column(escape(label), justify="right", overflow="fold")
+    table.add_column("")
+    for yardstick in YARDSTICKS:
+        values = [measures.get(yardstick.name) for _, _, measures in found]
+        if any(value is not None for value in values):
+            cells = ("–" if value is None else f"{value:.4f}" for value in values)
+            table.add_row(yardstick.title, *cells, yardstick.explained)
     return table

@@ -50,6 +50,7 @@ def measure_model(
         batch_size: rows at once.
     """
     from transformers import TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
 
     from kdrun.data.collate import Collator
     from kdrun.models.heads import uninstall
@@ -74,6 +75,7 @@ def measure_model(
             eval_dataset=examples,
             processing_class=tokenizer,
         )
+        trainer.remove_callback(PrinterCallback)  # the caller shows a table
         found = held_out_measures(trainer)
         uninstall(model)
     return found

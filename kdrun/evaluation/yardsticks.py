@@ -26,6 +26,11 @@ class Yardstick(BaseModel):
     difference: float
     trained_on_by: tuple[str, ...] = ()
 
+    @property
+    def explained(self) -> str:
+        """Unit and direction."""
+        return f"{self.unit}, {'lower' if self.lower_is_better else 'higher'} is better"
+
 
 YARDSTICKS = (
     Yardstick(
