@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import EvalLoopOutput
 
 from kdlosses import KDObjective, Schedule, TokenLoss, calibration_error, get_loss, measure
-from kdrun.data.collate import shift_labels
+from kdrun.data.collate import IGNORE_INDEX, shift_labels
 from kdrun.errors import TrainingError
 from kdrun.models.heads import FrozenTeacher, HeadSplit, Teacher, call, find_split, install
 from kdrun.runs import COMPLETE, write_json
 
 _MEASURE_COMPILED_FROM = 16384
-_NOT_FOR_THE_MODEL = ("labels", "shift_labels")
+_LABELS = ("labels", "shift_labels")
 _OBJECTIVE = "objective.json"
 
 
@@ -178,9 +178,9 @@ class DistillTrainer(Trainer):
         sums: Tensor | None = None
         rows = 0
         try:
-            for batch in dataloader:
+            for number, batch in enumerate(dataloader):
                 inputs = self._prepare_inputs(batch)
-                rows += len(inputs["input_ids"])
+                rows += self._silence_repeats(number, inputs, len(dataloader.dataset))
                 with torch.no_grad():
                     found = self._measure(model, inputs)
                 sums = found if sums is None else sums + found
@@ -190,6 +190,31 @@ class DistillTrainer(Trainer):
         metrics = self._metrics(self.accelerator.reduce(sums))
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=rows)
+
+    def _silence_repeats(self, number: int, inputs: dict[str, Any], total: int) -> int:
+        """Ignore rows that only fill up the last round of several processes.
+
+        accelerate deals out whole batches, batch ``k`` to rank ``k % world``, and begins anew with
+        the first rows where a batch or a rank would otherwise go without: they would count twice.
+
+        Args:
+            number: of the batch among those of this process.
+            inputs: the batch; its labels are changed.
+            total: rows of the data set.
+
+        Returns:
+            Rows that count.
+        """
+        count = len(inputs["input_ids"])
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if world == 1:
+            return count
+        first = (number * world + rank) * self.args.eval_batch_size
+        kept = min(count, max(0, total - first))
+        for name in _LABELS:
+            if name in inputs:
+                inputs[name][kept:] = IGNORE_INDEX
+        return kept
 
     def _measure(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         labels, features = _split_inputs(inputs)
@@ -363,5 +388,5 @@ def _split_inputs(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     labels = inputs.get("shift_labels")
     if labels is None:
         labels = shift_labels(inputs["labels"])
-    features = {key: value for key, value in inputs.items() if key not in _NOT_FOR_THE_MODEL}
+    features = {key: value for key, value in inputs.items() if key not in _LABELS}
     return labels, features
