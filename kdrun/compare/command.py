@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrun.compare.display import Display, arm_name
+from kdrun.compare.display import Display
 from kdrun.compare.jobs import WORKER, run_jobs
+from kdrun.compare.labels import label_arms
 from kdrun.compare.ledger import Ledger
 from kdrun.compare.outcome import report
 from kdrun.compare.plan import DEFAULT_LOSSES, Axes, find_yardstick, trained_on
@@ -166,13 +167,13 @@ def _show_plan(comparison: Comparison, records: Sequence[Record], console: Conso
     from kdrun.compare.estimate import trial_seconds
 
     planned = comparison.planned(records)
-    arms = [trial.arm for trial in planned]
+    labels = label_arms(trial.arm for trial in planned)
     table = Table(title=f"{len(planned)} trials", title_justify="left")
     for heading in ("arm", "stage", "seeds"):
         table.add_column(heading)
     for arm, stage in dict.fromkeys((trial.arm, trial.stage) for trial in planned):
         seeds = [str(t.seed) for t in planned if (t.arm, t.stage) == (arm, stage)]
-        table.add_row(escape(arm_name(arm, arms)), stage, ", ".join(seeds))
+        table.add_row(escape(labels[arm]), stage, ", ".join(seeds))
     console.print(table)
     axes = comparison.axes
     total = list(planned)

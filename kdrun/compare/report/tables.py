@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 
+from kdrun.compare.labels import printable
 from kdrun.compare.record import YARDSTICKS, Record, Trial
 from kdrun.compare.report import words
-from kdrun.compare.report.content import Spread, Summary, printable
+from kdrun.compare.report.content import Spread, Summary
 
 # A spreadsheet takes a cell that starts so for a formula.
 _FORMULA = ("=", "+", "-", "@")
