@@ -9,14 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdrun.compare.declare import declare
 from kdrun.compare.display import Display
 from kdrun.compare.jobs import WORKER, run_jobs
 from kdrun.compare.labels import label_arms
 from kdrun.compare.ledger import Ledger
 from kdrun.compare.outcome import report
-from kdrun.compare.plan import DEFAULT_LOSSES, Axes, find_yardstick, trained_on
+from kdrun.compare.plan import (
+    DEFAULT_LOSSES,
+    Axes,
+    Plan,
+    find_yardstick,
+    setting,
+    shared_settings,
+    trained_on,
+)
 from kdrun.compare.record import Record, Trial
-from kdrun.compare.run import Comparison, check_pairs, check_settings, run_comparison
+from kdrun.compare.run import Comparison, check_pairs, run_comparison
 from kdrun.config import BUILT_IN, load_config
 from kdrun.errors import InputError
 
@@ -67,7 +76,7 @@ class Options:
     dry_run: bool
 
 
-def declare(options: Options) -> Comparison:
+def comparison_of(options: Options) -> Comparison:
     """What is to be compared; nothing is written.
 
     Raises:
@@ -104,7 +113,8 @@ def declare(options: Options) -> Comparison:
     difference = yardstick.difference if options.difference is None else options.difference
     if not difference > 0:
         raise InputError(f"--difference {difference:g}: must be above 0")
-    return Comparison(axes, base, yardstick, difference, options.keep_students)
+    plan = Plan(axes, yardstick, difference, setting(shared_settings(base)))
+    return Comparison(plan, base, options.keep_students)
 
 
 def compare_losses(options: Options, console: Console) -> None:
@@ -115,7 +125,7 @@ def compare_losses(options: Options, console: Console) -> None:
     """
     from kdrun.quiet import quiet_libraries
 
-    comparison = declare(options)
+    comparison = comparison_of(options)
     with quiet_libraries():
         check_pairs(comparison)
         if options.dry_run:
@@ -123,17 +133,17 @@ def compare_losses(options: Options, console: Console) -> None:
             return
         folder = Path(options.output or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-comparison")
         ledger = Ledger(folder)
-        check_settings(comparison, ledger, folder)
+        plan = declare(comparison, ledger)
         if os.environ.get(WORKER):
             run_comparison(comparison, ledger, _nothing)
             return
         _show_declaration(comparison, folder, console)
-        with Display(console, comparison.yardstick) as display:
+        with Display(console, comparison.plan.yardstick) as display:
             if options.jobs == 1:
-                records = run_comparison(comparison, ledger, display.update)
+                run_comparison(comparison, ledger, display.update)
             else:
-                records = run_jobs(comparison, ledger, options.jobs, display.update)
-        report(comparison, records, ledger, console)
+                run_jobs(comparison, ledger, options.jobs, display.update)
+        report(plan, ledger, console)
 
 
 def _nothing(planned: Sequence[Trial], records: Sequence[Record], running: Trial | None) -> None:
@@ -141,11 +151,12 @@ def _nothing(planned: Sequence[Trial], records: Sequence[Record], running: Trial
 
 
 def _show_declaration(comparison: Comparison, folder: Path, console: Console) -> None:
-    yardstick, axes = comparison.yardstick, comparison.axes
+    plan = comparison.plan
+    yardstick, axes = plan.yardstick, plan.axes
     direction = "lower" if yardstick.lower_is_better else "higher"
     console.print(
         f"primary yardstick: {yardstick.title} ({yardstick.unit}, {direction} is better); smallest "
-        f"difference of interest: {comparison.difference:g}",
+        f"difference of interest: {plan.difference:g}",
         markup=False,
     )
     for spec in trained_on(yardstick, axes):
@@ -166,7 +177,7 @@ def _show_plan(comparison: Comparison, records: Sequence[Record], console: Conso
 
     from kdrun.compare.estimate import trial_seconds
 
-    planned = comparison.planned(records)
+    planned = comparison.plan.planned(records)
     labels = label_arms(trial.arm for trial in planned)
     table = Table(title=f"{len(planned)} trials", title_justify="left")
     for heading in ("arm", "stage", "seeds"):
@@ -175,7 +186,7 @@ def _show_plan(comparison: Comparison, records: Sequence[Record], console: Conso
         seeds = [str(t.seed) for t in planned if (t.arm, t.stage) == (arm, stage)]
         table.add_row(escape(labels[arm]), stage, ", ".join(seeds))
     console.print(table)
-    axes = comparison.axes
+    axes = comparison.plan.axes
     total = list(planned)
     if axes.tuned:
         count = axes.seeds * len(axes.teachers) * len(axes.students) * (1 + len(axes.losses))

@@ -7,49 +7,62 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kdrun import runs
-from kdrun.compare.ledger import Ledger
+from kdrun.compare.ledger import RECORDS, Ledger
+from kdrun.compare.plan import Plan, methods
 from kdrun.compare.record import Arm, Record
 from kdrun.compare.report import ReportInput, print_table, write_report
-from kdrun.compare.run import Comparison
+from kdrun.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def report(
-    comparison: Comparison, records: Sequence[Record], ledger: Ledger, console: Console
-) -> None:
+def report(plan: Plan, ledger: Ledger, console: Console) -> None:
     """Print the tables and write the pages.
 
     The arms of a pair are compared with the baseline of that pair, and are one family of tests.
     With several pairs each has a folder of its own.
 
     Raises:
-        InputError: the extra ``compare`` is not installed.
+        InputError: the extra ``compare`` is not installed, or a record was edited.
     """
-    pairs = inputs(comparison, records, ledger)
+    pairs = inputs(plan, ledger)
     for number, given in enumerate(pairs, 1):
         folder = ledger.folder if len(pairs) == 1 else ledger.folder / f"pair-{number}"
         print_table(given, console)
         console.print(f"report: {write_report(given, folder)}", markup=False)
 
 
-def inputs(comparison: Comparison, records: Sequence[Record], ledger: Ledger) -> list[ReportInput]:
-    """What each pair's report is made from; a pair whose baseline is not chosen yet has none."""
-    planned = comparison.planned(records)
-    baselines = [t.arm for t in planned if t.stage == "final" and t.arm.loss is None]
+def inputs(plan: Plan, ledger: Ledger) -> list[ReportInput]:
+    """What each pair's report is made from."""
+    every = ledger.records()
+    records = plan.own(every)
+    planned = plan.planned(records)
+    notes = []
+    if len(every) > len(records):
+        notes.append(
+            f"The folder holds {len(every) - len(records)} more trials, of earlier commands with "
+            "other learning rates, ratios or tuning seeds; this report leaves them out."
+        )
     found = []
-    for baseline in dict.fromkeys(baselines):
-        own = [record for record in records if _pair(record.trial.arm) == _pair(baseline)]
+    for method in methods(plan.axes):
+        if method.loss is not None:
+            continue
+        pair = (method.teacher, method.student)
+        own = [record for record in records if _pair(record.trial.arm) == pair]
+        trials = [trial for trial in planned if _pair(trial.arm) == pair]
+        # Before the tuning has chosen a baseline its first arm stands for it; nothing is judged.
+        chosen = [t.arm for t in trials if t.stage == "final" and t.arm.loss is None]
         found.append(
             ReportInput(
-                title=f"Losses compared: {baseline.teacher} to {baseline.student}",
+                title=f"Losses compared: {method.teacher} to {method.student}",
                 records=own,
-                trials=[trial for trial in planned if _pair(trial.arm) == _pair(baseline)],
-                baseline=baseline,
-                yardstick=comparison.yardstick,
-                difference=comparison.difference,
+                trials=trials,
+                baseline=[*chosen, method.arms(plan.axes)[0]][0],
+                yardstick=plan.yardstick,
+                difference=plan.difference,
                 references=_references(own, ledger),
+                notes=notes,
             )
         )
     return found
@@ -60,7 +73,14 @@ def _references(records: Sequence[Record], ledger: Ledger) -> dict[str, dict[str
     for record in records:
         path = ledger.trial_folder(record.id) / runs.SUMMARY
         if record.trial.stage == "final" and path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))["before"]
+            try:
+                before = dict(json.loads(path.read_text(encoding="utf-8"))["before"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{path}: not the summary of a run ({type(error).__name__}: {error}); restore "
+                    f"it, or delete it and {ledger.folder / RECORDS / record.id}.json to have the "
+                    "trial run again"
+                ) from error
             return {
                 "untrained student": {
                     key.removeprefix("eval_"): value for key, value in before.items()
