@@ -294,6 +294,12 @@ def bench(
 @click.option("--output", metavar="DIR", help="Folder; by default runs/<time>-comparison.")
 @click.option("--keep-students", is_flag=True, help="Keep the weights of every trial.")
 @click.option(
+    "--teacher-cache/--no-teacher-cache",
+    default=True,
+    show_default=True,
+    help="Run each teacher once for all trials, or in every trial.",
+)
+@click.option(
     "--jobs", default=1, show_default=True, type=click.IntRange(1), metavar="N", help="Processes."
 )
 @click.option("--dry-run", is_flag=True, help="Show the trials and the time they take.")

@@ -26,6 +26,8 @@ from kdrun.compare.plan import (
 )
 from kdrun.compare.record import Record, Trial
 from kdrun.compare.run import Comparison, check_pairs, run_comparison
+from kdrun.compare.teachers import cache_teachers
+from kdrun.compare.trial import quiet_console
 from kdrun.config import BUILT_IN, load_config
 from kdrun.errors import InputError
 
@@ -55,6 +57,7 @@ class Options:
         overrides: keys and values of ``--set`` and of flags.
         output: ``--output``.
         keep_students: ``--keep-students``.
+        teacher_cache: ``--teacher-cache / --no-teacher-cache``.
         jobs: ``--jobs``.
         dry_run: ``--dry-run``.
     """
@@ -72,6 +75,7 @@ class Options:
     overrides: tuple[tuple[str, Any], ...]
     output: str | None
     keep_students: bool
+    teacher_cache: bool
     jobs: int
     dry_run: bool
 
@@ -93,8 +97,14 @@ def comparison_of(options: Options) -> Comparison:
     training: dict[str, Any] = {"save_steps": _NEVER}  # a trial that is cut off runs again
     if base.model.student == BUILT_IN and "training.max_steps" not in given:
         training["max_steps"] = _BUILT_IN_STEPS
+    # A cache that the user names serves as it is.
+    cached = options.teacher_cache and base.model.teacher_cache is None
+    data = base.data
+    if options.teacher_cache and "shift_windows" not in data.model_fields_set:
+        data = data.model_copy(update={"shift_windows": False})  # as a cache needs it
     base = base.model_copy(
         update={
+            "data": data,
             "training": base.training.model_copy(update=training),
             "model": base.model.model_copy(update={"init_seed": base.model.init_seed or 0}),
         }
@@ -114,7 +124,7 @@ def comparison_of(options: Options) -> Comparison:
     if not difference > 0:
         raise InputError(f"--difference {difference:g}: must be above 0")
     plan = Plan(axes, yardstick, difference, setting(shared_settings(base)))
-    return Comparison(plan, base, options.keep_students)
+    return Comparison(plan, base, options.keep_students, cached)
 
 
 def compare_losses(options: Options, console: Console) -> None:
@@ -134,13 +144,18 @@ def compare_losses(options: Options, console: Console) -> None:
         folder = Path(options.output or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-comparison")
         ledger = Ledger(folder)
         plan = declare(comparison, ledger)
-        if os.environ.get(WORKER):
-            run_comparison(comparison, ledger, _nothing)
-            return
+        worker = bool(os.environ.get(WORKER))
+        if worker:
+            console = quiet_console()
         _show_declaration(comparison, folder, console)
+        to_run = comparison.plan.open(comparison.plan.own(ledger.records()))
+        caches = cache_teachers(comparison, ledger, to_run, console)
+        if worker:
+            run_comparison(comparison, ledger, caches, _nothing)
+            return
         with Display(console, comparison.plan.yardstick) as display:
             if options.jobs == 1:
-                run_comparison(comparison, ledger, display.update)
+                run_comparison(comparison, ledger, caches, display.update)
             else:
                 run_jobs(comparison, ledger, options.jobs, display.update)
         report(plan, ledger, console)
@@ -192,15 +207,14 @@ def _show_plan(comparison: Comparison, records: Sequence[Record], console: Conso
         count = axes.seeds * len(axes.teachers) * len(axes.students) * (1 + len(axes.losses))
         console.print(f"and {count} final trials of the arms that tuning chooses")
         total += planned[:1] * count
-    times = {}
-    for trial in total:
-        key = (trial.arm.kd_ratio > 0, trial.arm.teacher, trial.arm.student)
-        if key not in times:
-            times[key] = trial_seconds(comparison.base, trial)
-    seconds = [
-        times[trial.arm.kd_ratio > 0, trial.arm.teacher, trial.arm.student] for trial in total
-    ]
+    keys = [(t.arm.kd_ratio > 0 and not comparison.cached, t.arm.pair) for t in total]
+    times = {
+        key: trial_seconds(comparison.base, trial, live=key[0])
+        for key, trial in dict(zip(keys, total, strict=True)).items()
+    }
+    seconds = [times[key] for key in keys]
     if None in seconds:
         console.print("time: give --max-steps for an estimate")
-    else:
-        console.print(f"time: about {sum(s or 0 for s in seconds) / 60:.0f} min (rough)")
+        return
+    once = ", and each teacher once over all rows" if comparison.cached else ""
+    console.print(f"time: about {sum(s or 0 for s in seconds) / 60:.0f} min (rough){once}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kdrun import runs
 from kdrun.compare.ledger import RECORDS, Ledger
 from kdrun.compare.plan import Plan, methods
-from kdrun.compare.record import Arm, Record
+from kdrun.compare.record import Record
 from kdrun.compare.report import ReportInput, print_table, write_report
 from kdrun.errors import InputError
 
@@ -49,8 +49,8 @@ def inputs(plan: Plan, ledger: Ledger) -> list[ReportInput]:
         if method.loss is not None:
             continue
         pair = (method.teacher, method.student)
-        own = [record for record in records if _pair(record.trial.arm) == pair]
-        trials = [trial for trial in planned if _pair(trial.arm) == pair]
+        own = [record for record in records if record.trial.arm.pair == pair]
+        trials = [trial for trial in planned if trial.arm.pair == pair]
         # Before the tuning has chosen a baseline its first arm stands for it; nothing is judged.
         chosen = [t.arm for t in trials if t.stage == "final" and t.arm.loss is None]
         found.append(
@@ -87,7 +87,3 @@ def _references(records: Sequence[Record], ledger: Ledger) -> dict[str, dict[str
                 }
             }
     return {}
-
-
-def _pair(arm: Arm) -> tuple[str, str]:
-    return arm.teacher, arm.student

@@ -136,6 +136,11 @@ class Plan:
             *final_trials(self.axes, records, self.yardstick),
         ]
 
+    def open(self, records: Sequence[Record]) -> list[Trial]:
+        """The trials that have no record, of those that can be named so far."""
+        ended = {record.id for record in records}
+        return [trial for trial in self.planned(records) if self.identity(trial) not in ended]
+
     def own(self, records: Sequence[Record]) -> list[Record]:
         """The records of this plan; a folder may hold more.
 
@@ -162,6 +167,11 @@ def part_of(trial: Trial, tuned: bool) -> Part:
     if trial.stage == "tuning":
         return "validation"
     return "test" if tuned else "all"
+
+
+def parts_of(tuned: bool) -> tuple[Part, ...]:
+    """The held-out rows that the trials of a comparison are measured on."""
+    return ("validation", "test") if tuned else ("all",)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from kdrun.compare.ledger import Ledger
 from kdrun.compare.plan import Plan, part_of
-from kdrun.compare.record import Record, Trial
+from kdrun.compare.record import Pair, Record, Trial
 from kdrun.compare.trial import run_trial, trial_config
 from kdrun.config import RunConfig
 
@@ -23,17 +24,24 @@ class Comparison:
         plan: its trials.
         base: what all of them share.
         keep_students: keep the weights of every trial.
+        cached: run each teacher once, where that can be done, and let the trials read a cache.
     """
 
     plan: Plan
     base: RunConfig
     keep_students: bool
+    cached: bool
 
 
 Watch = Callable[[Sequence[Trial], Sequence[Record], Trial | None], None]
 
 
-def run_comparison(comparison: Comparison, ledger: Ledger, watch: Watch) -> list[Record]:
+Caches = Mapping[Pair, Path]
+
+
+def run_comparison(
+    comparison: Comparison, ledger: Ledger, caches: Caches, watch: Watch
+) -> list[Record]:
     """Run all trials that have no record.
 
     Several processes may do this on one folder: each trial is held by one of them.
@@ -41,6 +49,7 @@ def run_comparison(comparison: Comparison, ledger: Ledger, watch: Watch) -> list
     Args:
         comparison: what to run.
         ledger: where records are.
+        caches: of teachers, by pair; without one a trial runs its teacher.
         watch: called with the planned trials, the records and the trial that begins.
 
     Returns:
@@ -48,18 +57,18 @@ def run_comparison(comparison: Comparison, ledger: Ledger, watch: Watch) -> list
     """
     while True:
         records = comparison.plan.own(ledger.records())
-        planned = comparison.plan.planned(records)
-        done = {record.id for record in records}
-        open_trials = [trial for trial in planned if comparison.plan.identity(trial) not in done]
-        watch(planned, records, None)
+        watch(comparison.plan.planned(records), records, None)
+        open_trials = comparison.plan.open(records)
         if not open_trials:
             return records
-        if not any(_try(comparison, ledger, trial, watch) for trial in open_trials):
+        if not any(try_trial(comparison, ledger, caches, trial, watch) for trial in open_trials):
             time.sleep(_WAIT)  # other processes hold what is left
 
 
-def _try(comparison: Comparison, ledger: Ledger, trial: Trial, watch: Watch) -> bool:
-    """Run a trial unless another process holds it or has ended it."""
+def try_trial(
+    comparison: Comparison, ledger: Ledger, caches: Caches, trial: Trial, watch: Watch
+) -> bool:
+    """Run a trial, unless another process holds it or has ended it."""
     identity = comparison.plan.identity(trial)
     with ledger.claim(identity) as mine:
         if not mine:
@@ -68,7 +77,7 @@ def _try(comparison: Comparison, ledger: Ledger, trial: Trial, watch: Watch) -> 
         watch(comparison.plan.planned(records), records, trial)
         folder = ledger.trial_folder(identity)
         part = part_of(trial, comparison.plan.axes.tuned)
-        config = trial_config(comparison.base, trial, folder, part)
+        config = trial_config(comparison.base, trial, folder, part, caches.get(trial.arm.pair))
         ledger.add(run_trial(trial, identity, config, comparison.keep_students))
         return True
 

@@ -21,7 +21,9 @@ from kdrun.errors import InputError, TrainingError
 _LARGE = (runs.STUDENT, runs.CHECKPOINTS)
 
 
-def trial_config(base: RunConfig, trial: Trial, folder: Path, part: Part) -> RunConfig:
+def trial_config(
+    base: RunConfig, trial: Trial, folder: Path, part: Part, cache: Path | None
+) -> RunConfig:
     """The run of a trial: the shared settings, and what the trial varies.
 
     Args:
@@ -29,10 +31,14 @@ def trial_config(base: RunConfig, trial: Trial, folder: Path, part: Part) -> Run
         trial: the trial.
         folder: of its run.
         part: which held-out rows it is measured on.
+        cache: exact, of the teacher on all rows of the trial, which then need not be loaded.
     """
     arm = trial.arm
+    teacher: dict[str, Any] = {"teacher": arm.teacher}
+    if cache is not None:
+        teacher = {"teacher": None, "teacher_cache": str(cache)}
     varied: dict[str, dict[str, Any]] = {
-        "model": {"teacher": arm.teacher, "student": arm.student},
+        "model": {"student": arm.student, **teacher},
         "loss": {"spec": arm.loss or base.loss.spec, "kd_ratio": arm.kd_ratio},
         "optimizer": {"lr": arm.lr},
         "training": {"seed": trial.seed},
