@@ -335,6 +335,16 @@ def compare_losses(
     compare(Options(overrides=overrides, **given), make_console())
 
 
+@cli.command("report")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+def report(folder: Path) -> None:
+    """Write the report of a comparison anew, finished or not; DIR is its --output."""
+    from kdrun.compare.command import report_again
+    from kdrun.progress import make_console
+
+    report_again(folder, make_console())
+
+
 @cli.command("generate")
 @click.argument("student")
 @click.option("--prompt", required=True, metavar="TEXT", help="The user's message.")

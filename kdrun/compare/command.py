@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrun.compare.declare import declare
+from kdrun.compare.declare import declare, read_declaration
 from kdrun.compare.display import Display
 from kdrun.compare.jobs import WORKER, run_jobs
 from kdrun.compare.labels import label_arms
@@ -159,6 +159,18 @@ def compare_losses(options: Options, console: Console) -> None:
             else:
                 run_jobs(comparison, ledger, options.jobs, display.update)
         report(plan, ledger, console)
+
+
+def report_again(folder: Path, console: Console) -> None:
+    """Print and write the report of a folder from what it holds; nothing is run.
+
+    Raises:
+        InputError: it holds no comparison, or a file of it was edited, naming it.
+    """
+    ledger = Ledger.of(folder)
+    declared = read_declaration(ledger)
+    assert declared is not None
+    report(declared.plan, ledger, console)
 
 
 def _nothing(planned: Sequence[Trial], records: Sequence[Record], running: Trial | None) -> None:
