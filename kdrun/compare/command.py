@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdrun.compare.cluster import Cluster, import_ray, run_on_ray
 from kdrun.compare.declare import declare, read_declaration
 from kdrun.compare.display import Display
 from kdrun.compare.jobs import WORKER, run_jobs
@@ -24,8 +25,8 @@ from kdrun.compare.plan import (
     shared_settings,
     trained_on,
 )
-from kdrun.compare.record import Record, Trial
-from kdrun.compare.run import Comparison, check_pairs, run_comparison
+from kdrun.compare.record import Record
+from kdrun.compare.run import Comparison, check_pairs, run_comparison, watch_nothing
 from kdrun.compare.teachers import cache_teachers
 from kdrun.compare.trial import quiet_console
 from kdrun.config import BUILT_IN, load_config
@@ -59,6 +60,7 @@ class Options:
         keep_students: ``--keep-students``.
         teacher_cache: ``--teacher-cache / --no-teacher-cache``.
         jobs: ``--jobs``.
+        cluster: ``--launcher ray`` with its options; None runs here.
         dry_run: ``--dry-run``.
     """
 
@@ -77,6 +79,7 @@ class Options:
     keep_students: bool
     teacher_cache: bool
     jobs: int
+    cluster: Cluster | None
     dry_run: bool
 
 
@@ -136,6 +139,8 @@ def compare_losses(options: Options, console: Console) -> None:
     from kdrun.quiet import quiet_libraries
 
     comparison = comparison_of(options)
+    if options.cluster is not None:
+        import_ray()
     with quiet_libraries():
         check_pairs(comparison)
         if options.dry_run:
@@ -151,10 +156,12 @@ def compare_losses(options: Options, console: Console) -> None:
         to_run = comparison.plan.open(comparison.plan.own(ledger.records()))
         caches = cache_teachers(comparison, ledger, to_run, console)
         if worker:
-            run_comparison(comparison, ledger, caches, _nothing)
+            run_comparison(comparison, ledger, caches, watch_nothing)
             return
         with Display(console, comparison.plan.yardstick) as display:
-            if options.jobs == 1:
+            if options.cluster is not None:
+                run_on_ray(comparison, ledger, caches, options.cluster, display.update)
+            elif options.jobs == 1:
                 run_comparison(comparison, ledger, caches, display.update)
             else:
                 run_jobs(comparison, ledger, options.jobs, display.update)
@@ -171,10 +178,6 @@ def report_again(folder: Path, console: Console) -> None:
     declared = read_declaration(ledger)
     assert declared is not None
     report(declared.plan, ledger, console)
-
-
-def _nothing(planned: Sequence[Trial], records: Sequence[Record], running: Trial | None) -> None:
-    """A worker shows nothing: its parent does."""
 
 
 def _show_declaration(comparison: Comparison, folder: Path, console: Console) -> None:

@@ -36,6 +36,12 @@ class Comparison:
 Watch = Callable[[Sequence[Trial], Sequence[Record], Trial | None], None]
 
 
+def watch_nothing(
+    planned: Sequence[Trial], records: Sequence[Record], running: Trial | None
+) -> None:
+    """A worker shows nothing: the process that started it does."""
+
+
 Caches = Mapping[Pair, Path]
 
 

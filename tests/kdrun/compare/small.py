@@ -90,6 +90,7 @@ def options(data: Path, **changes: Any) -> Options:
         "keep_students": False,
         "teacher_cache": True,
         "jobs": 1,
+        "cluster": None,
         "dry_run": False,
     }
     return Options(**{**given, **changes})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -9,16 +10,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import transformers
 import yaml
 from rich.console import Console
 from small import QUICK, compare, options, records, refused, rows_file, text_file
 
 from kdrun.cache.manifest import MANIFEST
+from kdrun.cache.read import Cache
+from kdrun.cache.teacher import CachedTeacher
 from kdrun.compare.command import comparison_of
 from kdrun.compare.declare import declare
 from kdrun.compare.ledger import Ledger
+from kdrun.compare.run import Comparison
 from kdrun.compare.teachers import cache_teachers
+from kdrun.data.prepare import encode_rows, examples_in, read_rows
+from kdrun.pairs import find_pair
 
 for package in ("scipy", "matplotlib", "jinja2"):
     pytest.importorskip(package)
@@ -48,7 +53,7 @@ def test_a_trial_with_the_cache_measures_what_one_without_does(
     data = folder.parent / "text.txt"
     live = ("--no-teacher-cache", "--set", "data.shift_windows=false")
     printed = compare("--data", data, *ONE, *live, "--output", tmp_path / "c")
-    assert "cache" not in printed
+    assert "teacher cache" not in printed
     # Live or cached makes no difference to what a trial is, so both have the same names.
     ours, theirs = records(folder), records(tmp_path / "c")
     assert ours.keys() == theirs.keys()
@@ -80,10 +85,6 @@ def test_a_moved_folder_goes_on_with_its_cache_and_a_damaged_one_is_built_again(
     assert "is truncated" in printed
     assert "it is built again" in printed
     assert len(records(folder)) == 4
-    # Nothing is left to run: no cache is looked for.
-    shutil.rmtree(folder / "teacher-cache")
-    compare(*data, "--loss", "hellinger_chunked", "--seeds", 1, "--output", folder)
-    assert not (folder / "teacher-cache").exists()
 
 
 def test_edited_rows_are_refused(cached: tuple[Path, str], tmp_path: Path) -> None:
@@ -101,16 +102,28 @@ def test_edited_rows_are_refused(cached: tuple[Path, str], tmp_path: Path) -> No
     assert f"data.train={data} or the held-out rows were edited" in line
 
 
-def test_tuning_and_final_trials_are_measured_against_the_teacher_too(tmp_path: Path) -> None:
-    data = rows_file(tmp_path)
-    compare(
-        *("--data", data, "--loss", "forward_kl_chunked", "--lr", 1e-3, "--lr", 1e-2),
-        *("--seeds", 1, "--tuning-seeds", 1, "--output", tmp_path / "c"),
-    )
-    only_cache(tmp_path / "c")
-    found = records(tmp_path / "c").values()
-    assert {record["trial"]["stage"] for record in found} == {"tuning", "final"}
-    assert all(record["measures"]["forward_kl"] > 0 for record in found)
+def prepare(comparison: Comparison, folder: Path) -> tuple[dict[tuple[str, str], Path], str]:
+    """The caches of a comparison none of whose trials has run, and what was printed."""
+    declare(comparison, Ledger(folder))
+    stream = io.StringIO()
+    console = Console(file=stream, soft_wrap=True)
+    found = cache_teachers(comparison, Ledger(folder), comparison.plan.open([]), console)
+    return dict(found), stream.getvalue()
+
+
+def test_the_rows_that_tuning_and_final_trials_are_measured_on_are_in_it(tmp_path: Path) -> None:
+    comparison = comparison_of(options(text_file(tmp_path), lrs=(1e-3, 1e-2)))
+    found, _ = prepare(comparison, tmp_path / "c")
+    folder = found["builtin", "builtin"]
+    assert folder == only_cache(tmp_path / "c")
+    tokenizer = find_pair(comparison.base.model).tokenizer
+    teacher = CachedTeacher(Cache(folder), tokenizer)
+    for part, served in (("validation", True), ("test", True), ("all", False)):
+        rows = read_rows(comparison.base.data.model_copy(update={"part": part}))
+        examples = encode_rows(rows, tokenizer, 32, seed=5, shift_windows=False)
+        assert teacher.missing(examples_in(examples.train)) is None
+        # The windows of all held-out text are others than those of its halves.
+        assert (teacher.missing(examples_in(examples.held_out)) is None) == served
 
 
 def test_without_room_for_a_cache_the_teacher_runs_in_every_trial(
@@ -118,45 +131,36 @@ def test_without_room_for_a_cache_the_teacher_runs_in_every_trial(
 ) -> None:
     # A real small disk needs root; the module that asks for the free space is told another figure.
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**30))
-    printed = compare("--data", rows_file(tmp_path), *ONE, "--output", tmp_path / "c")
+    found, printed = prepare(comparison_of(options(rows_file(tmp_path))), tmp_path / "c")
+    assert found == {}
     assert "no teacher cache of builtin: it needs " in printed
     assert "1074 MB are free, and 1074 MB are kept for the trials; every trial runs it" in printed
     assert not list((tmp_path / "c" / "teacher-cache").iterdir())
-    assert all(r["measures"]["forward_kl"] > 0 for r in records(tmp_path / "c").values())
 
 
 def test_moving_windows_run_the_teacher_in_every_trial(tmp_path: Path) -> None:
-    moving = ("--set", "data.shift_windows=true")
-    printed = compare("--data", text_file(tmp_path), *ONE, *moving, "--output", tmp_path / "c")
+    given = options(text_file(tmp_path))
+    moving = (*given.overrides, ("data.shift_windows", True))
+    comparison = comparison_of(dataclasses.replace(given, overrides=moving))
+    found, printed = prepare(comparison, tmp_path / "c")
+    assert found == {}
     assert "no teacher cache: data.shift_windows=true" in printed
-    assert not (tmp_path / "c" / "teacher-cache").exists()
 
 
 def test_processes_that_start_together_build_one_cache(tmp_path: Path) -> None:
     # Threads, since locks of files that are opened twice exclude each other within a process too.
     comparison = comparison_of(options(rows_file(tmp_path)))
-    assert transformers.AutoTokenizer  # whose lazy import two threads must not race for
-    declare(comparison, Ledger(tmp_path / "c"))
-    printed: list[str] = []
-
-    def prepare() -> None:
-        console = Console(file=io.StringIO(), soft_wrap=True)
-        ledger = Ledger(tmp_path / "c")
-        found = cache_teachers(comparison, ledger, comparison.plan.open([]), console)
-        assert list(found.values()) == [only_cache(tmp_path / "c")]
-        assert isinstance(console.file, io.StringIO)
-        printed.append(console.file.getvalue())
-
+    find_pair(comparison.base.model)  # imports what two threads must not race for
     with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(prepare), pool.submit(prepare)]:
-            done.result()
+        both = [pool.submit(prepare, comparison, tmp_path / "c") for _ in range(2)]
+        printed = [done.result()[1] for done in both]
     assert sorted("row 60/60" in text for text in printed) == [False, True]
     assert all("every trial of builtin reads it" in text for text in printed)
     # What a killed build leaves: shards, a file amid being written, and no manifest.
     folder = only_cache(tmp_path / "c")
     (folder / MANIFEST).unlink()
     (folder / ".rows-00002.safetensors.partial").write_bytes(b"half")
-    prepare()
-    assert "is incomplete (it has no manifest.json); it is built again" in printed[-1]
-    assert "row 60/60" in printed[-1]
+    _, again = prepare(comparison, tmp_path / "c")
+    assert "is incomplete (it has no manifest.json); it is built again" in again
+    assert "row 60/60" in again
     assert not (folder / ".rows-00002.safetensors.partial").exists()
