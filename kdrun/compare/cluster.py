@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,8 @@ def run_on_ray(
         gpus = cluster.gpus
         if gpus is None:
             gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
-        _check_room(ray, cluster.cpus, gpus)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        check_room(nodes, cluster.cpus, gpus)
         task = ray.remote(num_cpus=cluster.cpus, num_gpus=gpus, max_retries=_RETRIES)(_run_there)
         running: dict[Any, Trial] = {}
         try:
@@ -154,12 +155,21 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _check_room(ray: Any, cpus: float, gpus: float) -> None:
-    """Refuse what no node can ever run, where Ray would wait."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
-        have = ", ".join(f"{n.get('CPU', 0):g} and {n.get('GPU', 0):g}" for n in nodes)
+def check_room(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float) -> None:
+    """Refuse what no node can ever run, where Ray would wait.
+
+    Args:
+        nodes: what each has, by Ray's names.
+        cpus: that a trial takes.
+        gpus: likewise.
+
+    Raises:
+        InputError: naming what the nodes have.
+    """
+    have = [(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes]
+    if not any(node[0] >= cpus and node[1] >= gpus for node in have):
+        shown = ", ".join(f"{node[0]:g} and {node[1]:g}" for node in have)
         raise InputError(
             f"--trial-cpus {cpus:g} --trial-gpus {gpus:g}: no node of the cluster has so many "
-            f"(CPUs and GPUs by node: {have})"
+            f"(CPUs and GPUs by node: {shown})"
         )
