@@ -205,12 +205,12 @@ class DistillTrainer(Trainer):
         Returns:
             Rows that count.
         """
-        count = len(inputs["input_ids"])
+        count: int = len(inputs["input_ids"])
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         if world == 1:
             return count
         first = (number * world + rank) * self.args.eval_batch_size
-        kept = min(count, max(0, total - first))
+        kept: int = min(count, max(0, total - first))
         for name in _LABELS:
             if name in inputs:
                 inputs[name][kept:] = IGNORE_INDEX

@@ -13,7 +13,7 @@ from kdrun.cache.write import prepare_folder
 from kdrun.config import RunConfig
 from kdrun.data.prepare import encode_rows, examples_in, read_rows
 from kdrun.errors import InputError
-from kdrun.pairs import check_head, describe_model, find_pair, load_teacher, locate_pair
+from kdrun.pairs import describe_model, find_pair, locate_pair, open_teacher
 from kdrun.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ def cache_teacher(config: RunConfig, folder: Path, kind: Kind, entries: int) -> 
         import torch
 
         from kdrun.cache.build import Recipe, build_cache
-        from kdrun.models.heads import FrozenTeacher, find_split
 
         pair = find_pair(config.model)
         examples = encode_rows(
@@ -59,11 +58,9 @@ def cache_teacher(config: RunConfig, folder: Path, kind: Kind, entries: int) -> 
         )
         for note in (*pair.notes, *rows.notes, *examples.notes):
             console.print(note, markup=False)
-        model = load_teacher(pair, config.model)
-        assert model is not None
-        check_head(model, pair, str(pair.teacher))
-        console.print(f"teacher: {describe_model(model)}", markup=False)
-        teacher = FrozenTeacher(model, find_split(model))
+        teacher = open_teacher(pair, config.model)
+        assert teacher is not None
+        console.print(f"teacher: {describe_model(teacher.model)}", markup=False)
         teacher.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         recipe = Recipe(
             kind=kind,
@@ -76,7 +73,7 @@ def cache_teacher(config: RunConfig, folder: Path, kind: Kind, entries: int) -> 
         )
         every = (*examples_in(examples.train), *examples_in(examples.held_out))
         started = time.monotonic()
-        with _progress(console) as report:
+        with show_progress(console) as report:
             manifest = build_cache(
                 folder, teacher, config.model.teacher, pair.tokenizer, every, recipe, report
             )
@@ -95,7 +92,7 @@ def cache_teacher(config: RunConfig, folder: Path, kind: Kind, entries: int) -> 
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Report]:
+def show_progress(console: Console) -> Iterator[Report]:
     """A bar on a terminal, a few plain lines elsewhere."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
