@@ -115,7 +115,7 @@ def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool
 
 
 def forget_peak_memory() -> None:
-    """Begin the peak anew, where the system can: the trials of a process are measured one by one."""
+    """Begin the peak anew, where the system can, so that each trial of a process has its own."""
     import torch
 
     with contextlib.suppress(OSError):
