@@ -122,6 +122,7 @@ def test_the_peak_memory_of_a_trial_is_not_that_of_an_earlier_one() -> None:
         (("--yardstick", "bleu"), "no such measure"),
         (("--difference", "0"), "must be above 0"),
         (("--kd-ratio", "0"), "the baseline at 0 is always there"),
+        (("--no-teacher-cache", "--set", "model.teacher_cache=c"), "leave out one"),
         (("--student", "nowhere/at/all", "--teacher", "nowhere/at/all"), "nowhere"),
     ],
 )
