@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -71,6 +72,7 @@ def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool
     """
     from kdrun.distillation import distill
 
+    forget_peak_memory()
     folder = Path(str(config.output.dir))
     shutil.rmtree(folder, ignore_errors=True)  # what a killed attempt left
     started = time.monotonic()
@@ -110,6 +112,16 @@ def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool
         seconds=round(time.monotonic() - started, 2),
         versions=summary["versions"],
     )
+
+
+def forget_peak_memory() -> None:
+    """Begin the peak anew, where the system can, so that each trial of a process has its own."""
+    import torch
+
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def quiet_console() -> Any:
