@@ -26,6 +26,7 @@ _FLAGS: tuple[tuple[str, str, str, str], ...] = (
     ("--batch-size", "training.batch_size", "B", "Rows per process and micro-batch."),
     ("--max-length", "data.max_length", "L", "Tokens a row."),
     ("--lr", "optimizer.lr", "LR", "Highest learning rate."),
+    ("--lora-rank", "lora.rank", "N", "Train adapters of this rank instead of all weights."),
     ("--seed", "training.seed", "SEED", "Initial weights, order of rows and dropout."),
     ("--output", "output.dir", "DIR", "Folder of the run; by default runs/<time>-<loss>."),
 )

@@ -21,7 +21,8 @@ from kdrun.cache.choose import check_cached_rows, choose_teacher
 from kdrun.config import KD_RATIO, LossConfig, RunConfig, validate
 from kdrun.data.prepare import RawRows, encode_rows, read_rows
 from kdrun.errors import InputError, Interrupted
-from kdrun.pairs import describe_cut, describe_model, find_pair, load_student, locate_pair
+from kdrun.models.adapters import add_adapters, check_peft, describe_adapters
+from kdrun.pairs import Pair, describe_cut, describe_model, find_pair, load_student, locate_pair
 from kdrun.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def distill(
         config = validate(complete_pair(config))
     # What is cheap to check is checked before anything heavy is imported or written.
     check_name(config.loss.spec)
+    check_peft(config.lora)
     locate_pair(config.model)
     rows = read_rows(config.data)
     check_cached_rows(config, rows)
@@ -166,6 +168,9 @@ def _run(
     describe_cut(widths, pair.vocab_size, lambda line: console.print(line, markup=False))
     for line in (*teacher.notes, f"student: {describe_model(student)}"):
         console.print(line, markup=False)
+    if config.lora.rank is not None:
+        student = _with_adapters(student, pair, config, folder)
+        console.print(describe_adapters(student, config.lora), markup=False)
 
     arguments = training_arguments(config, folder)
     config = _settle(config, student, pair.vocab_size, len(examples.train))  # type: ignore[arg-type]
@@ -204,7 +209,7 @@ def _run(
         finally:
             show.close()
     after = _evaluate(trainer)
-    _save_student(trainer, folder / runs.STUDENT)
+    _save_student(trainer, folder, config.lora.merge)
     summary = {
         "before": before,
         "after": after,
@@ -350,13 +355,31 @@ def _handler(signum: int, function: Any) -> Iterator[None]:
         signal.signal(signum, previous)
 
 
-def _save_student(trainer: DistillTrainer, folder: Path) -> None:
-    from kdrun.models.heads import causal_lm, uninstall
+def _with_adapters(student: Any, pair: Pair, config: RunConfig, folder: Path) -> Any:
+    """The student with adapters, whose base model is on disk under the name they keep."""
+    base = str(pair.student)
+    if pair.fresh_student:  # nothing else has these weights, and an adapter is of no use alone
+        base = str((folder / runs.BASE).resolve())
+        student.save_pretrained(base)
+        pair.tokenizer.save_pretrained(base)
+    elif pair.student.is_local:
+        base = str(Path(base).resolve())
+    return add_adapters(student, config.lora, base, config.training.seed)
 
-    if trainer.args.should_save:
-        uninstall(trainer.model)
-        causal_lm(trainer.model).save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
+
+def _save_student(trainer: DistillTrainer, folder: Path, merge: bool) -> None:
+    from kdrun.models.heads import uninstall
+
+    if not trainer.args.should_save:
+        return
+    model, tokenizer = trainer.model, trainer.processing_class
+    uninstall(model)
+    if merge:
+        model.save_pretrained(folder / runs.ADAPTER)
+        tokenizer.save_pretrained(folder / runs.ADAPTER)
+        model = model.merge_and_unload()
+    model.save_pretrained(folder / runs.STUDENT)
+    tokenizer.save_pretrained(folder / runs.STUDENT)
 
 
 def _peak_memory_mib() -> int:
