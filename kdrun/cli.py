@@ -330,6 +330,14 @@ def compare_losses(
     compare(Options(overrides=overrides, **given), make_console())
 
 
+@cli.command("config")
+def config_command() -> None:
+    """Print the full default configuration as YAML, each key with its meaning."""
+    from kdrun.show_config import default_yaml
+
+    click.echo(default_yaml(), nl=False)
+
+
 @cli.command("generate")
 @click.argument("student")
 @click.option("--prompt", required=True, metavar="TEXT", help="The user's message.")
