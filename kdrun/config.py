@@ -73,7 +73,15 @@ class DataConfig(_Section):
     )
     prompt_field: str | None = Field(None, description="field of the prompt")
     response_field: str | None = Field(None, description="field of the answer")
-    max_length: int = Field(512, ge=2, description="tokens a row; longer answers are cut")
+    max_length: int = Field(512, ge=2, description="tokens a row")
+    long_rows: Literal["cut", "skip"] = Field(
+        "cut", description="what becomes of conversations with more tokens; both are counted"
+    )
+    cache_dir: str | None = Field(
+        None,
+        description="folder where tokenised rows are kept for the next run; 'none' keeps nothing, "
+        "null takes kdrun/tokens in the user's cache folder",
+    )
     shift_windows: bool = Field(
         True,
         description="cut plain text into windows at other places in each epoch; false cuts it "

@@ -19,10 +19,18 @@ from typing import TYPE_CHECKING, Any
 from kdrun import runs
 from kdrun.cache.choose import check_cached_rows, choose_teacher
 from kdrun.config import KD_RATIO, LossConfig, RunConfig, validate
-from kdrun.data.prepare import RawRows, encode_rows, read_rows
+from kdrun.data.prepare import RawRows, encode_for, read_rows
 from kdrun.errors import InputError, Interrupted
 from kdrun.models.adapters import add_adapters, check_peft, describe_adapters
-from kdrun.pairs import Pair, describe_cut, describe_model, find_pair, load_student, locate_pair
+from kdrun.pairs import (
+    Pair,
+    check_context,
+    describe_cut,
+    describe_model,
+    find_pair,
+    load_student,
+    locate_pair,
+)
 from kdrun.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -156,10 +164,8 @@ def _run(
 
     started = time.monotonic()
     pair = find_pair(config.model)
-    shift = config.data.shift_windows
-    examples = encode_rows(
-        rows, pair.tokenizer, config.data.max_length, config.training.seed, shift
-    )
+    check_context(config, pair)
+    examples = encode_for(config, rows, pair.tokenizer, config.data.shift_windows)
     for note in (*pair.notes, *rows.notes, *examples.notes):
         console.print(note, markup=False)
     teacher = choose_teacher(config, pair, examples, build_loss(_unchunked(config.loss), None))
