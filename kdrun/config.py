@@ -77,6 +77,11 @@ class DataConfig(_Section):
     long_rows: Literal["cut", "skip"] = Field(
         "cut", description="what becomes of conversations with more tokens; both are counted"
     )
+    packing: bool = Field(
+        False,
+        description="put several conversations into one training row of max_length tokens; they "
+        "do not see each other",
+    )
     cache_dir: str | None = Field(
         None,
         description="folder where tokenised rows are kept for the next run; 'none' keeps nothing, "

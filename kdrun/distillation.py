@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 from kdrun import runs
 from kdrun.cache.choose import check_cached_rows, choose_teacher
 from kdrun.config import KD_RATIO, LossConfig, RunConfig, validate
-from kdrun.data.prepare import RawRows, encode_for, read_rows
+from kdrun.data.prepare import (
+    RawRows,
+    check_packed_rows,
+    encode_for,
+    pack_training,
+    read_rows,
+)
 from kdrun.errors import InputError, Interrupted
 from kdrun.models.adapters import add_adapters, check_peft, describe_adapters
 from kdrun.pairs import (
@@ -94,6 +100,7 @@ def distill(
     locate_pair(config.model)
     rows = read_rows(config.data)
     check_cached_rows(config, rows)
+    check_packed_rows(config.data, rows)
     build_loss(config.loss, vocab_size=None)
     folder = runs.choose_folder(config.output.dir, config.loss.spec)
     runs.prepare_folder(folder, resume, overwrite)
@@ -159,6 +166,8 @@ def _run(
     console: Console,
 ) -> RunResult:
     from kdrun.data.collate import Collator
+    from kdrun.models.heads import FrozenTeacher
+    from kdrun.models.packing import check_packing
     from kdrun.progress import ShowProgress, WriteMetrics, before_after
     from kdrun.trainer import DistillTrainer, TokenRate
 
@@ -166,6 +175,8 @@ def _run(
     pair = find_pair(config.model)
     check_context(config, pair)
     examples = encode_for(config, rows, pair.tokenizer, config.data.shift_windows)
+    if config.data.packing:
+        examples = pack_training(examples, config.data.max_length)
     for note in (*pair.notes, *rows.notes, *examples.notes):
         console.print(note, markup=False)
     teacher = choose_teacher(config, pair, examples, build_loss(_unchunked(config.loss), None))
@@ -174,6 +185,10 @@ def _run(
     describe_cut(widths, pair.vocab_size, lambda line: console.print(line, markup=False))
     for line in (*teacher.notes, f"student: {describe_model(student)}"):
         console.print(line, markup=False)
+    if config.data.packing:
+        check_packing(student, str(pair.student))
+        if isinstance(teacher.training, FrozenTeacher):
+            check_packing(teacher.training.model, str(pair.teacher))
     if config.lora.rank is not None:
         student = _with_adapters(student, pair, config, folder)
         console.print(describe_adapters(student, config.lora), markup=False)

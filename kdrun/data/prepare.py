@@ -101,6 +101,33 @@ def encode_for(
     return encode_rows(rows, tokenizer, length, seed, shift_windows, data.long_rows, cache)
 
 
+def check_packed_rows(config: DataConfig, rows: RawRows) -> None:
+    """Refuse to pack plain text; nothing is encoded.
+
+    Raises:
+        InputError: with the reason.
+    """
+    if config.packing and isinstance(rows.train[0], TextRow):
+        raise InputError(
+            "data.packing: the training rows are plain text, whose windows are full already; leave "
+            "it out"
+        )
+
+
+def pack_training(examples: Examples, max_length: int) -> Examples:
+    """Put training examples together into rows; held-out ones stay as they are."""
+    from kdrun.data.pack import pack
+
+    loose: Any = examples.train
+    packed: Any = pack(loose, max_length)
+    filled = sum(len(row["input_ids"]) for row in packed) / (len(packed) * max_length)
+    note = (
+        f"training rows: packed into {len(packed)} rows of up to {max_length} tokens, which are "
+        f"{filled:.0%} full"
+    )
+    return Examples(packed, examples.held_out, (*examples.notes, note))
+
+
 def encode_rows(
     rows: RawRows,
     tokenizer: PreTrainedTokenizerBase,
