@@ -74,6 +74,8 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -
 )
 @click.option("--overwrite", is_flag=True, help="Replace the run in --output.")
 @click.option("--resume", is_flag=True, help="Continue the run in --output.")
+@click.option("--dry-run", is_flag=True, help="Check the input; show steps and memory; train not.")
+@click.option("--device", metavar="NAME", help="Of --dry-run: cpu, cuda, h100, 24GiB, ...")
 @click.option(
     "--version",
     is_flag=True,
@@ -90,6 +92,8 @@ def cli(
     settings: tuple[str, ...],
     overwrite: bool,
     resume: bool,
+    dry_run: bool,
+    device: str | None,
     **flags: str | None,
 ) -> None:
     """Distil a teacher into a student with any registered loss.
@@ -100,7 +104,7 @@ def cli(
     """
     given = [(key.replace("__", "."), text) for key, text in flags.items() if text is not None]
     if ctx.invoked_subcommand is not None:
-        if given or config or settings or overwrite or resume:
+        if given or config or settings or overwrite or resume or dry_run or device:
             raise click.UsageError(
                 f"options of a run stand before the command {ctx.invoked_subcommand!r}, where they "
                 "have no effect; see its own --help"
@@ -117,7 +121,20 @@ def cli(
         raise InputError("--resume and --overwrite exclude each other")
     if resume and config is None and not given_beyond(overrides, "output.dir"):
         run_config = _config_of(Path(str(run_config.output.dir)))
+    if device is not None and not dry_run:
+        raise click.UsageError("--device goes with --dry-run")
+    if dry_run:
+        _show_dry_run(run_config, device)
+        return
     distill(run_config, resume=resume, overwrite=overwrite)
+
+
+def _show_dry_run(config: Any, device: str | None) -> None:
+    from rich.console import Console
+
+    from kdrun.dry_run.report import dry_run, show
+
+    show(dry_run(config, device), Console(highlight=False, soft_wrap=True))
 
 
 def _overrides(

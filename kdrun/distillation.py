@@ -179,7 +179,7 @@ def _run(
         examples = pack_training(examples, config.data.max_length)
     for note in (*pair.notes, *rows.notes, *examples.notes):
         console.print(note, markup=False)
-    teacher = choose_teacher(config, pair, examples, build_loss(_unchunked(config.loss), None))
+    teacher = choose_teacher(config, pair, examples, build_loss(unchunked(config.loss), None))
     student = load_student(pair, config.model, config.training.seed)
     widths = {"student": student.get_output_embeddings().weight.shape[0], **teacher.widths}
     describe_cut(widths, pair.vocab_size, lambda line: console.print(line, markup=False))
@@ -291,7 +291,7 @@ def training_arguments(config: RunConfig, folder: Path) -> Any:
     )
 
 
-def _unchunked(config: LossConfig) -> LossConfig:
+def unchunked(config: LossConfig) -> LossConfig:
     """The same loss as plain autograd, for a look at whether it accepts a teacher."""
     plain = {"spec": config.spec.replace("_chunked", ""), "chunk_size": None, "compiled": None}
     return config.model_copy(update=plain)
