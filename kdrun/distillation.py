@@ -40,6 +40,7 @@ from kdrun.pairs import (
 from kdrun.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
     from kdlosses import TokenLoss
@@ -194,7 +195,9 @@ def _run(
         console.print(describe_adapters(student, config.lora), markup=False)
 
     arguments = training_arguments(config, folder)
-    config = _settle(config, student, pair.vocab_size, len(examples.train))  # type: ignore[arg-type]
+    head = student.get_output_embeddings().weight
+    count = len(examples.train)  # type: ignore[arg-type]
+    config = settle(config, pair.vocab_size, head.shape[1], head.device, count)
     trainer = DistillTrainer(
         model=student,
         teacher=teacher.training,
@@ -297,8 +300,18 @@ def unchunked(config: LossConfig) -> LossConfig:
     return config.model_copy(update=plain)
 
 
-def _settle(config: RunConfig, student: Any, vocab_size: int, rows: int) -> RunConfig:
-    """Write down what is chosen automatically, so that a resumed or repeated run rounds alike."""
+def settle(
+    config: RunConfig, vocab_size: int, head_width: int, device: torch.device, rows: int
+) -> RunConfig:
+    """Write down what is chosen automatically, so that a resumed or repeated run rounds alike.
+
+    Args:
+        config: of the run.
+        vocab_size: tokens that both models share.
+        head_width: of the student's hidden states.
+        device: where the student is.
+        rows: of training.
+    """
     from kdlosses import automatic_chunk_size, parse_spec
 
     if not parse_spec(config.loss.spec).chunked:
@@ -307,9 +320,8 @@ def _settle(config: RunConfig, student: Any, vocab_size: int, rows: int) -> RunC
     step_rows = training.batch_size * training.gradient_accumulation_steps
     steps = training.max_steps or max(1, round(training.num_epochs * rows / step_rows))
     elements = steps * step_rows * config.data.max_length * vocab_size
-    head = student.get_output_embeddings().weight
     settled = {
-        "chunk_size": automatic_chunk_size(vocab_size, head.shape[1], head.device),
+        "chunk_size": automatic_chunk_size(vocab_size, head_width, device),
         "compiled": elements >= _COMPILE_FROM_ELEMENTS,
     }
     given = config.loss.model_dump(exclude_none=True)

@@ -152,7 +152,7 @@ def encode(
         prompts.append(tokens.answers[0].start)
         lengths.append(len(tokens.ids))
         if len(tokens.ids) > max_length and long_rows == "skip":
-            skipped.append((number, f"has more than {max_length} tokens"))
+            skipped.append((number, _too_long(max_length)))
             continue
         example = _example(tokens, max_length)
         # The first token of a row has nothing before it that could predict it.
@@ -205,7 +205,7 @@ def report_on(rows: Sequence[ChatRow], encoding: Encoding, max_length: int) -> E
 def _nothing_left(
     skipped: Sequence[BadRow], shortest: tuple[int, ...] | None, max_length: int
 ) -> InputError:
-    if shortest is not None and shortest[0] >= max_length:
+    if shortest is not None and not any(row.reason == _too_long(max_length) for row in skipped):
         return InputError(
             f"data.max_length={max_length}: all {len(skipped)} rows are skipped, since no prompt "
             f"leaves room for an answer (the shortest has {shortest[0]} tokens); raise it"
@@ -221,6 +221,10 @@ def _nothing_left(
         f"{skipped[0].position}: none of the {len(skipped)} rows can be used; "
         f"this one {skipped[0].reason}"
     )
+
+
+def _too_long(max_length: int) -> str:
+    return f"has more than {max_length} tokens"
 
 
 def _example(tokens: _Tokens, max_length: int) -> Example:

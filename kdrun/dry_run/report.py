@@ -15,7 +15,7 @@ from kdrun.data.prepare import (
     pack_training,
     read_rows,
 )
-from kdrun.distillation import build_loss, check_name, unchunked
+from kdrun.distillation import build_loss, check_name, settle, unchunked
 from kdrun.dry_run.devices import Device, find_device
 from kdrun.models.adapters import check_peft
 from kdrun.models.context import load_model_config
@@ -124,6 +124,8 @@ def _steps(config: RunConfig, rows: int) -> int:
 def _memory(
     config: RunConfig, pair: Pair, longest: int, rows: int, device: Device
 ) -> tuple[ModelSize, ModelSize | None, dict[str, int | None]]:
+    import torch
+
     from kdrun.dry_run.loss_memory import loss_bytes
     from kdrun.dry_run.models import Shadow
 
@@ -141,13 +143,14 @@ def _memory(
     if teacher is not None and (config.loss.kd_ratio > 0 or KD_RATIO in config.loss.schedules):
         kept = tokens * teacher.head[1] * teacher.item_size
     activations = shadow.activations(batch, longest, config.training.gradient_checkpointing)
+    settled = settle(config, pair.vocab_size, student.head[1], torch.device(device.kind), rows)
     memory = {
         "weights of the student": student.weights,
         "weights of the teacher": 0 if teacher is None else teacher.weights,
         "gradients": student.trained_weights,
         "optimiser": _OPTIMIZER_STATES * student.trained_weights,
         "activations": None if activations is None else activations + kept,
-        "loss": loss_bytes(config.loss, pair.vocab_size, student, tokens, device.kind),
+        "loss": loss_bytes(settled.loss, pair.vocab_size, student, tokens, device.kind),
     }
     return student, teacher, memory
 

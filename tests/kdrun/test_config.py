@@ -10,6 +10,9 @@ from click.testing import CliRunner
 
 from kdrun.cli import cli
 from kdrun.config import RunConfig, load_config
+from kdrun.distillation import check_name
+
+RECIPES = sorted((Path(__file__).parents[2] / "docs" / "recipes").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +43,23 @@ def test_every_key_stands_under_its_description(printed: str) -> None:
     assert max(map(len, printed.splitlines())) <= 100
     assert "one of float32, bfloat16, float16" in words
     assert "0.0001 for other pairs" in words
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_are_runs(file: Path) -> None:
+    config = load_config(file)
+    check_name(config.loss.spec)
+    assert config.output.dir is not None
+    assert config.output.dir.startswith("runs/")
+    assert config.data.packing
+    assert (config.model.teacher is None) == (config.loss.kd_ratio == 0)
+    head = file.read_text(encoding="utf-8").split("\nmodel:")[0]
+    assert f"kdrun --config docs/recipes/{file.name} --dry-run" in head
+    assert f"({file.name})" in (file.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_teacher_of_a_recipe_is_what_the_one_before_makes() -> None:
+    first, second = (load_config(file) for file in RECIPES if file.stem.startswith("qwen2"))
+    assert first.lora.merge
+    assert second.model.teacher == f"{first.output.dir}/student"
+    assert first.data.train == second.data.train
