@@ -25,6 +25,7 @@ _FLAGS: tuple[tuple[str, str, str, str], ...] = (
     ("--batch-size", "training.batch_size", "B", "Rows per process and micro-batch."),
     ("--max-length", "data.max_length", "L", "Tokens a row."),
     ("--lr", "optimizer.lr", "LR", "Highest learning rate."),
+    ("--lora-rank", "lora.rank", "N", "Train adapters of this rank instead of all weights."),
     ("--seed", "training.seed", "SEED", "Initial weights, order of rows and dropout."),
     ("--output", "output.dir", "DIR", "Folder of the run; by default runs/<time>-<loss>."),
 )
@@ -72,6 +73,8 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -
 )
 @click.option("--overwrite", is_flag=True, help="Replace the run in --output.")
 @click.option("--resume", is_flag=True, help="Continue the run in --output.")
+@click.option("--dry-run", is_flag=True, help="Check the input; show steps and memory; train not.")
+@click.option("--device", metavar="NAME", help="Of --dry-run: cpu, cuda, h100, 24GiB, ...")
 @click.option(
     "--version",
     is_flag=True,
@@ -88,6 +91,8 @@ def cli(
     settings: tuple[str, ...],
     overwrite: bool,
     resume: bool,
+    dry_run: bool,
+    device: str | None,
     **flags: str | None,
 ) -> None:
     """Distil a teacher into a student with any registered loss.
@@ -98,7 +103,7 @@ def cli(
     """
     given = [(key.replace("__", "."), text) for key, text in flags.items() if text is not None]
     if ctx.invoked_subcommand is not None:
-        if given or config or settings or overwrite or resume:
+        if given or config or settings or overwrite or resume or dry_run or device:
             raise click.UsageError(
                 f"options of a run stand before the command {ctx.invoked_subcommand!r}, where they "
                 "have no effect; see its own --help"
@@ -115,7 +120,20 @@ def cli(
         raise InputError("--resume and --overwrite exclude each other")
     if resume and config is None and not given_beyond(overrides, "output.dir"):
         run_config = _config_of(Path(str(run_config.output.dir)))
+    if device is not None and not dry_run:
+        raise click.UsageError("--device goes with --dry-run")
+    if dry_run:
+        _show_dry_run(run_config, device)
+        return
     distill(run_config, resume=resume, overwrite=overwrite)
+
+
+def _show_dry_run(config: Any, device: str | None) -> None:
+    from rich.console import Console
+
+    from kdrun.dry_run.report import dry_run, show
+
+    show(dry_run(config, device), Console(highlight=False, soft_wrap=True))
 
 
 def _overrides(
@@ -438,6 +456,14 @@ def evaluate(
         ("evaluation.answer_pattern", answer_pattern),
     ]
     run(load_config(config, _overrides(settings, given)), students, output, make_console())
+
+
+@cli.command("config")
+def config_command() -> None:
+    """Print the full default configuration as YAML, each key with its meaning."""
+    from kdrun.show_config import default_yaml
+
+    click.echo(default_yaml(), nl=False)
 
 
 @cli.command("generate")

@@ -8,10 +8,17 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from kdlosses import Schedule
 from kdrun.builtin import DEFAULTS
@@ -19,6 +26,7 @@ from kdrun.errors import InputError
 
 BUILT_IN = "builtin"
 KD_RATIO = "kd_ratio"
+ALL_LINEAR = "all-linear"
 
 
 class _Section(BaseModel):
@@ -66,7 +74,20 @@ class DataConfig(_Section):
     )
     prompt_field: str | None = Field(None, description="field of the prompt")
     response_field: str | None = Field(None, description="field of the answer")
-    max_length: int = Field(512, ge=2, description="tokens a row; longer answers are cut")
+    max_length: int = Field(512, ge=2, description="tokens a row")
+    long_rows: Literal["cut", "skip"] = Field(
+        "cut", description="what becomes of conversations with more tokens; both are counted"
+    )
+    packing: bool = Field(
+        False,
+        description="put several conversations into one training row of max_length tokens; they "
+        "do not see each other",
+    )
+    cache_dir: str | None = Field(
+        None,
+        description="folder where tokenised rows are kept for the next run; 'none' keeps nothing, "
+        "null takes kdrun/tokens in the user's cache folder",
+    )
     shift_windows: bool = Field(
         True,
         description="cut plain text into windows at other places in each epoch; false cuts it "
@@ -163,6 +184,51 @@ class EvaluationConfig(_Section):
         return pattern
 
 
+class LoraConfig(_Section):
+    """Low-rank adapters in place of full fine-tuning (``pip install 'kdlosses[lora]'``)."""
+
+    rank: int | None = Field(
+        None, ge=1, description="rank of the adapters; null trains all weights"
+    )
+    alpha: float = Field(16.0, gt=0, description="adapters are scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the input of adapters")
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear",
+        description="names of the layers that get adapters, such as [q_proj, v_proj]; all-linear "
+        "takes every linear layer but the output head",
+    )
+    dora: bool = Field(False, description="DoRA: learn the length of weight rows apart")
+    merge: bool = Field(
+        False, description="also save the student with its adapters merged, as a plain folder"
+    )
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names(cls, given: Any) -> Any:
+        if isinstance(given, str) and given != ALL_LINEAR:
+            return tuple(name.strip() for name in given.split(",") if name.strip())
+        return given
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some_names(cls, names: Any) -> Any:
+        if not names:
+            raise ValueError("name at least one layer, or all-linear")
+        return names
+
+    @model_validator(mode="after")
+    def _need_a_rank(self) -> Self:
+        if self.rank is None and self.model_fields_set - {"rank"}:
+            changed = [
+                name
+                for name, field in type(self).model_fields.items()
+                if getattr(self, name) != field.default
+            ]
+            if changed:
+                raise ValueError(f"lora.{changed[0]} has no effect without lora.rank")
+        return self
+
+
 class OutputConfig(_Section):
     """Where the run goes."""
 
@@ -177,6 +243,7 @@ class RunConfig(_Section):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    lora: LoraConfig = LoraConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: OutputConfig = OutputConfig()
 

@@ -17,13 +17,29 @@ from typing import TYPE_CHECKING, Any
 from kdrun import runs
 from kdrun.cache.choose import check_cached_rows, choose_teacher
 from kdrun.config import KD_RATIO, LossConfig, RunConfig, validate
-from kdrun.data.prepare import RawRows, encode_rows, read_rows
+from kdrun.data.prepare import (
+    RawRows,
+    check_packed_rows,
+    encode_for,
+    pack_training,
+    read_rows,
+)
 from kdrun.environment import git_state, versions
 from kdrun.errors import InputError, Interrupted
-from kdrun.pairs import describe_cut, describe_model, find_pair, load_student, locate_pair
+from kdrun.models.adapters import add_adapters, check_peft, describe_adapters
+from kdrun.pairs import (
+    Pair,
+    check_context,
+    describe_cut,
+    describe_model,
+    find_pair,
+    load_student,
+    locate_pair,
+)
 from kdrun.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
     from kdlosses import TokenLoss
@@ -79,9 +95,11 @@ def distill(
         config = validate(complete_pair(config))
     # What is cheap to check is checked before anything heavy is imported or written.
     check_name(config.loss.spec)
+    check_peft(config.lora)
     locate_pair(config.model)
     rows = read_rows(config.data)
     check_cached_rows(config, rows)
+    check_packed_rows(config.data, rows)
     build_loss(config.loss, vocab_size=None)
     folder = runs.choose_folder(config.output.dir, config.loss.spec)
     runs.prepare_folder(folder, resume, overwrite)
@@ -149,19 +167,20 @@ def _run(
     from kdrun.data.collate import Collator
     from kdrun.evaluation.answers import ask, choose_questions, mean_scores
     from kdrun.evaluation.measures import held_out_measures
-    from kdrun.models.heads import causal_lm
+    from kdrun.models.heads import FrozenTeacher, causal_lm
+    from kdrun.models.packing import check_packing
     from kdrun.progress import ShowProgress, WriteMetrics, before_after
     from kdrun.trainer import DistillTrainer, TokenRate
 
     started = time.monotonic()
     pair = find_pair(config.model)
-    shift = config.data.shift_windows
-    examples = encode_rows(
-        rows, pair.tokenizer, config.data.max_length, config.training.seed, shift
-    )
+    check_context(config, pair)
+    examples = encode_for(config, rows, pair.tokenizer, config.data.shift_windows)
+    if config.data.packing:
+        examples = pack_training(examples, config.data.max_length)
     for note in (*pair.notes, *rows.notes, *examples.notes):
         console.print(note, markup=False)
-    teacher = choose_teacher(config, pair, examples, build_loss(_unchunked(config.loss), None))
+    teacher = choose_teacher(config, pair, examples, build_loss(unchunked(config.loss), None))
     student = load_student(pair, config.model, config.training.seed)
     widths = {"student": student.get_output_embeddings().weight.shape[0], **teacher.widths}
     describe_cut(widths, pair.vocab_size, lambda line: console.print(line, markup=False))
@@ -170,6 +189,13 @@ def _run(
         console.print(line, markup=False)
     if asked is not None:
         console.print(asked, markup=False)
+    if config.data.packing:
+        check_packing(student, str(pair.student))
+        if isinstance(teacher.training, FrozenTeacher):
+            check_packing(teacher.training.model, str(pair.teacher))
+    if config.lora.rank is not None:
+        student = _with_adapters(student, pair, config, folder)
+        console.print(describe_adapters(student, config.lora), markup=False)
 
     arguments = training_arguments(config, folder)
     if questions and arguments.world_size > 1:
@@ -177,7 +203,9 @@ def _run(
             "evaluation.answers: not in several processes; set it to 0, and let 'kdrun evaluate' "
             "ask the trained student"
         )
-    config = _settle(config, student, pair.vocab_size, len(examples.train))  # type: ignore[arg-type]
+    head = student.get_output_embeddings().weight
+    count = len(examples.train)  # type: ignore[arg-type]
+    config = settle(config, pair.vocab_size, head.shape[1], head.device, count)
     trainer = DistillTrainer(
         model=student,
         teacher=teacher.training,
@@ -213,7 +241,7 @@ def _run(
         finally:
             show.close()
     after = held_out_measures(trainer)
-    _save_student(trainer, folder / runs.STUDENT)
+    _save_student(trainer, folder, config.lora.merge)
     if questions:
         answers = ask(causal_lm(student), pair.tokenizer, questions, config.evaluation)
         runs.write_lines(folder / runs.ANSWERS, [answer.line() for answer in answers])
@@ -278,14 +306,24 @@ def training_arguments(config: RunConfig, folder: Path) -> Any:
     )
 
 
-def _unchunked(config: LossConfig) -> LossConfig:
+def unchunked(config: LossConfig) -> LossConfig:
     """The same loss as plain autograd, for a look at whether it accepts a teacher."""
     plain = {"spec": config.spec.replace("_chunked", ""), "chunk_size": None, "compiled": None}
     return config.model_copy(update=plain)
 
 
-def _settle(config: RunConfig, student: Any, vocab_size: int, rows: int) -> RunConfig:
-    """Write down what is chosen automatically, so that a resumed or repeated run rounds alike."""
+def settle(
+    config: RunConfig, vocab_size: int, head_width: int, device: torch.device, rows: int
+) -> RunConfig:
+    """Write down what is chosen automatically, so that a resumed or repeated run rounds alike.
+
+    Args:
+        config: of the run.
+        vocab_size: tokens that both models share.
+        head_width: of the student's hidden states.
+        device: where the student is.
+        rows: of training.
+    """
     from kdlosses import automatic_chunk_size, parse_spec
 
     if not parse_spec(config.loss.spec).chunked:
@@ -294,9 +332,8 @@ def _settle(config: RunConfig, student: Any, vocab_size: int, rows: int) -> RunC
     step_rows = training.batch_size * training.gradient_accumulation_steps
     steps = training.max_steps or max(1, round(training.num_epochs * rows / step_rows))
     elements = steps * step_rows * config.data.max_length * vocab_size
-    head = student.get_output_embeddings().weight
     settled = {
-        "chunk_size": automatic_chunk_size(vocab_size, head.shape[1], head.device),
+        "chunk_size": automatic_chunk_size(vocab_size, head_width, device),
         "compiled": elements >= _COMPILE_FROM_ELEMENTS,
     }
     given = config.loss.model_dump(exclude_none=True)
@@ -359,13 +396,31 @@ def _handler(signum: int, function: Any) -> Iterator[None]:
         signal.signal(signum, previous)
 
 
-def _save_student(trainer: DistillTrainer, folder: Path) -> None:
-    from kdrun.models.heads import causal_lm, uninstall
+def _with_adapters(student: Any, pair: Pair, config: RunConfig, folder: Path) -> Any:
+    """The student with adapters, whose base model is on disk under the name they keep."""
+    base = str(pair.student)
+    if pair.fresh_student:  # nothing else has these weights, and an adapter is of no use alone
+        base = str((folder / runs.BASE).resolve())
+        student.save_pretrained(base)
+        pair.tokenizer.save_pretrained(base)
+    elif pair.student.is_local:
+        base = str(Path(base).resolve())
+    return add_adapters(student, config.lora, base, config.training.seed)
 
-    if trainer.args.should_save:
-        uninstall(trainer.model)
-        causal_lm(trainer.model).save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
+
+def _save_student(trainer: DistillTrainer, folder: Path, merge: bool) -> None:
+    from kdrun.models.heads import uninstall
+
+    if not trainer.args.should_save:
+        return
+    model, tokenizer = trainer.model, trainer.processing_class
+    uninstall(model)
+    if merge:
+        model.save_pretrained(folder / runs.ADAPTER)
+        tokenizer.save_pretrained(folder / runs.ADAPTER)
+        model = model.merge_and_unload()
+    model.save_pretrained(folder / runs.STUDENT)
+    tokenizer.save_pretrained(folder / runs.STUDENT)
 
 
 def _peak_memory_mib() -> int:

@@ -13,7 +13,7 @@ from kdrun.data.chat import ChatRenderer
 from kdrun.data.formats import Message
 from kdrun.errors import InputError
 from kdrun.models.load import load_model
-from kdrun.models.locate import ModelSource, locate_model
+from kdrun.models.locate import ModelSource, holds_model, locate_model
 from kdrun.models.tokenizers import load_tokenizer
 from kdrun.quiet import quiet_libraries
 from kdrun.runs import STUDENT
@@ -170,8 +170,8 @@ def find_model(name: str) -> ModelSource:
     """
     if name == BUILT_IN:
         return ModelSource(str(TEACHER_DIR))
-    if (Path(name) / STUDENT / "config.json").is_file():
-        return ModelSource(str(Path(name) / STUDENT))
+    if holds_model(Path(name) / STUDENT):
+        return locate_model(Path(name) / STUDENT)
     return locate_model(name)
 
 

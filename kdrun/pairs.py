@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdrun.builtin import STUDENT_DIR, TEACHER_DIR
-from kdrun.config import BUILT_IN, ModelConfig
+from kdrun.config import BUILT_IN, ModelConfig, RunConfig
 from kdrun.errors import InputError
+from kdrun.models.context import check_length, load_model_config
 from kdrun.models.load import load_model
 from kdrun.models.locate import ModelSource, locate_model
 from kdrun.models.tokenizers import compare_tokenizers, load_tokenizer
@@ -67,6 +68,18 @@ def find_pair(config: ModelConfig) -> Pair:
     )
     match = compare_tokenizers(teacher_tokenizer, student_tokenizer)
     return Pair(student_tokenizer, match.vocab_size, teacher, student, fresh, match.notes)
+
+
+def check_context(config: RunConfig, pair: Pair) -> None:
+    """Refuse rows that are longer than a model's context; only configurations are read.
+
+    Raises:
+        InputError: naming the model and the length it can take.
+    """
+    for source in (pair.teacher, pair.student):
+        if source is not None:
+            found = load_model_config(source, config.model.trust_remote_code)
+            check_length(source, found, config.data.max_length)
 
 
 def load_teacher(pair: Pair, config: ModelConfig) -> PreTrainedModel | None:

@@ -26,4 +26,6 @@ def quiet_libraries() -> Iterator[None]:
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        # peft looks for the base model's config.json, which a GGUF file has not.
+        warnings.filterwarnings("ignore", message="Could not find a config file in")
         yield

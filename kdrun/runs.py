@@ -15,6 +15,8 @@ from kdrun.errors import InputError
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 ANSWERS = "answers.jsonl"
 STUDENT, CHECKPOINTS = "student", "checkpoints"
+ADAPTER, BASE = "adapter", "base"
+"""The adapter of a merged student; the initial weights of a built-in student with adapters."""
 COMPLETE = "complete"
 """A file that is written last into a checkpoint: without it the checkpoint is not whole."""
 
@@ -69,7 +71,7 @@ def _clear(folder: Path) -> None:
     """Remove what a run wrote, and nothing else."""
     for name in (CONFIG, METRICS, SUMMARY, ANSWERS):
         (folder / name).unlink(missing_ok=True)
-    for name in (STUDENT, CHECKPOINTS):
+    for name in (STUDENT, CHECKPOINTS, ADAPTER, BASE):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -36,7 +36,7 @@ def inputs_and_gradients(case: Case) -> int:
 
 def lacking(needed: float, device: str) -> str | None:
     """Why so many bytes more would not fit into the memory that is free now; None where they do."""
-    free = _available(device)
+    free = available(device)
     if free is None or needed + _HEADROOM <= free:
         return None
     return f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
@@ -52,7 +52,8 @@ def _item_size(case: Case) -> int:
     return 4 if case.settings.dtype == "float32" else 2
 
 
-def _available(device: str) -> int | None:
+def available(device: str) -> int | None:
+    """Bytes that are free on ``cpu`` or ``cuda``; None where the system does not tell."""
     if device == "cuda":
         import torch
 

@@ -83,12 +83,7 @@ def choose_teacher(
 def _choose_cached(
     folder: str, config: RunConfig, pair: Pair, examples: Examples, loss: TokenLoss
 ) -> ChosenTeacher:
-    from kdrun.cache.read import Cache
-    from kdrun.cache.teacher import CachedTeacher
-
-    cached = CachedTeacher(Cache(folder), pair.tokenizer, config.model.dtype)
-    if config.loss.kd_ratio > 0 or KD_RATIO in config.loss.schedules:
-        _check_training(cached, config, examples, loss)
+    cached = _open(folder, config, pair, examples, loss)
     live = _named_teacher(cached, config, pair)
     evaluation: Teacher | None = live
     reason = (
@@ -111,6 +106,32 @@ def _choose_cached(
         {"teacher": cached.width},
         (f"teacher: {describe_cache(cached)}", note),
     )
+
+
+def check_cache(config: RunConfig, pair: Pair, examples: Examples, loss: TokenLoss) -> str:
+    """Open a run's cache and check that it is the right one; no model is loaded.
+
+    Returns:
+        What it holds, in one line.
+
+    Raises:
+        InputError: as :func:`choose_teacher`, a live teacher's weights excepted.
+    """
+    folder = config.model.teacher_cache
+    assert folder is not None
+    return describe_cache(_open(folder, config, pair, examples, loss))
+
+
+def _open(
+    folder: str, config: RunConfig, pair: Pair, examples: Examples, loss: TokenLoss
+) -> CachedTeacher:
+    from kdrun.cache.read import Cache
+    from kdrun.cache.teacher import CachedTeacher
+
+    cached = CachedTeacher(Cache(folder), pair.tokenizer, config.model.dtype)
+    if config.loss.kd_ratio > 0 or KD_RATIO in config.loss.schedules:
+        _check_training(cached, config, examples, loss)
+    return cached
 
 
 def describe_cache(cached: CachedTeacher) -> str:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from kdrun.cache.manifest import MANIFEST, Kind
 from kdrun.cache.write import prepare_folder
 from kdrun.config import RunConfig
-from kdrun.data.prepare import encode_rows, examples_in, read_rows
+from kdrun.data.prepare import encode_for, examples_in, read_rows
 from kdrun.errors import InputError
-from kdrun.pairs import describe_model, find_pair, locate_pair, open_teacher
+from kdrun.pairs import check_context, describe_model, find_pair, locate_pair, open_teacher
 from kdrun.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -53,9 +53,8 @@ def cache_teacher(config: RunConfig, folder: Path, kind: Kind, entries: int) -> 
         from kdrun.cache.build import Recipe, build_cache
 
         pair = find_pair(config.model)
-        examples = encode_rows(
-            rows, pair.tokenizer, config.data.max_length, config.training.seed, shift_windows=False
-        )
+        check_context(config, pair)
+        examples = encode_for(config, rows, pair.tokenizer, shift_windows=False)
         for note in (*pair.notes, *rows.notes, *examples.notes):
             console.print(note, markup=False)
         teacher = open_teacher(pair, config.model)

@@ -98,34 +98,52 @@ class BatchRow:
     key: bytes
 
 
-def rows_of(input_ids: Tensor, attention_mask: Tensor, shift_labels: Tensor) -> Iterator[BatchRow]:
+def rows_of(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    shift_labels: Tensor,
+    position_ids: Tensor | None = None,
+) -> Iterator[BatchRow]:
     """The rows of a batch that have supervised positions; padding on either side is taken off.
+
+    A packed row is taken apart into its examples, which are the rows that were cached.
 
     Args:
         input_ids: ``[rows, length]``.
-        attention_mask: likewise; 0 is padding.
+        attention_mask: likewise; 0 is padding. None where no position is.
         shift_labels: likewise, aligned with the logits.
+        position_ids: likewise, of packed rows: 0 where an example begins.
 
     Raises:
         InputError: a padded position is supervised.
     """
+    import torch
+
     # Looked up on the CPU: a key is bytes.
-    columns = (input_ids, attention_mask.bool(), shift_labels != IGNORE_INDEX)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    columns = (input_ids, mask.bool(), shift_labels != IGNORE_INDEX)
     ids, kept, supervised = (tensor.cpu() for tensor in columns)
     for number in range(len(ids)):
-        if not supervised[number].any():
-            continue
         if (supervised[number] & ~kept[number]).any():
             raise InputError(
                 f"row {number + 1} of a batch supervises a padded position; with padding on the "
                 "left the first token of a row must not be a target (label -100)"
             )
-        tokens = ids[number][kept[number]].long()
-        targets = supervised[number][kept[number]]
-        content = hashlib.sha256(tokens.numpy().tobytes())
-        content.update(targets.numpy().tobytes())
-        positions = supervised[number].nonzero().squeeze(1)
-        yield BatchRow(number, positions, tokens.tolist(), content.digest())
+        for part in _parts(len(ids[number]), position_ids, number):
+            if not supervised[number, part].any():
+                continue
+            tokens = ids[number, part][kept[number, part]].long()
+            targets = supervised[number, part][kept[number, part]]
+            content = hashlib.sha256(tokens.numpy().tobytes())
+            content.update(targets.numpy().tobytes())
+            positions = supervised[number, part].nonzero().squeeze(1) + part.start
+            yield BatchRow(number, positions, tokens.tolist(), content.digest())
+
+
+def _parts(length: int, position_ids: Tensor | None, number: int) -> list[slice]:
+    """Where the examples of a row stand."""
+    starts = [0] if position_ids is None else (position_ids[number] == 0).nonzero()[:, 0].tolist()
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], length], strict=True)]
 
 
 def _content(tensor: Tensor) -> Any:

@@ -84,13 +84,20 @@ class CachedTeacher:
         alone = Collator()
         for example in examples:
             batch = alone([example])
-            for row in rows_of(batch["input_ids"], batch["attention_mask"], batch["shift_labels"]):
+            features = (batch["input_ids"], batch.get("attention_mask"), batch["shift_labels"])
+            for row in rows_of(*features, batch.get("position_ids")):
                 if row.key not in self.cache:
                     return self._lacks(row)
         return None
 
     def source(
-        self, input_ids: Tensor, attention_mask: Tensor, shift_labels: Tensor, **inputs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        shift_labels: Tensor,
+        position_ids: Tensor | None = None,
+        **inputs: Any,
     ) -> Projected | TopK | Sampled:
         """What was kept of a batch.
 
@@ -98,6 +105,7 @@ class CachedTeacher:
             input_ids: ``[rows, length]``.
             attention_mask: likewise; 0 is padding, on either side.
             shift_labels: likewise, aligned with the logits; they tell the supervised positions.
+            position_ids: of packed rows, whose examples were cached as rows.
             **inputs: what else a live teacher would be given.
 
         Raises:
@@ -106,7 +114,7 @@ class CachedTeacher:
         import torch
 
         columns: list[Tensor] = []
-        for row in rows_of(input_ids, attention_mask, shift_labels):
+        for row in rows_of(input_ids, attention_mask, shift_labels, position_ids):
             if row.key not in self.cache:
                 raise InputError(self._lacks(row))
             stored = self.cache.read(row.key)

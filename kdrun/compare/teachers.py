@@ -15,7 +15,7 @@ from kdrun.compare.plan import Part, parts_of
 from kdrun.compare.record import Pair, Trial
 from kdrun.compare.run import Comparison
 from kdrun.config import RunConfig
-from kdrun.data.prepare import encode_rows, examples_in, read_rows
+from kdrun.data.prepare import encode_for, examples_in, read_rows
 from kdrun.data.rows import TextRow
 from kdrun.errors import InputError
 from kdrun.pairs import find_pair, open_teacher
@@ -179,9 +179,7 @@ def _examples(
     """The training rows, then those that trials are measured on."""
     for number, part in enumerate(parts):
         rows = read_rows(base.data.model_copy(update={"part": part}))
-        examples = encode_rows(
-            rows, models.tokenizer, base.data.max_length, seed=0, shift_windows=False
-        )
+        examples = encode_for(base, rows, models.tokenizer, shift_windows=False)
         if number == 0:
             yield from examples_in(examples.train)
         yield from examples_in(examples.held_out)

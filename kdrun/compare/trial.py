@@ -19,7 +19,7 @@ from kdrun.compare.record import Record, Trial
 from kdrun.config import RunConfig
 from kdrun.errors import InputError, TrainingError
 
-_LARGE = (runs.STUDENT, runs.CHECKPOINTS)
+_LARGE = (runs.STUDENT, runs.CHECKPOINTS, runs.ADAPTER, runs.BASE)
 
 
 def trial_config(

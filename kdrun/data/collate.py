@@ -45,11 +45,13 @@ class Collator:
 
         Args:
             examples: ``input_ids`` and ``labels`` of equal length, as `kdrun.data.encode` makes
-                them.
+                them; or all with ``position_ids`` too, as `kdrun.data.pack` does.
 
         Returns:
             Tensors ``[rows, length]``: ``input_ids``; ``attention_mask``; ``labels``, each at its
             own token, in Hugging Face's convention; ``shift_labels``, aligned with the logits.
+            Packed rows have ``position_ids`` in the place of the mask, as transformers wants it;
+            their padding is one more example, which nothing looks at.
         """
         import torch
 
@@ -63,9 +65,11 @@ class Collator:
             input_ids[row, :size] = torch.as_tensor(example["input_ids"], dtype=torch.long)
             attention_mask[row, :size] = 1
             labels[row, :size] = torch.as_tensor(example["labels"], dtype=torch.long)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-            "shift_labels": shift_labels(labels),
-        }
+        batch = {"input_ids": input_ids, "labels": labels, "shift_labels": shift_labels(labels)}
+        if "position_ids" not in examples[0]:
+            return {**batch, "attention_mask": attention_mask}
+        position_ids = torch.zeros(shape, dtype=torch.long)
+        for row, example in enumerate(examples):
+            positions = torch.as_tensor(example["position_ids"], dtype=torch.long)
+            position_ids[row, : len(positions)] = positions
+        return {**batch, "position_ids": position_ids}

@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from kdrun.data.chat import AnswerSpan, ChatRenderer, HiddenAnswersError, RenderedChat, as_dicts
 from kdrun.data.collate import IGNORE_INDEX
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 _BATCH = 1000
+LongRows = Literal["cut", "skip"]
 
 
 class Example(TypedDict):
@@ -70,7 +71,7 @@ class EncodeReport:
 class EncodedRows:
     """Examples, in the order of the rows, and the report on them."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     report: EncodeReport
 
 
@@ -82,18 +83,43 @@ class _Tokens:
     answers: list[range]
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """Examples, and what became of the other rows, by the rows' places in the list.
+
+    Attributes:
+        examples: In the order of the rows.
+        skipped: Rows that became no example, and why.
+        cut: Rows whose end did not fit.
+        shortest: The fewest tokens that stand before an answer, and the fewest of a row.
+        tokens: Tokens of all examples.
+        supervised: Those of them that are targets.
+    """
+
+    examples: Sequence[Example]
+    skipped: list[tuple[int, str]]
+    cut: list[int]
+    shortest: tuple[int, ...] | None
+    tokens: int
+    supervised: int
+
+
 def encode_chats(
-    rows: Sequence[ChatRow], tokenizer: PreTrainedTokenizerBase, max_length: int
+    rows: Sequence[ChatRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    long_rows: LongRows = "cut",
 ) -> EncodedRows:
     """Turn conversations into examples.
 
-    An example that is longer than `max_length` is cut at its end. Where nothing of an answer is
-    left, because the prompt fills the length, the row is skipped.
+    An example that is longer than `max_length` is cut at its end, or its row is skipped. Where
+    nothing of an answer would be left, because the prompt fills the length, the row is skipped.
 
     Args:
         rows: Conversations.
         tokenizer: The tokenizer of both models; its chat template is used where it has one.
         max_length: The most tokens in an example.
+        long_rows: What becomes of rows with more.
 
     Returns:
         At least one example.
@@ -101,50 +127,93 @@ def encode_chats(
     Raises:
         InputError: No row is left, or the chat template hides where answers are.
     """
+    return report_on(rows, encode(rows, tokenizer, max_length, long_rows), max_length)
+
+
+def encode(
+    rows: Sequence[ChatRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    long_rows: LongRows = "cut",
+) -> Encoding:
+    """As `encode_chats`, without the report; there may be no example."""
     if max_length < 2:
         raise InputError(f"data.max_length={max_length}: must be at least 2")
     examples: list[Example] = []
-    skipped: list[BadRow] = []
-    cut: list[Position] = []
-    shortest_prompt: int | None = None
-    for row, tokens in _tokenise(rows, tokenizer):
+    skipped: list[tuple[int, str]] = []
+    cut: list[int] = []
+    prompts: list[int] = []
+    lengths: list[int] = []
+    supervised = 0
+    for number, tokens in enumerate(_tokenise(rows, tokenizer)):
         if isinstance(tokens, BadRowError):
-            skipped.append(BadRow(row.position, str(tokens)))
+            skipped.append((number, str(tokens)))
             continue
-        prompt = tokens.answers[0].start
-        shortest_prompt = min(prompt, shortest_prompt or prompt)
+        prompts.append(tokens.answers[0].start)
+        lengths.append(len(tokens.ids))
+        if len(tokens.ids) > max_length and long_rows == "skip":
+            skipped.append((number, _too_long(max_length)))
+            continue
         example = _example(tokens, max_length)
         # The first token of a row has nothing before it that could predict it.
-        if all(label == IGNORE_INDEX for label in example["labels"][1:]):
+        labels = example["labels"][1:]
+        targets = len(labels) - labels.count(IGNORE_INDEX)
+        if not targets:
             reason = f"has a prompt that leaves no room for an answer in {max_length} tokens"
-            skipped.append(BadRow(row.position, reason))
+            skipped.append((number, reason))
             continue
         if len(tokens.ids) > max_length:
-            cut.append(row.position)
+            cut.append(number)
         examples.append(example)
+        supervised += targets
+    return Encoding(
+        examples=examples,
+        skipped=skipped,
+        cut=cut,
+        shortest=(min(prompts), min(lengths)) if prompts else None,
+        tokens=sum(len(example["input_ids"]) for example in examples),
+        supervised=supervised,
+    )
+
+
+def report_on(rows: Sequence[ChatRow], encoding: Encoding, max_length: int) -> EncodedRows:
+    """Name the rows that were skipped or cut.
+
+    Args:
+        rows: What was encoded.
+        encoding: What `encode` returned.
+        max_length: What it was given.
+
+    Raises:
+        InputError: No row is left.
+    """
+    examples = encoding.examples
+    skipped = [BadRow(rows[number].position, reason) for number, reason in encoding.skipped]
     if not examples:
-        raise _nothing_left(skipped, shortest_prompt, max_length)
+        raise _nothing_left(skipped, encoding.shortest, max_length)
     report = EncodeReport(
         rows=len(rows),
         kept=len(examples),
         skipped=tuple(skipped),
-        cut=tuple(cut),
-        tokens=sum(len(example["input_ids"]) for example in examples),
-        supervised_tokens=sum(
-            len(labels) - labels.count(IGNORE_INDEX)
-            for labels in (example["labels"][1:] for example in examples)
-        ),
+        cut=tuple(rows[number].position for number in encoding.cut),
+        tokens=encoding.tokens,
+        supervised_tokens=encoding.supervised,
     )
     return EncodedRows(examples, report)
 
 
 def _nothing_left(
-    skipped: Sequence[BadRow], shortest_prompt: int | None, max_length: int
+    skipped: Sequence[BadRow], shortest: tuple[int, ...] | None, max_length: int
 ) -> InputError:
-    if shortest_prompt is not None:
+    if shortest is not None and not any(row.reason == _too_long(max_length) for row in skipped):
         return InputError(
             f"data.max_length={max_length}: all {len(skipped)} rows are skipped, since no prompt "
-            f"leaves room for an answer (the shortest has {shortest_prompt} tokens); raise it"
+            f"leaves room for an answer (the shortest has {shortest[0]} tokens); raise it"
+        )
+    if shortest is not None:
+        return InputError(
+            f"data.max_length={max_length}: all {len(skipped)} rows are skipped, since none fits "
+            f"(the shortest has {shortest[1]} tokens); raise it, or set data.long_rows=cut"
         )
     if not skipped:
         return InputError("there are no rows to encode")
@@ -152,6 +221,10 @@ def _nothing_left(
         f"{skipped[0].position}: none of the {len(skipped)} rows can be used; "
         f"this one {skipped[0].reason}"
     )
+
+
+def _too_long(max_length: int) -> str:
+    return f"has more than {max_length} tokens"
 
 
 def _example(tokens: _Tokens, max_length: int) -> Example:
@@ -164,7 +237,7 @@ def _example(tokens: _Tokens, max_length: int) -> Example:
 
 def _tokenise(
     rows: Sequence[ChatRow], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[ChatRow, _Tokens | BadRowError]]:
+) -> Iterator[_Tokens | BadRowError]:
     renderer = ChatRenderer(tokenizer)
     finder = _AnswerFinder(tokenizer)
     for first in range(0, len(rows), _BATCH):
@@ -175,11 +248,11 @@ def _tokenise(
         for row, chat in zip(batch, chats, strict=True):
             if isinstance(chat, RenderedChat):
                 ids, ends = next(encoded)
-                yield row, finder.find(chat, ids, ends)
+                yield finder.find(chat, ids, ends)
             elif isinstance(chat, HiddenAnswersError):
-                yield row, _by_generation_blocks(tokenizer, row)
+                yield _by_generation_blocks(tokenizer, row)
             else:
-                yield row, chat
+                yield chat
 
 
 def _render(

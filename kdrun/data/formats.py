@@ -293,7 +293,8 @@ def _between_first_question_and_last_answer(messages: list[Message]) -> list[Mes
 def _message(turn: object, number: int, position: Position) -> Message:
     if not isinstance(turn, dict):
         raise BadRowError(f"has {_kind(turn)} as message {number}, not an object")
-    role_field = "role" if "role" in turn else "from"
+    # Tables give every turn the fields of all turns, and null where one has none.
+    role_field = "from" if turn.get("role") is None and "from" in turn else "role"
     if role_field not in turn:
         raise BadRowError(f"has no role in message {number}")
     role = _ROLES.get(str(turn[role_field]).strip().casefold())
@@ -302,7 +303,7 @@ def _message(turn: object, number: int, position: Position) -> Message:
             f"{position}: unknown role {turn[role_field]!r} in message {number}; use system, user "
             "or assistant (or the names human, gpt, chatgpt, bot, model)"
         )
-    content_field = "content" if "content" in turn else "value"
+    content_field = "value" if turn.get("content") is None and "value" in turn else "content"
     return Message(role, _optional_text(_joined_parts(turn, content_field), content_field))
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdrun.builtin.text import load_text
-from kdrun.config import BUILT_IN, DataConfig
-from kdrun.data.encode import encode_chats
+from kdrun.config import BUILT_IN, DataConfig, RunConfig
+from kdrun.data.encode import LongRows, encode, report_on
 from kdrun.data.rows import ChatRow, Position, Row, RowSet, TextRow, load_rows
 from kdrun.data.split import hold_out
 from kdrun.errors import InputError
@@ -16,6 +16,8 @@ from kdrun.errors import InputError
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
     from transformers import PreTrainedTokenizerBase
+
+    from kdrun.data.token_cache import TokenCache
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,57 @@ def read_held_out(source: str, config: DataConfig) -> tuple[Sequence[Any], list[
     return found.rows, found.warnings()
 
 
+def encode_for(
+    config: RunConfig, rows: RawRows, tokenizer: PreTrainedTokenizerBase, shift_windows: bool
+) -> Examples:
+    """Turn the rows of a run into examples, or take them from an earlier run.
+
+    Raises:
+        InputError: no row fits ``data.max_length``, or ``data.cache_dir`` cannot be written.
+    """
+    from kdrun.data.token_cache import TokenCache
+
+    data = config.data
+    cache = TokenCache.at(data.cache_dir)
+    seed, length = config.training.seed, data.max_length
+    return encode_rows(rows, tokenizer, length, seed, shift_windows, data.long_rows, cache)
+
+
+def check_packed_rows(config: DataConfig, rows: RawRows) -> None:
+    """Refuse to pack plain text; nothing is encoded.
+
+    Raises:
+        InputError: with the reason.
+    """
+    if config.packing and isinstance(rows.train[0], TextRow):
+        raise InputError(
+            "data.packing: the training rows are plain text, whose windows are full already; leave "
+            "it out"
+        )
+
+
+def pack_training(examples: Examples, max_length: int) -> Examples:
+    """Put training examples together into rows; held-out ones stay as they are."""
+    from kdrun.data.pack import pack
+
+    loose: Any = examples.train
+    packed: Any = pack(loose, max_length)
+    filled = sum(len(row["input_ids"]) for row in packed) / (len(packed) * max_length)
+    note = (
+        f"training rows: packed into {len(packed)} rows of up to {max_length} tokens, which are "
+        f"{filled:.0%} full"
+    )
+    return Examples(packed, examples.held_out, (*examples.notes, note))
+
+
 def encode_rows(
     rows: RawRows,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     seed: int,
     shift_windows: bool = True,
+    long_rows: LongRows = "cut",
+    cache: TokenCache | None = None,
 ) -> Examples:
     """Turn rows into examples.
 
@@ -112,12 +159,15 @@ def encode_rows(
         max_length: tokens a row, or a window of plain text.
         seed: decides where windows start.
         shift_windows: whether the windows of training text move from epoch to epoch.
+        long_rows: what becomes of conversations that are longer.
+        cache: where encoded rows are kept for the next run.
 
     Raises:
         InputError: no row fits ``max_length``.
     """
-    train, training_notes = _encode(rows.train, tokenizer, max_length, seed, shift_windows)
-    held_out, held_out_notes = encode_held_out(rows.held_out, tokenizer, max_length)
+    encode = _Encoder(tokenizer, max_length, long_rows, cache)
+    train, training_notes = encode(rows.train, seed, shift_windows)
+    held_out, held_out_notes = encode(rows.held_out, 0, False)
     notes = [
         *(f"training rows: {line}" for line in training_notes),
         *(f"held-out rows: {line}" for line in held_out_notes),
@@ -131,14 +181,18 @@ def examples_in(data: Any) -> Iterator[Mapping[str, Sequence[int]]]:
 
 
 def encode_held_out(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    long_rows: LongRows = "cut",
+    cache: TokenCache | None = None,
 ) -> tuple[Dataset[Any], list[str]]:
     """Rows to measure on as examples, and notes on them; windows of text stay in their places.
 
     Raises:
         InputError: no row fits ``max_length``.
     """
-    return _encode(rows, tokenizer, max_length, seed=0, phase=False)
+    return _Encoder(tokenizer, max_length, long_rows, cache)(rows, 0, False)
 
 
 def _documents(texts: Sequence[str]) -> list[TextRow]:
@@ -157,27 +211,45 @@ def _load(source: str, config: DataConfig) -> RowSet:
     )
 
 
-def _encode(
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    seed: int,
-    phase: bool,
-) -> tuple[Dataset[Any], list[str]]:
-    if isinstance(rows[0], ChatRow):
-        encoded = encode_chats(rows, tokenizer, max_length)  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class _Encoder:
+    """How rows become examples."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    long_rows: LongRows
+    cache: TokenCache | None
+
+    def __call__(
+        self, rows: Sequence[Row], seed: int, phase: bool
+    ) -> tuple[Dataset[Any], list[str]]:
+        if isinstance(rows[0], ChatRow):
+            return self._chats(rows)  # type: ignore[arg-type]
+        # Imported here: this module also reads rows, before torch is needed.
+        from kdrun.data.windows import TextWindows
+
+        length = self.max_length
+        tokens = self._text([row.text for row in rows])  # type: ignore[union-attr]
+        try:
+            windows = TextWindows(tokens, length, seed=seed, phase=phase)
+        except ValueError as error:
+            raise InputError(f"{error} Give more text, or a smaller --max-length.") from error
+        return windows, [f"{len(rows)} documents, {len(windows)} windows of {length} tokens"]
+
+    def _chats(self, rows: Sequence[ChatRow]) -> tuple[Dataset[Any], list[str]]:
+        settings = (rows, self.tokenizer, self.max_length, self.long_rows)
+        encoding = encode(*settings) if self.cache is None else self.cache.chats(*settings)
+        encoded = report_on(rows, encoding, self.max_length)
         report = encoded.report
         summary = (
             f"{report.kept} of {report.rows} rows, {report.tokens} tokens, "
             f"{report.supervised_tokens} supervised"
         )
         return encoded.examples, [summary, *report.warnings()]  # type: ignore[return-value]
-    # Imported here: this module also reads rows, before torch is needed.
-    from kdrun.data.windows import TextWindows, concatenate
 
-    tokens = concatenate([row.text for row in rows], tokenizer)  # type: ignore[union-attr]
-    try:
-        windows = TextWindows(tokens, max_length, seed=seed, phase=phase)
-    except ValueError as error:
-        raise InputError(f"{error} Give more text, or a smaller --max-length.") from error
-    return windows, [f"{len(rows)} documents, {len(windows)} windows of {max_length} tokens"]
+    def _text(self, texts: Sequence[str]) -> list[int]:
+        from kdrun.data.windows import concatenate
+
+        if self.cache is None:
+            return concatenate(texts, self.tokenizer)
+        return self.cache.text(texts, self.tokenizer)

@@ -3,7 +3,8 @@
 The kind of a file is told from its content. A file that begins like JSON (``[{``, ``["``, ``{"``)
 is a JSON list, a JSON object that holds one, or JSON lines; everything else is plain text. The
 extension only decides what is broken: a file called ``.json`` or ``.jsonl`` that is not JSON is an
-error and not a text.
+error and not a text. Tables are the exception: nothing but the extension ``.csv`` or ``.tsv`` tells
+them from text. A Parquet file is known by its first bytes.
 
 In a plain text file the documents are separated by blank lines; where there is no blank line,
 every line is a document.
@@ -17,17 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kdrun.data.tables import DELIMITERS, PARQUET_START, parse_csv, read_parquet
 from kdrun.errors import InputError
 from kdrun.paths import did_you_mean
 
 _JSON_START = re.compile(r"""\s*(\[\s*[\[{"\]]|\{\s*["}])""")
 _JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
+_SUFFIXES = _JSON_SUFFIXES | {".txt", ".parquet", *DELIMITERS}
 _LIST_KEYS = ("data", "train", "rows", "examples")
 _BINARY_STARTS = {
     b"\x1f\x8b": "is compressed (gzip); unpack it first",
     b"PK\x03\x04": "is a zip archive; unpack it first",
     b"\x28\xb5\x2f\xfd": "is compressed (zstd); unpack it first",
-    b"PAR1": "is a Parquet file; write its rows as JSON lines",
     b"\xff\xfe": "is UTF-16, not UTF-8; save it again as UTF-8",
     b"\xfe\xff": "is UTF-16, not UTF-8; save it again as UTF-8",
 }
@@ -77,9 +79,16 @@ def read_records(source: str | Path, *, as_text: bool = False) -> list[Record]:
             return _read_hub(str(source))
         raise InputError(f"{source}: no such file{did_you_mean(path)}")
     name = str(source)
-    text = _read_text(path, name)
+    data = _read_bytes(path, name)
+    if data.startswith(PARQUET_START):
+        return _numbered(read_parquet(path, name), name)
+    text = _decode(data, name)
     if not text.strip():
         raise InputError(f"{name}: the file is empty; it must hold at least one row")
+    delimiter = DELIMITERS.get(path.suffix.lower())
+    if delimiter is not None:
+        rows = parse_csv(text, name, delimiter)
+        return _some([Record(row, Position(name, line)) for line, row in rows], name)
     is_json_file = path.suffix.lower() in _JSON_SUFFIXES
     if _JSON_START.match(text) or (is_json_file and not as_text):
         try:
@@ -90,15 +99,21 @@ def read_records(source: str | Path, *, as_text: bool = False) -> list[Record]:
             records = _parse_text(text, name)
     else:
         records = _parse_text(text, name)
+    return _some(records, name)
+
+
+def _some(records: list[Record], name: str) -> list[Record]:
     if not records:
         raise InputError(f"{name}: the file holds no rows")
     return records
 
 
+def _numbered(rows: list[Any], name: str) -> list[Record]:
+    return _some([Record(row, Position(name, i, "row")) for i, row in enumerate(rows, 1)], name)
+
+
 def _files_in(folder: Path) -> str:
-    names = sorted(
-        p.name for p in folder.iterdir() if p.suffix.lower() in _JSON_SUFFIXES | {".txt"}
-    )
+    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES)
     return f" ({', '.join(names[:3])})" if names else ""
 
 
@@ -107,14 +122,17 @@ def _is_hub_id(source: str) -> bool:
     if not _HUB_ID.fullmatch(source):
         return False
     path = Path(source)
-    return not path.parent.is_dir() and path.suffix.lower() not in _JSON_SUFFIXES | {".txt", ".csv"}
+    return not path.parent.is_dir() and path.suffix.lower() not in _SUFFIXES
 
 
-def _read_text(path: Path, name: str) -> str:
+def _read_bytes(path: Path, name: str) -> bytes:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"{name}: cannot be read ({error.strerror})") from error
+
+
+def _decode(data: bytes, name: str) -> str:
     for start, cure in _BINARY_STARTS.items():
         if data.startswith(start):
             raise InputError(f"{name} {cure}")
@@ -230,7 +248,7 @@ def _read_hub(source: str) -> list[Record]:
     except ImportError as error:
         raise InputError(
             f"{source}: no such file; to read it as a data set of the Hugging Face hub, "
-            "install the package that loads them: pip install datasets"
+            "install the package that loads them: pip install 'kdlosses[data]'"
         ) from error
     name, _, configuration = source.partition(":")
     try:

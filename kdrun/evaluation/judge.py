@@ -45,7 +45,8 @@ def judge(
     """
     from kdrun.distillation import build_loss
 
-    examples, notes = encode_held_out(rows, pair.tokenizer, config.data.max_length)
+    data = config.data
+    examples, notes = encode_held_out(rows, pair.tokenizer, data.max_length, data.long_rows)
     questions, note = choose_questions(rows, pair.tokenizer, config.evaluation, model)
     if teacher is None:  # it comes first, or is alone: what is said of the rows is said once
         for line in (*notes, note):

@@ -175,9 +175,16 @@ def _consume(
 
 
 def call(
-    model: nn.Module, consume: Consumer, input_ids: Tensor, attention_mask: Tensor, **inputs: Any
+    model: nn.Module,
+    consume: Consumer,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    **inputs: Any,
 ) -> dict[str, Tensor]:
-    """Call a model on which :func:`install` was done; the outermost wrapper may be given."""
+    """Call a model on which :func:`install` was done; the outermost wrapper may be given.
+
+    Packed rows come without a mask: ``position_ids`` tell their examples apart.
+    """
     result: dict[str, Tensor] = model(
         input_ids=input_ids, attention_mask=attention_mask, **inputs, **{_CONSUME: consume}
     )
@@ -193,7 +200,12 @@ class Teacher(Protocol):
         """Move to the device of the batches."""
 
     def source(
-        self, input_ids: Tensor, attention_mask: Tensor, shift_labels: Tensor, **inputs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        shift_labels: Tensor,
+        **inputs: Any,
     ) -> Any:
         """A teacher for :class:`kdlosses.KDObjective`, right at the supervised positions."""
 
@@ -221,7 +233,7 @@ class FrozenTeacher:
     def source(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None = None,
         shift_labels: Tensor | None = None,
         **inputs: Any,
     ) -> Any:

@@ -6,6 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from kdrun.errors import InputError
+from kdrun.models.adapters import merge_adapter
 from kdrun.models.failures import one_clear_line
 from kdrun.models.locate import ModelSource
 
@@ -29,16 +30,17 @@ def load_model(
         device: Where to put it; the CPU by default.
 
     Returns:
-        The model in evaluation mode. One from a GGUF file is dequantised, and is then a model like
-        any other: it can be trained and saved.
+        The model in evaluation mode, adapters merged into its weights. One from a GGUF file is
+        dequantised, and is then a model like any other: it can be trained and saved.
 
     Raises:
         InputError: It cannot be loaded, is not a causal language model, or misses weights.
     """
     from transformers import AutoModelForCausalLM
 
-    options = _gguf_options(source.gguf_file) if source.gguf_file else {}
-    with one_clear_line(source, "model"):
+    base = source.base
+    options = _gguf_options(base.gguf_file) if base.gguf_file else {}
+    with one_clear_line(base, "model"):
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path,
             dtype=dtype,
@@ -46,8 +48,10 @@ def load_model(
             output_loading_info=True,
             **options,
         )
-    _check_complete(source, info)
-    _check_causal(source, model)
+    _check_complete(base, info)
+    _check_causal(base, model)
+    for folder in source.adapters:
+        model = merge_adapter(model, folder)
     return model.to(device) if device is not None else model
 
 

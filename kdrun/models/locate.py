@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdrun.errors import InputError
 from kdrun.paths import did_you_mean
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_ADAPTER = "adapter_config.json"
 _GGUF_ON_HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)/([\w.-]+\.gguf)")
 
 
@@ -20,14 +22,23 @@ class ModelSource:
     Attributes:
         path: A folder, or the name of a model on the hub.
         gguf_file: The file in it that holds the weights, where that is a GGUF file.
+        adapters: Folders of adapters that belong on top of it, the innermost first.
     """
 
     path: str
     gguf_file: str | None = None
+    adapters: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """The model as messages name it."""
+        if self.adapters:
+            return self.adapters[-1]
         return f"{self.path}/{self.gguf_file}" if self.gguf_file else self.path
+
+    @property
+    def base(self) -> ModelSource:
+        """The model without its adapters."""
+        return replace(self, adapters=())
 
     @property
     def is_local(self) -> bool:
@@ -39,8 +50,9 @@ def locate_model(given: str | Path) -> ModelSource:
     """Decide what a model's name or path means; nothing is loaded.
 
     Args:
-        given: A folder with a ``config.json``; a folder with one GGUF file; a GGUF file;
-            ``owner/name`` or ``name`` on the hub, also with ``/file.gguf`` after it.
+        given: A folder with a ``config.json``; a folder with one GGUF file; a GGUF file; a folder
+            with an adapter of peft, which names its model; ``owner/name`` or ``name`` on the hub,
+            also with ``/file.gguf`` after it.
 
     Returns:
         The folder or hub name, and the GGUF file.
@@ -75,6 +87,8 @@ def _is_path(name: str) -> bool:
 
 
 def _in_folder(folder: Path) -> ModelSource:
+    if is_adapter(folder):
+        return _adapter(folder)
     if (folder / "config.json").is_file():
         return ModelSource(str(folder))
     gguf_files = sorted(p.name for p in folder.iterdir() if p.suffix.lower() == ".gguf")
@@ -85,10 +99,40 @@ def _in_folder(folder: Path) -> ModelSource:
             f"{folder} holds {len(gguf_files)} GGUF files; name one of them: "
             f"{', '.join(gguf_files[:3])}"
         )
-    if (folder / "student" / "config.json").is_file():
+    if holds_model(folder / "student"):
         raise InputError(f"{folder} is the folder of a run; its model is {folder / 'student'}")
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(
-            f"{folder} holds an adapter without its model; merge the two and save the result"
-        )
     raise InputError(f"{folder} holds no model: it has neither a config.json nor a GGUF file")
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds a model or an adapter in Hugging Face's formats."""
+    return (folder / "config.json").is_file() or (folder / _ADAPTER).is_file()
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of peft and no whole model."""
+    return (folder / _ADAPTER).is_file() and not any(folder.glob("model*.safetensors"))
+
+
+def _adapter(folder: Path) -> ModelSource:
+    """An adapter with the model that its ``adapter_config.json`` names."""
+    file = folder / _ADAPTER
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{file}: not the configuration of an adapter; save it again") from error
+    if not base:
+        raise InputError(f"{file} names no base model; put it under base_model_name_or_path")
+    # A run's folder may have been moved, together with the base model beside it.
+    candidates = (Path(base), folder / base, folder.parent / Path(base).name)
+    there = next((str(path) for path in candidates if path.exists()), str(base))
+    if Path(there).resolve() == folder.resolve():
+        raise InputError(f"{file} names its own folder as base model; name the model itself")
+    try:
+        found = locate_model(there)
+    except InputError as error:
+        raise InputError(
+            f"{folder} holds an adapter whose base model {base} is not there; put its place under "
+            f"base_model_name_or_path in {file}"
+        ) from error
+    return replace(found, adapters=(*found.adapters, str(folder)))

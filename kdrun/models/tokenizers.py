@@ -41,6 +41,7 @@ def load_tokenizer(
         if isinstance(name_or_folder, ModelSource)
         else ModelSource(str(name_or_folder), gguf_file)
     )
+    source = _tokenizer_source(source)
     if source.is_local and source.gguf_file is None and not _holds_tokenizer(Path(source.path)):
         # transformers would make an empty tokenizer of the model's type, and say nothing.
         raise InputError(
@@ -52,6 +53,14 @@ def load_tokenizer(
             source.path, trust_remote_code=trust_remote_code, **options
         )
     return tokenizer
+
+
+def _tokenizer_source(source: ModelSource) -> ModelSource:
+    """The outermost adapter that brings a tokenizer, or else the base model."""
+    for folder in reversed(source.adapters):
+        if _holds_tokenizer(Path(folder)):
+            return ModelSource(folder)
+    return source.base
 
 
 def _holds_tokenizer(folder: Path) -> bool:

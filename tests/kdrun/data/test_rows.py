@@ -317,9 +317,70 @@ class TestErrors:
         message = error_of(write(b'{"prompt": "a",\n "response": "\xe9"}'))
         assert "rows.jsonl, line 2: not UTF-8" in message
 
-    @pytest.mark.parametrize("start", [b"\x1f\x8b", b"PAR1", "a".encode("utf-16")])
+    @pytest.mark.parametrize("start", [b"\x1f\x8b", "a".encode("utf-16")])
     def test_other_kinds_of_files(self, write: Write, start: bytes) -> None:
         assert "rows.jsonl is" in error_of(write(start + b"rest"))
+
+
+class TestTables:
+    def test_csv(self, write: Write) -> None:
+        content = 'prompt,response,n\n"a, b","c\n""d""",1\n\ne,f,2\n'
+        for mark in (b"", b"\xef\xbb\xbf"):
+            for end in (b"\n", b"\r\n"):
+                data = mark + content.encode().replace(b"\n", end)
+                found = load_rows(write(data, "rows.csv"))
+                assert found.data_format == "prompt_response"
+                assert [turns(row) for row in found.rows] == [
+                    [("user", "a, b"), ("assistant", 'c\n"d"')],
+                    [("user", "e"), ("assistant", "f")],
+                ]
+                assert [row.position.number for row in found.rows] == [3, 5]
+
+    def test_tabs_and_very_long_fields(self, write: Write) -> None:
+        path = write("text\tn\n" + "x, " * 70_000 + "\t1\n", "rows.tsv")
+        (row,) = load_rows(path).rows
+        assert isinstance(row, TextRow)
+        assert len(row.text) == 3 * 70_000
+
+    def test_a_row_of_csv_without_an_answer_is_left_out_by_its_line(self, write: Write) -> None:
+        found = load_rows(write("prompt,response\na,b\nc\nd,\n", "rows.csv"))
+        assert [bad.position.number for bad in found.bad] == [3, 4]
+
+    @pytest.mark.parametrize(
+        ("content", "expected"),
+        [
+            ("prompt,response\na,b\na,b,c\n", "line 3: 3 fields, but the first line names 2"),
+            ("prompt,,x\na,b,c\n", "line 1: the first line must name the fields"),
+            ("a,a\nb,c\n", "line 1: the first line must name the fields"),
+            ('prompt,response\na,"b\n', "broken CSV"),
+            ("prompt,response\n", "holds no rows"),
+        ],
+    )
+    def test_broken_csv(self, write: Write, content: str, expected: str) -> None:
+        assert expected in error_of(write(content, "rows.csv"))
+
+    def test_parquet_gives_what_json_lines_give(self, write: Write, tmp_path: Path) -> None:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        talk = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]
+        other = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        for rows in ([PAIR, {**PAIR, "prompt": "é"}], [{"messages": other}, {"messages": talk}]):
+            parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+            found = load_rows(tmp_path / "a.parquet").rows
+            assert [turns(row) for row in found] == [turns(r) for r in load_rows(write(rows)).rows]
+            assert [row.position.unit for row in found] == ["row", "row"]
+
+    def test_a_broken_parquet_file(self, write: Write) -> None:
+        pytest.importorskip("pyarrow")
+        assert "broken Parquet file" in error_of(write(b"PAR1rest", "rows.parquet"))
+
+    def test_parquet_without_its_package(
+        self, write: Write, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        message = error_of(write(b"PAR1rest", "rows.parquet"))
+        assert "pip install 'kdlosses[data]'" in message
 
 
 class TestHub:
@@ -339,7 +400,7 @@ class TestHub:
 
     def test_without_the_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "datasets", None)
-        assert "pip install datasets" in error_of("owner/name")
+        assert "pip install 'kdlosses[data]'" in error_of("owner/name")
 
     def test_out_of_reach(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def load_dataset(*given: Any, split: str) -> None:

@@ -1,0 +1,188 @@
+"""The dry run itself: checks, counts, and memory by part."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kdrun.cache.choose import check_cache, check_cached_rows
+from kdrun.config import KD_RATIO, RunConfig
+from kdrun.data.prepare import (
+    check_packed_rows,
+    encode_for,
+    examples_in,
+    pack_training,
+    read_rows,
+)
+from kdrun.distillation import build_loss, check_name, settle, unchunked
+from kdrun.dry_run.devices import Device, find_device
+from kdrun.models.adapters import check_peft
+from kdrun.models.context import load_model_config
+from kdrun.pairs import check_context, find_pair, locate_pair
+from kdrun.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kdrun.dry_run.models import ModelSize
+    from kdrun.pairs import Pair
+
+_OPTIMIZER_STATES = 2  # AdamW's two moments, in the type of the weights
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do and need.
+
+    Attributes:
+        student: its size.
+        teacher: likewise; None where no model is loaded.
+        notes: on rows, tokenizers and cache, a line each.
+        steps: optimiser steps.
+        rows_per_step: over all micro-batches.
+        longest: tokens of the longest training row.
+        memory: bytes by part; None where a part cannot be told.
+        device: where.
+    """
+
+    student: ModelSize
+    teacher: ModelSize | None
+    notes: tuple[str, ...]
+    steps: int
+    rows_per_step: int
+    longest: int
+    memory: dict[str, int | None]
+    device: Device
+    lora: str | None = field(default=None)
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts that are known."""
+        return sum(part or 0 for part in self.memory.values())
+
+
+def dry_run(config: RunConfig, device_name: str | None = None) -> DryRun:
+    """Check a run's input and tell what it would need; no weights are read, nothing is written.
+
+    Args:
+        config: of the run.
+        device_name: as :func:`find_device` takes it.
+
+    Raises:
+        InputError: what the run itself would refuse.
+    """
+    check_name(config.loss.spec)
+    check_peft(config.lora)
+    locate_pair(config.model)
+    rows = read_rows(config.data)
+    check_cached_rows(config, rows)
+    check_packed_rows(config.data, rows)
+    build_loss(config.loss, vocab_size=None)
+    device = find_device(device_name)
+    with quiet_libraries():
+        pair = find_pair(config.model)
+        check_context(config, pair)
+        examples = encode_for(config, rows, pair.tokenizer, config.data.shift_windows)
+        if config.data.packing:
+            examples = pack_training(examples, config.data.max_length)
+        notes = [*pair.notes, *rows.notes, *examples.notes]
+        if config.model.teacher_cache is not None:
+            plain = build_loss(unchunked(config.loss), None)
+            notes.append(f"teacher: {check_cache(config, pair, examples, plain)}")
+        count = len(examples.train)  # type: ignore[arg-type]
+        longest = max(len(example["input_ids"]) for example in examples_in(examples.train))
+        student, teacher, memory = _memory(config, pair, longest, count, device)
+    return DryRun(
+        student=student,
+        teacher=teacher,
+        notes=tuple(notes),
+        steps=_steps(config, count),
+        rows_per_step=config.training.batch_size * config.training.gradient_accumulation_steps,
+        longest=longest,
+        memory=memory,
+        device=device,
+        lora=_adapters(config),
+    )
+
+
+def _adapters(config: RunConfig) -> str | None:
+    kind = "DoRA" if config.lora.dora else "LoRA"
+    return None if config.lora.rank is None else f"{kind} of rank {config.lora.rank}"
+
+
+def _steps(config: RunConfig, rows: int) -> int:
+    """Optimiser steps, as the Trainer counts them."""
+    training = config.training
+    if training.max_steps is not None:
+        return training.max_steps
+    batches = math.ceil(rows / training.batch_size)
+    per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
+    return math.ceil(training.num_epochs * per_epoch)
+
+
+def _memory(
+    config: RunConfig, pair: Pair, longest: int, rows: int, device: Device
+) -> tuple[ModelSize, ModelSize | None, dict[str, int | None]]:
+    import torch
+
+    from kdrun.dry_run.loss_memory import loss_bytes
+    from kdrun.dry_run.models import Shadow
+
+    trust = config.model.trust_remote_code
+    shadow = Shadow(pair.student, load_model_config(pair.student, trust), config, pair)
+    if config.lora.rank is not None:
+        shadow.adapt(config)
+    student = shadow.size()
+    teacher = None
+    if pair.teacher is not None:
+        teacher = Shadow(pair.teacher, load_model_config(pair.teacher, trust), config, pair).size()
+    batch = min(config.training.batch_size, rows)
+    tokens = batch * longest
+    kept = 0  # of the teacher for the loss: its last hidden states
+    if teacher is not None and (config.loss.kd_ratio > 0 or KD_RATIO in config.loss.schedules):
+        kept = tokens * teacher.head[1] * teacher.item_size
+    activations = shadow.activations(batch, longest, config.training.gradient_checkpointing)
+    settled = settle(config, pair.vocab_size, student.head[1], torch.device(device.kind), rows)
+    memory = {
+        "weights of the student": student.weights,
+        "weights of the teacher": 0 if teacher is None else teacher.weights,
+        "gradients": student.trained_weights,
+        "optimiser": _OPTIMIZER_STATES * student.trained_weights,
+        "activations": None if activations is None else activations + kept,
+        "loss": loss_bytes(settled.loss, pair.vocab_size, student, tokens, device.kind),
+    }
+    return student, teacher, memory
+
+
+def show(found: DryRun, console: Console) -> None:
+    """Print a dry run."""
+    for note in found.notes:
+        console.print(note, markup=False)
+    adapters = "" if found.lora is None else f" ({found.lora})"
+    for name, size in (("teacher", found.teacher), ("student", found.student)):
+        if size is not None:
+            console.print(f"{name}: {size.kind}, {size.parameters / 1e6:.2f} M parameters")
+    console.print(f"trained: {found.student.trained / 1e6:.2f} M parameters{adapters}")
+    console.print(
+        f"steps: {found.steps} of {found.rows_per_step} rows, up to "
+        f"{found.rows_per_step * found.longest} tokens each"
+    )
+    console.print(f"memory on {found.device.name}, about:")
+    for name, part in found.memory.items():
+        console.print(f"  {name:<24}{_gib(part):>12}")
+    free = found.device.memory
+    fits = "" if free is None else f" of {_gib(free)}"
+    console.print(f"  {'in all':<24}{_gib(found.total):>12}{fits}")
+    if free is not None and found.total > free:
+        console.print(
+            "this does not fit: lower --batch-size (and raise "
+            "training.gradient_accumulation_steps), set training.gradient_checkpointing=true, "
+            "take --lora-rank, or model.dtype=bfloat16"
+        )
+
+
+def _gib(size: int | None) -> str:
+    if size is None:
+        return "unknown"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,54 @@
+"""How long a row a model can read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdrun.errors import InputError
+from kdrun.models.failures import one_clear_line
+from kdrun.models.locate import ModelSource
+
+
+def load_model_config(source: ModelSource, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model; no weights are read.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    base = source.base
+    options = {"gguf_file": base.gguf_file} if base.gguf_file else {}
+    with one_clear_line(source, "model"):
+        return AutoConfig.from_pretrained(base.path, trust_remote_code=trust_remote_code, **options)
+
+
+def context_limit(config: Any) -> int | None:
+    """The longest row that a model was made for; None where it has no limit.
+
+    Args:
+        config: of transformers.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    # YaRN and the like stretch the positions; most configurations state the stretched length.
+    if isinstance(rope, dict) and rope.get("original_max_position_embeddings") == limit:
+        limit = int(limit * (rope.get("factor") or 1))
+    return limit
+
+
+def check_length(source: ModelSource, config: Any, max_length: int) -> None:
+    """Refuse rows that are longer than a model's context.
+
+    Raises:
+        InputError: with the length that is possible.
+    """
+    limit = context_limit(config)
+    if limit is not None and max_length > limit:
+        raise InputError(
+            f"data.max_length={max_length}: the context of {source} holds {limit} tokens; give "
+            f"--max-length {limit} or less"
+        )

@@ -1,0 +1,91 @@
+"""A tiny pair of models with real rows, for runs inside the process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORDS = "the user asks the assistant a question and the assistant gives an answer"
+
+
+@dataclass(frozen=True)
+class TinyPair:
+    """Folders of a teacher and a student, and a file of rows."""
+
+    teacher: Path
+    student: Path
+    rows: Path
+
+
+def tiny_llama(vocab_size: int, width: int, seed: int, **options: Any) -> Any:
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+        **options,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
+    folder = tmp_path_factory.mktemp("tiny-pair")
+    for name, width, seed in (("teacher", 32, 0), ("student", 16, 1)):
+        tiny_llama(len(tiny_tokenizer), width, seed, attention_dropout=0.1).save_pretrained(
+            folder / name
+        )
+        tiny_tokenizer.save_pretrained(folder / name)
+    rows = folder / "rows.jsonl"
+    with open(rows, "w", encoding="utf-8") as stream:
+        for i in range(40):
+            prompt, response = WORDS[: 8 + i % 40], WORDS[i % 50 :]
+            stream.write(json.dumps({"prompt": f"{i} {prompt}", "response": response}) + "\n")
+    return TinyPair(folder / "teacher", folder / "student", rows)
+
+
+@pytest.fixture(scope="session")
+def distil(tiny_pair: TinyPair) -> Callable[..., Path]:
+    """Runs kdrun's ``distill`` on the tiny pair; keys are given as ``section__key=value``."""
+    import io
+
+    from rich.console import Console
+
+    from kdrun.distillation import distill
+
+    def run(
+        folder: Path, said: list[str] | None = None, resume: bool = False, **given: Any
+    ) -> Path:
+        config: dict[str, dict[str, Any]] = {
+            "model": {"teacher": str(tiny_pair.teacher), "student": str(tiny_pair.student)},
+            "data": {"train": str(tiny_pair.rows), "max_length": 128},
+            "loss": {"spec": "forward_kl_chunked", "compiled": False},
+            "optimizer": {"lr": 1e-2},
+            "training": {"max_steps": 2, "batch_size": 4, "logging_steps": 1},
+            "output": {"dir": str(folder)},
+        }
+        for key, value in given.items():
+            section, _, field = key.partition("__")
+            config.setdefault(section, {})[field] = value
+        output = io.StringIO()
+        try:
+            console = Console(file=output, width=10_000)
+            return distill(config, resume=resume, console=console).folder
+        finally:
+            if said is not None:
+                said += output.getvalue().splitlines()
+
+    return run
