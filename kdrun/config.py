@@ -155,6 +155,9 @@ class TrainingConfig(_Section):
     logging_steps: int = Field(10, ge=1, description="steps a line of metrics.jsonl")
     seed: int = Field(0, ge=0, description="initial weights, order of rows and dropout")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
+    fsdp: bool = Field(
+        False, description="spread both models over the processes that torchrun started (FSDP2)"
+    )
     report_to: str = Field("none", description="a tracker of transformers, such as tensorboard")
 
 
