@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from kdlosses.divergence import RowLoss as RowLoss
     from kdlosses.divergence import state_variable as state_variable
     from kdlosses.engine.plan import automatic_chunk_size as automatic_chunk_size
+    from kdlosses.measures import Measures as Measures
+    from kdlosses.measures import calibration_error as calibration_error
+    from kdlosses.measures import measure as measure
     from kdlosses.objective import KDObjective as KDObjective
     from kdlosses.objective import KDOutput as KDOutput
-    from kdlosses.objective import Measures as Measures
     from kdlosses.objective import TokenLoss as TokenLoss
-    from kdlosses.objective import measure as measure
     from kdlosses.registry import BrokenLossError as BrokenLossError
     from kdlosses.registry import LossRef as LossRef
     from kdlosses.registry import LossSpecError as LossSpecError
@@ -48,7 +49,7 @@ _HOME = {
     "Loss": "divergence",
     "LossRef": "registry",
     "LossSpecError": "registry",
-    "Measures": "objective",
+    "Measures": "measures",
     "Projected": "sources",
     "RowLoss": "divergence",
     "Sampled": "sources",
@@ -59,9 +60,10 @@ _HOME = {
     "TopK": "sources",
     "automatic_chunk_size": "engine.plan",
     "available_losses": "registry",
+    "calibration_error": "measures",
     "find_loss": "registry",
     "get_loss": "registry",
-    "measure": "objective",
+    "measure": "measures",
     "parse_spec": "registry",
     "state_variable": "divergence",
 }

@@ -16,13 +16,12 @@ from kdlosses.engine import (
     Problem,
     Program,
     evaluate,
-    measure_rows,
     refusal,
     silenced,
     view_of,
 )
 from kdlosses.schedules import Schedule
-from kdlosses.sources import Compressed, Source, TeacherSource
+from kdlosses.sources import Source, TeacherSource
 from kdlosses.terms import TEMPERATURE, MovingTerms, Term
 
 
@@ -390,68 +389,3 @@ class KDObjective(nn.Module):
     def _move_ratio(self, progress: float) -> None:
         if self._schedule is not None:
             self.kd_ratio = self._schedule(progress)
-
-
-@dataclass(frozen=True)
-class Measures:
-    """Sums over the supervised tokens of a batch, without gradient; 0-d but for ``kd_terms``.
-
-    Attributes:
-        num_tokens: supervised tokens.
-        cross_entropy: of the student.
-        kd: the distillation loss with its temperature; None without a teacher.
-        kd_terms: ``[k]`` its terms before their weights; None without a teacher.
-        forward_kl: KL(teacher || student) at temperature 1; None without a teacher.
-        reverse_kl: KL(student || teacher) at temperature 1; None without a teacher.
-        top1_agreement: tokens on whose most likely continuation both agree; None without a
-            teacher.
-    """
-
-    num_tokens: Tensor
-    cross_entropy: Tensor
-    kd: Tensor | None
-    kd_terms: Tensor | None
-    forward_kl: Tensor | None
-    reverse_kl: Tensor | None
-    top1_agreement: Tensor | None
-
-
-def measure(
-    loss: TokenLoss,
-    student: Tensor | Source,
-    teacher: Tensor | Source | None,
-    labels: Tensor,
-    *,
-    compiled: bool | None = None,
-) -> Measures:
-    """Measure a student on a batch in one chunked pass, whatever the loss; no gradients.
-
-    Args:
-        loss: gives the KD value, the cut of the vocabulary, the ignored label and the chunk size.
-        student: logits ``[..., V]`` or :class:`Projected`.
-        teacher: likewise, or None.
-        labels: ``[...]`` aligned with the logits.
-        compiled: as for :func:`kdlosses.get_loss`.
-
-    Raises:
-        ValueError: a compressed teacher, of whose distribution too little is known.
-    """
-    batch = loss._batch(student, teacher, labels)
-    if isinstance(batch.teacher, Compressed):
-        kind = type(batch.teacher).__name__
-        raise ValueError(f"teacher: measures need its full distribution, got {kind}")
-    size = None if loss.chunking is None else loss.chunking.size
-    kd, ce, others = (
-        values.sum(0, dtype=torch.float64)
-        for values in measure_rows(loss._problem(batch), Chunking(size, compiled))
-    )
-    num_tokens = torch.tensor(len(batch.rows.labels), device=labels.device)
-    if batch.teacher is None:
-        return Measures(num_tokens, ce, None, None, None, None, None)
-    return Measures(
-        num_tokens,
-        ce,
-        (kd * loss._weighted_factors(batch)).sum(),
-        kd * loss._factors(batch),
-        *others.unbind(),
-    )

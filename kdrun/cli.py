@@ -171,7 +171,10 @@ def _flag_value(key: str, text: str) -> Any:
     """Numbers are read as YAML; names and paths stay as they are (a folder may be called 1e3)."""
     from kdrun.config import parse_value
 
-    if key.startswith(("model.", "data.train", "data.eval", "output.")) or key == "loss.spec":
+    if key.startswith(("model.", "data.train", "data.eval", "output.")) or key in (
+        "loss.spec",
+        "evaluation.answer_pattern",
+    ):
         return None if key == "model.teacher" and text == "none" else text
     return parse_value(text)
 
@@ -253,6 +256,12 @@ def new_loss(name: str, output: str | None) -> None:
 @click.option("--rounds", default=5, show_default=True, help="Timed steps of each variant.")
 @click.option("--kd-ratio", default=0.5, show_default=True, help="Weight of the loss.")
 @click.option("--chunk-size", type=int, help="Rows a chunk; as in training by default.")
+@click.option(
+    "--plain/--no-plain",
+    default=True,
+    show_default=True,
+    help="Measure the plain evaluation too, which takes most of the time.",
+)
 @click.option("--output", metavar="DIR", help="Folder; by default runs/<time>-bench.")
 def bench(
     losses: tuple[str, ...],
@@ -353,6 +362,53 @@ def config_command() -> None:
     from kdrun.show_config import default_yaml
 
     click.echo(default_yaml(), nl=False)
+
+
+@cli.command("evaluate")
+@click.argument("students", nargs=-1, required=True, metavar="STUDENT...")
+@click.option("--teacher", metavar="MODEL", help="Measure it too, and the distance to it.")
+@click.option("--data", required=True, metavar="FILE", help="Rows to measure on, or 'builtin'.")
+@click.option("--max-length", metavar="L", help="Tokens a row.")
+@click.option("--batch-size", metavar="B", help="Rows at once.")
+@click.option("--answers", metavar="N", help="Prompts to answer and score.")
+@click.option("--max-new-tokens", metavar="N", help="Where an answer is cut.")
+@click.option("--answer-pattern", metavar="REGEX", help="Its group is the final answer.")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file of a run.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set section.key; repeatable."
+)
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Results as JSON.")
+def evaluate(
+    students: tuple[str, ...],
+    teacher: str | None,
+    data: str,
+    max_length: str | None,
+    batch_size: str | None,
+    answers: str | None,
+    max_new_tokens: str | None,
+    answer_pattern: str | None,
+    config: Path | None,
+    settings: tuple[str, ...],
+    output: Path | None,
+) -> None:
+    """Measure models on the same rows: STUDENT is a folder, a run's folder or a hub id."""
+    from kdrun.config import load_config
+    from kdrun.evaluation.command import evaluate as run
+    from kdrun.progress import make_console
+
+    given = [
+        ("model.teacher", teacher),
+        ("model.student", students[0]),
+        ("loss.kd_ratio", "0" if teacher is None else None),
+        ("data.train", data),
+        ("data.eval", data),
+        ("data.max_length", max_length),
+        ("training.batch_size", batch_size),
+        ("evaluation.answers", answers),
+        ("evaluation.max_new_tokens", max_new_tokens),
+        ("evaluation.answer_pattern", answer_pattern),
+    ]
+    run(load_config(config, _overrides(settings, given)), students, output, make_console())
 
 
 @cli.command("generate")

@@ -5,6 +5,7 @@ Later sources win: the schema's defaults, the built-in pair's defaults, a YAML f
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -202,6 +203,32 @@ class LoraConfig(_Section):
         return self
 
 
+class EvaluationConfig(_Section):
+    """What the trained student is asked, beside the measures of its distributions."""
+
+    answers: int = Field(
+        0, ge=0, description="held-out prompts it answers greedily and is scored on"
+    )
+    max_new_tokens: int = Field(128, ge=1, description="where an answer is cut")
+    batch_size: int = Field(16, ge=1, description="prompts that are answered at once")
+    answer_pattern: str | None = Field(
+        None,
+        description="regular expression whose first group is the final answer, for exact match; "
+        "'#### *(.+)' fits GSM8K",
+    )
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _check_pattern(cls, pattern: str | None) -> str | None:
+        try:
+            groups = 1 if pattern is None else re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        if groups < 1:
+            raise ValueError("needs a group, in parentheses, around the final answer")
+        return pattern
+
+
 class OutputConfig(_Section):
     """Where the run goes."""
 
@@ -217,6 +244,7 @@ class RunConfig(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     lora: LoraConfig = LoraConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     output: OutputConfig = OutputConfig()
 
     def to_yaml(self) -> str:

@@ -6,13 +6,11 @@ import json
 import platform
 import resource
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +24,7 @@ from kdrun.data.prepare import (
     pack_training,
     read_rows,
 )
+from kdrun.environment import git_state, versions
 from kdrun.errors import InputError, Interrupted
 from kdrun.models.adapters import add_adapters, check_peft, describe_adapters
 from kdrun.pairs import (
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
     from kdrun.trainer import DistillTrainer
 
 _COMPILE_FROM_ELEMENTS = 2e8
-_VERSIONS = ("kdlosses", "torch", "transformers", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,9 @@ def _run(
     console: Console,
 ) -> RunResult:
     from kdrun.data.collate import Collator
-    from kdrun.models.heads import FrozenTeacher
+    from kdrun.evaluation.answers import ask, choose_questions, mean_scores
+    from kdrun.evaluation.measures import held_out_measures
+    from kdrun.models.heads import FrozenTeacher, causal_lm
     from kdrun.models.packing import check_packing
     from kdrun.progress import ShowProgress, WriteMetrics, before_after
     from kdrun.trainer import DistillTrainer, TokenRate
@@ -184,8 +184,11 @@ def _run(
     student = load_student(pair, config.model, config.training.seed)
     widths = {"student": student.get_output_embeddings().weight.shape[0], **teacher.widths}
     describe_cut(widths, pair.vocab_size, lambda line: console.print(line, markup=False))
+    questions, asked = choose_questions(rows.held_out, pair.tokenizer, config.evaluation, student)
     for line in (*teacher.notes, f"student: {describe_model(student)}"):
         console.print(line, markup=False)
+    if asked is not None:
+        console.print(asked, markup=False)
     if config.data.packing:
         check_packing(student, str(pair.student))
         if isinstance(teacher.training, FrozenTeacher):
@@ -195,6 +198,11 @@ def _run(
         console.print(describe_adapters(student, config.lora), markup=False)
 
     arguments = training_arguments(config, folder)
+    if questions and arguments.world_size > 1:
+        raise InputError(
+            "evaluation.answers: not in several processes; set it to 0, and let 'kdrun evaluate' "
+            "ask the trained student"
+        )
     head = student.get_output_embeddings().weight
     count = len(examples.train)  # type: ignore[arg-type]
     config = settle(config, pair.vocab_size, head.shape[1], head.device, count)
@@ -232,8 +240,12 @@ def _run(
             _train(trainer, checkpoint, folder)
         finally:
             show.close()
-    after = _evaluate(trainer)
+    after = held_out_measures(trainer)
     _save_student(trainer, folder, config.lora.merge)
+    if questions:
+        answers = ask(causal_lm(student), pair.tokenizer, questions, config.evaluation)
+        runs.write_lines(folder / runs.ANSWERS, [answer.line() for answer in answers])
+        after |= {f"eval_{name}": value for name, value in mean_scores(answers).items()}
     summary = {
         "before": before,
         "after": after,
@@ -243,8 +255,8 @@ def _run(
         "total_seconds": round(time.monotonic() - started, 2),
         "peak_memory_mib": _peak_memory_mib(),
         "seed": config.training.seed,
-        "versions": _versions(),
-        "git": _git_state(),
+        "versions": versions(),
+        "git": git_state(),
         "command": sys.argv,
     }
     runs.write_json(folder / runs.SUMMARY, summary)
@@ -337,19 +349,15 @@ def _replace_callbacks(trainer: DistillTrainer, *callbacks: Any) -> None:
         trainer.add_callback(callback)
 
 
-def _evaluate(trainer: DistillTrainer) -> dict[str, Any]:
-    keys = ("eval_ce", "eval_forward_kl", "eval_reverse_kl", "eval_top1_agreement", "eval_tokens")
-    found = trainer.evaluate()
-    return {key: found[key] for key in keys}
-
-
 def _before(trainer: DistillTrainer, folder: Path, resume: bool) -> dict[str, Any]:
     """The measures before training; a resumed run keeps those of its first start."""
     path = folder / runs.CHECKPOINTS / "before.json"
     if resume and path.is_file():
         before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return before
-    before = _evaluate(trainer)
+    from kdrun.evaluation.measures import held_out_measures
+
+    before = held_out_measures(trainer)
     path.parent.mkdir(exist_ok=True)
     runs.write_json(path, before)
     return before
@@ -422,25 +430,3 @@ def _peak_memory_mib() -> int:
         return int(torch.cuda.max_memory_allocated() / 2**20)
     divisor = 2**20 if platform.system() == "Darwin" else 2**10
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / divisor)
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}}
-
-
-def _git_state() -> dict[str, Any] | None:
-    """Commit and cleanliness of the working directory, None outside a repository."""
-
-    def ask(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], capture_output=True, text=True, encoding="utf-8", check=True
-            )
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
-    commit = ask("rev-parse", "HEAD")
-    if commit is None:
-        return None
-    return {"commit": commit, "clean": ask("status", "--porcelain") == ""}

@@ -11,15 +11,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import TrainerCallback
 
+from kdrun.evaluation.yardsticks import YARDSTICKS
+
 if TYPE_CHECKING:
     from kdrun.runs import MetricsFile
 
-_ROWS = (
-    ("eval_ce", "cross-entropy", "nats a token, lower is better"),
-    ("eval_forward_kl", "forward KL to the teacher", "nats a token, lower is better"),
-    ("eval_reverse_kl", "reverse KL to the teacher", "nats a token, lower is better"),
-    ("eval_top1_agreement", "top-1 agreement", "share of tokens, higher is better"),
-)
 _LINES_WITHOUT_TERMINAL = 10
 
 
@@ -73,7 +69,11 @@ class ShowProgress(TrainerCallback):
             if self._progress is None and (state.global_step % self._every == 0 or last):
                 self._console.print(f"step {state.global_step}/{state.max_steps}  {self._shown}")
         elif "eval_ce" in logs:
-            shown = [f"{name} {logs[key]:.4f}" for key, name, _ in _ROWS if logs[key] is not None]
+            shown = [
+                f"{yardstick.title} {value:.4f}"
+                for yardstick in YARDSTICKS
+                if (value := logs.get(f"eval_{yardstick.name}")) is not None
+            ]
             self._console.print(f"step {state.global_step}  held out: {', '.join(shown)}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -108,9 +108,11 @@ def before_after(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
     table = Table(title="held-out rows", title_justify="left")
     for heading in ("measure", "before", "after", ""):
         table.add_column(heading, justify="right" if heading in ("before", "after") else "left")
-    for key, name, unit in _ROWS:
+    for yardstick in YARDSTICKS:
+        key = f"eval_{yardstick.name}"
         values = [_figure(measures.get(key)) for measures in (before, after)]
-        table.add_row(name, *values, unit)
+        if key in after:
+            table.add_row(yardstick.title, *values, yardstick.explained)
     return table
 
 

@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from kdrun.errors import InputError
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+ANSWERS = "answers.jsonl"
 STUDENT, CHECKPOINTS = "student", "checkpoints"
 ADAPTER, BASE = "adapter", "base"
 """The adapter of a merged student; the initial weights of a built-in student with adapters."""
@@ -67,7 +69,7 @@ def prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 
 def _clear(folder: Path) -> None:
     """Remove what a run wrote, and nothing else."""
-    for name in (CONFIG, METRICS, SUMMARY):
+    for name in (CONFIG, METRICS, SUMMARY, ANSWERS):
         (folder / name).unlink(missing_ok=True)
     for name in (STUDENT, CHECKPOINTS, ADAPTER, BASE):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -102,6 +104,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write an object as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write objects as JSON lines, whole or not at all."""
+    write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
 
 class MetricsFile:

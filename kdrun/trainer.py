@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from kdlosses import KDObjective, Schedule, TokenLoss, get_loss, measure
-from kdrun.data.collate import shift_labels
+from kdlosses import KDObjective, Schedule, TokenLoss, calibration_error, get_loss, measure
+from kdrun.data.collate import IGNORE_INDEX, shift_labels
 from kdrun.errors import TrainingError
 from kdrun.models.heads import FrozenTeacher, HeadSplit, Teacher, call, find_split, install
 from kdrun.runs import COMPLETE, write_json
 
 _MEASURE_COMPILED_FROM = 16384
-_NOT_FOR_THE_MODEL = ("labels", "shift_labels")
+_LABELS = ("labels", "shift_labels")
 _OBJECTIVE = "objective.json"
 
 
@@ -175,20 +175,46 @@ class DistillTrainer(Trainer):
         model = self.model_wrapped if self.is_in_train else self.model
         was_training = model.training
         model.eval()
-        terms = len(self.objective.loss.terms)
-        sums = torch.zeros(6 + terms, dtype=torch.float64, device=self.args.device)
+        sums: Tensor | None = None
         rows = 0
         try:
-            for batch in dataloader:
+            for number, batch in enumerate(dataloader):
                 inputs = self._prepare_inputs(batch)
-                rows += len(inputs["input_ids"])
+                rows += self._silence_repeats(number, inputs, len(dataloader.dataset))
                 with torch.no_grad():
-                    sums += self._measure(model, inputs)
+                    found = self._measure(model, inputs)
+                sums = found if sums is None else sums + found
         finally:
             model.train(was_training)
-        metrics = self._metrics(self.accelerator.reduce(sums).tolist())
+        assert sums is not None, "a data loader has a batch"
+        metrics = self._metrics(self.accelerator.reduce(sums))
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=rows)
+
+    def _silence_repeats(self, number: int, inputs: dict[str, Any], total: int) -> int:
+        """Ignore rows that only fill up the last round of several processes.
+
+        accelerate deals out whole batches, batch ``k`` to rank ``k % world``, and begins anew with
+        the first rows where a batch or a rank would otherwise go without: they would count twice.
+
+        Args:
+            number: of the batch among those of this process.
+            inputs: the batch; its labels are changed.
+            total: rows of the data set.
+
+        Returns:
+            Rows that count.
+        """
+        count = len(inputs["input_ids"])
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if world == 1:
+            return count
+        first = (number * world + rank) * self.args.eval_batch_size
+        kept: int = min(count, max(0, total - first))
+        for name in _LABELS:
+            if name in inputs:
+                inputs[name][kept:] = IGNORE_INDEX
+        return kept
 
     def _measure(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         labels, features = _split_inputs(inputs)
@@ -211,19 +237,20 @@ class DistillTrainer(Trainer):
                 found.reverse_kl,
                 found.top1_agreement,
             )
-            zeros = torch.zeros(
-                len(self.objective.loss.terms), dtype=torch.float64, device=labels.device
-            )
-            sums = torch.stack([zeros.sum() if c is None else c.double() for c in columns])
-            return {"sums": torch.cat([sums, zeros if found.kd_terms is None else found.kd_terms])}
+            zero = found.cross_entropy.new_zeros(())
+            terms = zero.expand(len(self.objective.loss.terms))
+            sums = torch.stack([zero if column is None else column for column in columns])
+            kd_terms = terms if found.kd_terms is None else found.kd_terms
+            return {"sums": torch.cat([sums, kd_terms, found.calibration.flatten()])}
 
         return call(model, consume, **features)["sums"]
 
-    def _metrics(self, sums: list[float]) -> dict[str, float | None]:
-        tokens = sums[0]
+    def _metrics(self, sums: Tensor) -> dict[str, float | None]:
+        tokens = sums[0].item()
         if tokens == 0:
             raise TrainingError("the evaluation rows hold no supervised token")
-        ce, kd, forward_kl, reverse_kl, agreement, *terms = (value / tokens for value in sums[1:])
+        columns, calibration = sums.tensor_split([6 + len(self.objective.loss.terms)])
+        ce, kd, forward_kl, reverse_kl, agreement, *terms = (columns[1:] / tokens).tolist()
         ratio = self.objective.kd_ratio
         with_teacher = self.eval_teacher is not None
         loss = (1 - ratio) * ce + ratio * kd if ratio > 0 else ce
@@ -235,6 +262,7 @@ class DistillTrainer(Trainer):
             "forward_kl": forward_kl if with_teacher else None,
             "reverse_kl": reverse_kl if with_teacher else None,
             "top1_agreement": agreement if with_teacher else None,
+            "calibration_error": calibration_error(calibration.view(3, -1)).item(),
             "tokens": int(tokens),
         }
 
@@ -360,5 +388,5 @@ def _split_inputs(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     labels = inputs.get("shift_labels")
     if labels is None:
         labels = shift_labels(inputs["labels"])
-    features = {key: value for key, value in inputs.items() if key not in _NOT_FOR_THE_MODEL}
+    features = {key: value for key, value in inputs.items() if key not in _LABELS}
     return labels, features

@@ -68,6 +68,7 @@ ALLOWED = {
     "terms": {"divergence", "schedules"},
     "batch": {"engine", "sources"},
     "objective": {"batch", "terms", "engine", "sources", "divergence", "schedules"},
+    "measures": {"objective", "engine", "sources"},
     "registry": {"divergence", "objective", "engine", "schedules", "terms"},
     "testing": {"testing", "schedules", "divergence", "engine", "objective", "registry", "sources"},
 }

@@ -202,7 +202,7 @@ def _run(
         return kd, ce, () if sink is None else sink.finish()
 
 
-def chunked_measures(job: Job) -> tuple[Tensor, Tensor, Tensor]:
+def chunked_measures(job: Job) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What :func:`row_measures` gives for each supervised row, without gradients."""
     values = job.student.tensors[0]
     with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
@@ -216,9 +216,9 @@ def chunked_measures(job: Job) -> tuple[Tensor, Tensor, Tensor]:
                 found.append(compiled.run(row_measures, (job.program,), data, job.compiled))
         if not found:
             kd = values.new_zeros(0, len(job.program.losses), dtype=_value_dtype(values))
-            return kd, kd.new_zeros(0), kd.new_zeros(0, 3)
-        kd, ce, others = (torch.cat(column) for column in zip(*found, strict=True))
-        return restore_infinity(kd), restore_infinity(ce), restore_infinity(others)
+            return kd, kd.new_zeros(0), kd.new_zeros(0, 2), kd.new_zeros(0, 3)
+        kd, ce, alone, both = (torch.cat(column) for column in zip(*found, strict=True))
+        return restore_infinity(kd), restore_infinity(ce), alone, restore_infinity(both)
 
 
 class _Sides:

@@ -128,33 +128,32 @@ def row_measures(
     teacher: tuple[Tensor, ...],
     labels: Tensor,
     scalars: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a student is judged by; arguments as for :func:`row_values`, the teacher's raw logits.
 
     Returns:
-        KD ``[n, k]``, CE ``[n]``, and ``[n, 3]``: forward KL, reverse KL, and 1 where both models
-        find the same token most likely. The last three are at temperature 1, and 0 without a
-        teacher.
+        KD ``[n, k]``, CE ``[n]``; ``[n, 2]`` of the student alone: the probability of its most
+        likely token, and 1 where that is the label; ``[n, 3]``: forward KL, reverse KL, and 1
+        where both models find the same token most likely. The last five are at temperature 1; the
+        three are 0 without a teacher.
     """
     kd, ce = row_values(program, raw_student, teacher, labels, scalars)
-    if not teacher:
-        return kd, ce, ce.new_zeros(len(ce), 3)
     student_logits = program.student_post(raw_student)
     student = finite_log_probs(log_softmax(student_logits))
+    top = student_logits.argmax(-1)
+    alone = torch.stack([student.amax(-1).exp(), (top == labels).to(ce.dtype)], -1)
+    if not teacher:
+        return kd, ce, alone, ce.new_zeros(len(ce), 3)
     rows = program.view.align(teacher, student, None)
-    agreement = student_logits.argmax(-1) == rows.teacher.argmax(-1)
-    return (
-        kd,
-        ce,
-        torch.stack(
-            [
-                kl_terms(rows.teacher, student).sum(-1),
-                kl_terms(student, rows.teacher).sum(-1),
-                agreement.to(ce.dtype),
-            ],
-            -1,
-        ),
+    both = torch.stack(
+        [
+            kl_terms(rows.teacher, student).sum(-1),
+            kl_terms(student, rows.teacher).sum(-1),
+            (top == rows.teacher.argmax(-1)).to(ce.dtype),
+        ],
+        -1,
     )
+    return kd, ce, alone, both
 
 
 def _value(loss: Loss, rows: Aligned, labels: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from kdrun.compare.ledger import Ledger
 from kdrun.compare.outcome import report
 from kdrun.compare.plan import DEFAULT_LOSSES, Axes, find_yardstick, trained_on
 from kdrun.compare.record import Record, Trial
+from kdrun.compare.references import measure_references
 from kdrun.compare.run import Comparison, check_pairs, check_settings, run_comparison
-from kdrun.config import BUILT_IN, load_config
+from kdrun.config import BUILT_IN, RunConfig, load_config
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 # Short enough that the default comparison ends in a quarter of an hour on two cores.
 _BUILT_IN_STEPS = 400
+_ANSWERS = 50
 _NEVER = 10**9
 
 
@@ -83,8 +85,10 @@ def declare(options: Options) -> Comparison:
     training: dict[str, Any] = {"save_steps": _NEVER}  # a trial that is cut off runs again
     if base.model.student == BUILT_IN and "training.max_steps" not in given:
         training["max_steps"] = _BUILT_IN_STEPS
+    evaluation = {} if _sets_answers(base) else {"answers": _ANSWERS}
     base = base.model_copy(
         update={
+            "evaluation": base.evaluation.model_copy(update=evaluation),
             "training": base.training.model_copy(update=training),
             "model": base.model.model_copy(update={"init_seed": base.model.init_seed or 0}),
         }
@@ -104,6 +108,11 @@ def declare(options: Options) -> Comparison:
     if not difference > 0:
         raise InputError(f"--difference {difference:g}: must be above 0")
     return Comparison(axes, base, yardstick, difference, options.keep_students)
+
+
+def _sets_answers(base: RunConfig) -> bool:
+    """Whether the user said how many prompts are answered, 0 included."""
+    return "answers" in base.evaluation.model_fields_set
 
 
 def compare_losses(options: Options, console: Console) -> None:
@@ -127,6 +136,7 @@ def compare_losses(options: Options, console: Console) -> None:
             run_comparison(comparison, ledger, _nothing)
             return
         _show_declaration(comparison, folder, console)
+        measure_references(comparison, ledger, console)
         with Display(console, comparison.yardstick) as display:
             if options.jobs == 1:
                 records = run_comparison(comparison, ledger, display.update)
@@ -147,6 +157,12 @@ def _show_declaration(comparison: Comparison, folder: Path, console: Console) ->
         f"difference of interest: {comparison.difference:g}",
         markup=False,
     )
+    questions = comparison.base.evaluation
+    if questions.answers and comparison.base.data.train != BUILT_IN:
+        console.print(
+            f"answers: of every trial to at most {questions.answers} held-out prompts "
+            f"(evaluation.answers), {questions.max_new_tokens} tokens each"
+        )
     for spec in trained_on(yardstick, axes):
         console.print(
             f"note: {spec} trains on the primary yardstick itself, which favours it; consider "

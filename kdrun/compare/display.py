@@ -10,7 +10,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from kdrun.compare.record import Arm, Record, Trial, Yardstick
+from kdrun.compare.record import Arm, Record, Trial
+from kdrun.evaluation.yardsticks import Yardstick
 
 if TYPE_CHECKING:
     from rich.console import Console

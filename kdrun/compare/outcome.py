@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kdrun import runs
 from kdrun.compare.ledger import Ledger
 from kdrun.compare.record import Arm, Record
+from kdrun.compare.references import read_references
 from kdrun.compare.report import ReportInput, print_table, write_report
 from kdrun.compare.run import Comparison
 
@@ -49,24 +48,10 @@ def inputs(comparison: Comparison, records: Sequence[Record], ledger: Ledger) ->
                 baseline=baseline,
                 yardstick=comparison.yardstick,
                 difference=comparison.difference,
-                references=_references(own, ledger),
+                references=read_references(ledger, baseline),
             )
         )
     return found
-
-
-def _references(records: Sequence[Record], ledger: Ledger) -> dict[str, dict[str, float | None]]:
-    """The student before training, as the trials measured it on the rows that are reported."""
-    for record in records:
-        path = ledger.trial_folder(record.id) / runs.SUMMARY
-        if record.trial.stage == "final" and path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))["before"]
-            return {
-                "untrained student": {
-                    key.removeprefix("eval_"): value for key, value in before.items()
-                }
-            }
-    return {}
 
 
 def _pair(arm: Arm) -> tuple[str, str]:

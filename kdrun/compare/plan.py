@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from kdrun.compare.record import YARDSTICKS, Arm, Record, Stage, Trial, Yardstick
+from kdrun.compare.record import Arm, Record, Stage, Trial
 from kdrun.config import RunConfig
 from kdrun.errors import InputError
+from kdrun.evaluation.yardsticks import YARDSTICKS, Yardstick
 
 DEFAULT_LOSSES = ("forward_kl_chunked", "reverse_kl_chunked", "generalized_jsd_chunked")
 _VARIED = {

@@ -68,7 +68,7 @@ class Record(_Data):
         status: ``"diverged"`` where the loss or a measure became NaN or infinite.
         reason: one line, where the status is not ``"done"``.
         measures: of the trained student on the held-out rows, by the names of
-            :data:`YARDSTICKS`; None where a yardstick does not apply. Empty where not done.
+            the yardsticks; None where a yardstick does not apply. Empty where not done.
         curves: lines of the training log, with ``step`` and what was logged at it.
         supervised_tokens_per_second: of training alone.
         peak_memory_mib: of the process.
@@ -90,58 +90,3 @@ class Record(_Data):
     command: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
     hardware: dict[str, str] = Field(default_factory=dict)
-
-
-class Yardstick(_Data):
-    """A measure on held-out rows that does not depend on the loss that was trained on.
-
-    Attributes:
-        name: key in :attr:`Record.measures`.
-        title: in tables.
-        unit: what the numbers are.
-        lower_is_better: its direction.
-        difference: the smallest difference of interest.
-        trained_on_by: registered losses whose value is this yardstick.
-    """
-
-    name: str
-    title: str
-    unit: str
-    lower_is_better: bool
-    difference: float
-    trained_on_by: tuple[str, ...] = ()
-
-
-YARDSTICKS = (
-    Yardstick(
-        name="ce",
-        title="cross-entropy",
-        unit="nats a token",
-        lower_is_better=True,
-        difference=0.02,
-        trained_on_by=("cross-entropy",),
-    ),
-    Yardstick(
-        name="forward_kl",
-        title="forward KL to the teacher",
-        unit="nats a token",
-        lower_is_better=True,
-        difference=0.02,
-        trained_on_by=("forward_kl",),
-    ),
-    Yardstick(
-        name="reverse_kl",
-        title="reverse KL to the teacher",
-        unit="nats a token",
-        lower_is_better=True,
-        difference=0.02,
-        trained_on_by=("reverse_kl",),
-    ),
-    Yardstick(
-        name="top1_agreement",
-        title="top-1 agreement",
-        unit="share of tokens",
-        lower_is_better=False,
-        difference=0.005,
-    ),
-)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from kdrun.compare.ledger import Ledger
 from kdrun.compare.plan import Axes, final_trials, setting, tuning_trials
-from kdrun.compare.record import Record, Trial, Yardstick
+from kdrun.compare.record import Record, Trial
 from kdrun.compare.trial import run_trial, trial_config
 from kdrun.config import RunConfig
 from kdrun.errors import InputError
+from kdrun.evaluation.yardsticks import Yardstick
 
 _WAIT = 2.0
 

@@ -36,7 +36,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kdrun.compare.extra import compare_extra
-from kdrun.compare.record import Arm, Record, Status, Yardstick
+from kdrun.compare.record import Arm, Record, Status
+from kdrun.evaluation.yardsticks import Yardstick
 
 with compare_extra():
     from scipy import stats

@@ -128,6 +128,20 @@ def pack_training(examples: Examples, max_length: int) -> Examples:
     return Examples(packed, examples.held_out, (*examples.notes, note))
 
 
+def read_held_out(source: str, config: DataConfig) -> tuple[Sequence[Any], list[str]]:
+    """All rows of a source to measure on, and notes on them.
+
+    Of the built-in text it is the held-out part.
+
+    Raises:
+        InputError: nothing usable, naming the file and the cure.
+    """
+    if source == BUILT_IN:
+        return _documents(load_text().held_out), []
+    found = _load(source, config)
+    return found.rows, found.warnings()
+
+
 def encode_rows(
     rows: RawRows,
     tokenizer: PreTrainedTokenizerBase,

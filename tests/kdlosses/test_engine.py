@@ -711,6 +711,7 @@ def test_measures_are_sums_at_temperature_one():
         assert result.top1_agreement.item() == (p.argmax(-1) == q.argmax(-1)).sum()
         alone = measure(loss, student, None, labels, compiled=False)
         assert alone.cross_entropy == result.cross_entropy
+        assert torch.equal(alone.calibration, result.calibration)
         assert alone.kd is None
         assert alone.forward_kl is None
     empty = measure(loss, student, teacher, torch.full((5,), -100), compiled=False)

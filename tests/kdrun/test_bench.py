@@ -294,6 +294,8 @@ def test_peers_are_asked_only_for_what_they_have(
     betas = {loss: {case.beta for case in made.cases(POINT, loss)} for loss in made.losses}
     assert betas["reverse_kl"] == {1.0}
     assert betas["generalized_jsd:beta=0.1"] == {0.1}
+    quick = make_plan(replace(SETTINGS, plain=False), [12], [40], losses, [], tmp_path)
+    assert [case.implementation for case in quick.cases(POINT, "hellinger")] == [CHUNKED]
     with pytest.raises(InputError, match="pip install"):
         make_plan(SETTINGS, [12], [40], losses, ["trl"], tmp_path)
 

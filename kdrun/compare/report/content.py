@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kdlosses import LossSpecError, parse_spec
-from kdrun.compare.record import YARDSTICKS, Arm, Record, Trial, Yardstick
+from kdrun.compare.record import Arm, Record, Trial
+from kdrun.evaluation.yardsticks import YARDSTICKS, Yardstick
 
 if TYPE_CHECKING:
     from kdrun.compare.statistics import ArmVerdict

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kdrun.compare.record import Yardstick
 from kdrun.compare.report.content import ReportInput, Spread, summarise
+from kdrun.evaluation.yardsticks import Yardstick
 
 _COLOURS = {"better": "green", "worse": "red", "diverged": "red", "equivalent": "blue"}
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from kdrun.compare.record import Trial, Yardstick
+from kdrun.compare.record import Trial
 from kdrun.compare.report.content import ArmSummary, Spread, Summary
 from kdrun.compare.statistics import LEVEL, ArmVerdict
+from kdrun.evaluation.yardsticks import Yardstick
 
 _ORDER = ("better", "equivalent", "identical", "undecided", "worse", "diverged", "no verdict")
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from kdrun.compare.record import YARDSTICKS, Arm, Record, Trial
+from kdrun.compare.record import Arm, Record, Trial
 from kdrun.compare.report import ReportInput
+from kdrun.evaluation.yardsticks import YARDSTICKS
 
 
 def arm(loss: str | None, kd_ratio: float = 0.5, lr: float = 1e-3, student: str = "s") -> Arm:
@@ -121,7 +122,7 @@ def _trained(
             "reverse_kl": 1.2 * kl,
             "top1_agreement": 0.62 - 0.1 * kl,
             "calibration_error": 0.031,
-            "rouge_l": 18.0 + seed / 3,
+            "rouge_l": 0.18 + seed / 300,
             "exact_match": None,
         },
         curves=curves,

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from synthetic import BASELINE, arm, record, records_of
 
-from kdrun.compare.record import YARDSTICKS
 from kdrun.compare.statistics import (
     LEVEL,
     MOST_SEEDS,
@@ -19,6 +18,7 @@ from kdrun.compare.statistics import (
     power,
     upper_standard_deviation,
 )
+from kdrun.evaluation.yardsticks import YARDSTICKS
 
 stats = pytest.importorskip("scipy.stats")
 

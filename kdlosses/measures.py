@@ -1,0 +1,112 @@
+"""What a student is judged by, whatever loss it was trained on."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdlosses.engine import Chunking, measure_rows
+from kdlosses.objective import TokenLoss
+from kdlosses.sources import Compressed, Source
+
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Sums over the supervised tokens of a batch, without gradient.
+
+    0-d but for ``kd_terms`` and ``calibration``; those of several batches add up.
+
+    Attributes:
+        num_tokens: supervised tokens.
+        cross_entropy: of the student.
+        calibration: ``[3, 15]``, for :func:`calibration_error`: tokens by the probability of the
+            student's most likely continuation, in bins of equal width; the sum of that probability
+            in each bin; and on how many of its tokens that continuation is the label.
+        kd: the distillation loss with its temperature; None without a teacher.
+        kd_terms: ``[k]`` its terms before their weights; None without a teacher.
+        forward_kl: KL(teacher || student) at temperature 1; None without a teacher.
+        reverse_kl: KL(student || teacher) at temperature 1; None without a teacher.
+        top1_agreement: tokens on whose most likely continuation both agree; None without a
+            teacher.
+    """
+
+    num_tokens: Tensor
+    cross_entropy: Tensor
+    calibration: Tensor
+    kd: Tensor | None = None
+    kd_terms: Tensor | None = None
+    forward_kl: Tensor | None = None
+    reverse_kl: Tensor | None = None
+    top1_agreement: Tensor | None = None
+
+
+def measure(
+    loss: TokenLoss,
+    student: Tensor | Source,
+    teacher: Tensor | Source | None,
+    labels: Tensor,
+    *,
+    compiled: bool | None = None,
+) -> Measures:
+    """Measure a student on a batch in one chunked pass, whatever the loss; no gradients.
+
+    Args:
+        loss: gives the KD value, the cut of the vocabulary, the ignored label and the chunk size.
+        student: logits ``[..., V]`` or :class:`Projected`.
+        teacher: likewise, or None.
+        labels: ``[...]`` aligned with the logits.
+        compiled: as for :func:`kdlosses.get_loss`.
+
+    Raises:
+        ValueError: a compressed teacher, of whose distribution too little is known.
+    """
+    batch = loss._batch(student, teacher, labels)
+    if isinstance(batch.teacher, Compressed):
+        kind = type(batch.teacher).__name__
+        raise ValueError(f"teacher: measures need its full distribution, got {kind}")
+    size = None if loss.chunking is None else loss.chunking.size
+    kd, ce, student_rows, teacher_rows = (
+        values.double() for values in measure_rows(loss._problem(batch), Chunking(size, compiled))
+    )
+    num_tokens = torch.tensor(len(batch.rows.labels), device=labels.device)
+    calibration = _bin(*student_rows.unbind(-1))
+    if batch.teacher is None:
+        return Measures(num_tokens, ce.sum(), calibration)
+    kd = kd.sum(0)
+    return Measures(
+        num_tokens,
+        ce.sum(),
+        calibration,
+        (kd * loss._weighted_factors(batch)).sum(),
+        kd * loss._factors(batch),
+        *teacher_rows.sum(0).unbind(),
+    )
+
+
+def calibration_error(calibration: Tensor) -> Tensor:
+    """Expected calibration error of a student's most likely continuations, 0 to 1.
+
+    ``sum_b |sum_(i in b) (correct_i - p_i)| / n`` over 15 bins of equal width, where ``p_i`` is the
+    probability of the most likely continuation and ``correct_i`` whether it is the label. It says
+    whether probabilities mean what they say, not whether the student is good: one that knows
+    nothing but base rates can have 0.
+
+    Args:
+        calibration: ``[3, 15]`` sums over any number of batches, see :class:`Measures`.
+
+    Returns:
+        0-d; NaN without tokens.
+
+    Reference: Naeini et al. 2015, doi:10.1609/aaai.v29i1.9602; Guo et al. 2017, arXiv:1706.04599.
+    """
+    tokens, confidence, correct = calibration.unbind()
+    return (correct - confidence).abs().sum() / tokens.sum()
+
+
+def _bin(confidence: Tensor, correct: Tensor) -> Tensor:
+    """Sums in bins ``(b / 15, (b + 1) / 15]``."""
+    index = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+    member = torch.nn.functional.one_hot(index, CALIBRATION_BINS).to(confidence.dtype)
+    return torch.stack([torch.ones_like(confidence), confidence, correct]) @ member

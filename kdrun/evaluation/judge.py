@@ -1,0 +1,69 @@
+"""All measures of one model: of its distributions and of its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from kdrun.data.prepare import encode_held_out
+from kdrun.data.token_cache import TokenCache
+from kdrun.evaluation.answers import ask, choose_questions, mean_scores
+from kdrun.evaluation.measures import measure_model
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel
+
+    from kdrun.config import RunConfig
+    from kdrun.models.heads import Teacher
+    from kdrun.pairs import Pair
+
+
+def judge(
+    model: PreTrainedModel,
+    teacher: Teacher | None,
+    pair: Pair,
+    config: RunConfig,
+    rows: Sequence[Any],
+    progress: Console,
+) -> dict[str, Any]:
+    """Measure a model that nothing is to be trained of.
+
+    Args:
+        model: a causal language model with the pair's tokenizer.
+        teacher: what it is compared with, or None.
+        pair: gives tokenizer and vocabulary.
+        config: length of rows, chunk size, batch sizes, and what is asked.
+        rows: to measure on, texts or conversations.
+        progress: is told what becomes of the rows.
+
+    Returns:
+        Values by the names of :data:`kdrun.evaluation.yardsticks.YARDSTICKS`, and ``tokens``; None
+        where one does not apply.
+
+    Raises:
+        InputError: no row fits.
+    """
+    from kdrun.distillation import build_loss
+
+    data = config.data
+    cache = TokenCache.at(data.cache_dir)
+    settings = (pair.tokenizer, data.max_length, data.long_rows, cache)
+    examples, notes = encode_held_out(rows, *settings)
+    questions, note = choose_questions(rows, pair.tokenizer, config.evaluation, model)
+    if teacher is None:  # it comes first, or is alone: what is said of the rows is said once
+        for line in (*notes, note):
+            if line is not None:
+                progress.print(line, markup=False)
+    found = measure_model(
+        model,
+        teacher,
+        build_loss(config.loss, pair.vocab_size),
+        examples,
+        pair.tokenizer,
+        config.training.batch_size,
+    )
+    measures = {key.removeprefix("eval_"): value for key, value in found.items()}
+    if questions:
+        measures |= mean_scores(ask(model, pair.tokenizer, questions, config.evaluation))
+    return measures

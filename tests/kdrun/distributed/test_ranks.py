@@ -1,0 +1,66 @@
+"""Losses, gradients and measures of several gloo processes equal those of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import worker
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+def launch(folder: Path, processes: int) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, *launcher, worker.__file__, str(folder)],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    worker.make(folder / "student-tied", True, 1)
+    worker.make(folder / "student-untied", False, 2)
+    worker.make(folder / "teacher", True, 3)
+    for processes in (1, 2, 4):
+        launch(folder, processes)
+    return folder
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("case", worker.CASES, ids=lambda case: case.name)
+def test_processes_equal_one(results: Path, case: worker.Case, processes: int) -> None:
+    one, several = (
+        load_file(results / f"{case.name}-{number}.safetensors") for number in (1, processes)
+    )
+    # A tied head has a name of its own where it is sharded.
+    assert set(one) <= set(several)
+    for name, expected in one.items():
+        assert (several[name] - expected).abs().max() <= 1e-6, name
+    before = load_file(results / "student-tied" / "model.safetensors")
+    if not case.lora and case.tied:
+        assert (
+            one["lm_head.weight" if "lm_head.weight" in one else "model.embed_tokens.weight"]
+            - before["model.embed_tokens.weight"]
+        ).abs().max() > 1e-3
+    logged, others = (
+        json.loads((results / f"{case.name}-{number}.json").read_text(encoding="utf-8"))
+        for number in (1, processes)
+    )
+    assert {"loss", "class_loss", "kd_loss", "eval_ce", "eval_tokens"} <= set(logged)
+    for key, value in logged.items():
+        assert others[key] == pytest.approx(value, abs=1e-6), key
