@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kdrun.builtin import STUDENT_DIR, TEACHER_DIR
 from kdrun.config import BUILT_IN, ModelConfig, RunConfig
 from kdrun.errors import InputError
-from kdrun.models.context import check_length, load_model_config
+from kdrun.models.context import check_length
 from kdrun.models.load import load_model
 from kdrun.models.locate import ModelSource, locate_model
 from kdrun.models.tokenizers import compare_tokenizers, load_tokenizer
@@ -78,8 +78,7 @@ def check_context(config: RunConfig, pair: Pair) -> None:
     """
     for source in (pair.teacher, pair.student):
         if source is not None:
-            found = load_model_config(source, config.model.trust_remote_code)
-            check_length(source, found, config.data.max_length)
+            check_length(source, config.data.max_length, config.model.trust_remote_code)
 
 
 def load_teacher(pair: Pair, config: ModelConfig) -> PreTrainedModel | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdrun.cache.choose import check_cache, check_cached_rows
+from kdrun.cache.manifest import read_manifest
 from kdrun.config import KD_RATIO, RunConfig
 from kdrun.data.prepare import (
     check_packed_rows,
@@ -134,19 +136,24 @@ def _memory(
     if config.lora.rank is not None:
         shadow.adapt(config)
     student = shadow.size()
-    teacher = None
+    teacher, teacher_weights, width = None, 0, 0
     if pair.teacher is not None:
         teacher = Shadow(pair.teacher, load_model_config(pair.teacher, trust), config, pair).size()
+        teacher_weights, width = teacher.weights, teacher.head[1]
+    if config.model.teacher_cache is not None:
+        manifest = read_manifest(Path(config.model.teacher_cache).expanduser())
+        teacher_weights += 0 if manifest.head is None else manifest.head.bytes
+        width = manifest.entries
     batch = min(config.training.batch_size, rows)
     tokens = batch * longest
-    kept = 0  # of the teacher for the loss: its last hidden states
-    if teacher is not None and (config.loss.kd_ratio > 0 or KD_RATIO in config.loss.schedules):
-        kept = tokens * teacher.head[1] * teacher.item_size
+    kept = 0  # of the teacher for the loss: its last hidden states, or what a cache holds
+    if config.loss.kd_ratio > 0 or KD_RATIO in config.loss.schedules:
+        kept = tokens * width * student.item_size
     activations = shadow.activations(batch, longest, config.training.gradient_checkpointing)
     settled = settle(config, pair.vocab_size, student.head[1], torch.device(device.kind), rows)
     memory = {
         "weights of the student": student.weights,
-        "weights of the teacher": 0 if teacher is None else teacher.weights,
+        "weights of the teacher": teacher_weights,
         "gradients": student.trained_weights,
         "optimiser": _OPTIMIZER_STATES * student.trained_weights,
         "activations": None if activations is None else activations + kept,

@@ -17,7 +17,14 @@ from kdrun.environment import versions
 from kdrun.errors import InputError
 from kdrun.evaluation.judge import judge
 from kdrun.evaluation.yardsticks import YARDSTICKS
-from kdrun.pairs import check_head, describe_model, find_pair, load_teacher, locate_pair
+from kdrun.pairs import (
+    check_context,
+    check_head,
+    describe_model,
+    find_pair,
+    load_teacher,
+    locate_pair,
+)
 from kdrun.quiet import quiet_libraries
 
 
@@ -85,6 +92,8 @@ def _measure_all(
     from kdrun.models.load import load_model
 
     pairs = [find_pair(config.model) for config in configs]
+    for config, pair in zip(configs, pairs, strict=True):
+        check_context(config, pair)
     first = configs[0].model
     found: list[Found] = []
     model = load_teacher(pairs[0], first)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kdrun.data.prepare import encode_held_out
+from kdrun.data.token_cache import TokenCache
 from kdrun.evaluation.answers import ask, choose_questions, mean_scores
 from kdrun.evaluation.measures import measure_model
 
@@ -46,7 +47,9 @@ def judge(
     from kdrun.distillation import build_loss
 
     data = config.data
-    examples, notes = encode_held_out(rows, pair.tokenizer, data.max_length, data.long_rows)
+    cache = TokenCache.at(data.cache_dir)
+    settings = (pair.tokenizer, data.max_length, data.long_rows, cache)
+    examples, notes = encode_held_out(rows, *settings)
     questions, note = choose_questions(rows, pair.tokenizer, config.evaluation, model)
     if teacher is None:  # it comes first, or is alone: what is said of the rows is said once
         for line in (*notes, note):

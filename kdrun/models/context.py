@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from kdrun.errors import InputError
 from kdrun.models.failures import one_clear_line
+from kdrun.models.gguf_header import context_length
 from kdrun.models.locate import ModelSource
 
 
@@ -40,15 +42,21 @@ def context_limit(config: Any) -> int | None:
     return limit
 
 
-def check_length(source: ModelSource, config: Any, max_length: int) -> None:
-    """Refuse rows that are longer than a model's context.
+def check_length(source: ModelSource, max_length: int, trust_remote_code: bool = False) -> None:
+    """Refuse rows that are longer than a model's context; no weights are read.
 
     Raises:
         InputError: with the length that is possible.
     """
-    limit = context_limit(config)
+    limit = _limit_of(source, trust_remote_code)
     if limit is not None and max_length > limit:
         raise InputError(
             f"data.max_length={max_length}: the context of {source} holds {limit} tokens; give "
             f"--max-length {limit} or less"
         )
+
+
+def _limit_of(source: ModelSource, trust_remote_code: bool) -> int | None:
+    if source.gguf_file is not None and source.is_local:
+        return context_length(Path(source.path) / source.gguf_file)
+    return context_limit(load_model_config(source, trust_remote_code))

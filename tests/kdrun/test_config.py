@@ -35,7 +35,8 @@ def test_the_printed_configuration_is_the_default_and_complete(
 
 
 def test_every_key_stands_under_its_description(printed: str) -> None:
-    words = " ".join(printed.replace("#", " ").split())
+    lines = [line.strip().removeprefix("# ") for line in printed.splitlines()]
+    words = " ".join(" ".join(lines).split())
     for section in RunConfig.model_fields:
         for key, field in type(getattr(load_config(), section)).model_fields.items():
             assert field.description, f"{section}.{key}"

@@ -191,6 +191,8 @@ def test_a_cache_is_checked_against_the_rows(tiny_pair: Any, tmp_path: Path) -> 
     found = dry_run(config_of(tiny_pair, **cached))
     assert any(note.startswith("teacher: ") and "hidden states" in note for note in found.notes)
     assert found.teacher is None
+    head = tmp_path / "cache" / "head.safetensors"
+    assert found.memory["weights of the teacher"] == head.stat().st_size
     with pytest.raises(InputError, match="lacks the row"):
         dry_run(config_of(tiny_pair, data__max_length=24, **cached))
 

@@ -21,6 +21,8 @@ import kdlosses
 from kdrun import DistillTrainer
 from kdrun.config import LoraConfig, load_config
 from kdrun.data.collate import Collator
+from kdrun.data.encode import encode_chats
+from kdrun.data.rows import load_rows
 from kdrun.errors import InputError
 from kdrun.generation import answer
 from kdrun.models.adapters import add_adapters, check_peft
@@ -279,6 +281,44 @@ def test_an_adapter_serves_as_teacher_and_under_another_adapter(
     source = locate_model(run / "student")
     assert source.adapters == (student, str(run / "student"))
     assert torch.isfinite(logits(load_model(source))).all()
+
+
+def test_evaluate_measures_an_adapter_as_its_run_did(adapted: Path, tiny_pair: Any) -> None:
+    from kdrun.evaluation.command import evaluate
+    from kdrun.progress import make_console
+
+    config = load_config(adapted / "config.yaml", [("data.eval", str(tiny_pair.rows))])
+    student = str(adapted / "student")
+    plain, ours = (
+        evaluate(config, [name], None, make_console())[-1]["ce"]
+        for name in (str(tiny_pair.student), student)
+    )
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_pair.student)
+    theirs = peft.PeftModel.from_pretrained(base, student)
+    tokenizer = load_tokenizer(tiny_pair.student)
+    loose = encode_chats(load_rows(tiny_pair.rows).rows, tokenizer, 128).examples  # type: ignore[arg-type]
+    total, tokens = 0.0, 0
+    for example in loose:
+        ids, labels = (torch.tensor([example[key]]) for key in ("input_ids", "labels"))  # type: ignore[literal-required]
+        with torch.no_grad():
+            found = theirs(input_ids=ids).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(found, labels[0, 1:], reduction="sum"))
+        tokens += int((labels[0, 1:] != -100).sum())
+    assert ours == pytest.approx(total / tokens, rel=1e-5)
+    assert ours < plain
+
+
+def test_half_precision_with_gradient_checkpointing(distil: Distil, tmp_path: Path) -> None:
+    run = distil(
+        tmp_path / "run",
+        model__dtype="bfloat16",
+        training__gradient_checkpointing=True,
+        data__packing=True,
+        **LORA,
+    )
+    kept = load_file(run / "student" / "adapter_model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in kept.values())
+    assert all(tensor.norm() > 0 for name, tensor in kept.items() if "lora_B" in name)
 
 
 def test_a_run_that_was_moved_with_its_base_still_loads(adapted: Path, tmp_path: Path) -> None:
