@@ -97,15 +97,15 @@ def comparison_of(options: Options) -> Comparison:
     if options.teachers:
         given.setdefault("model.teacher", options.teachers[0])
     base = load_config(options.config, list(given.items()))
+    if base.model.teacher_cache is not None and not options.teacher_cache:
+        raise InputError(
+            f"--no-teacher-cache, but model.teacher_cache={base.model.teacher_cache}: leave out one"
+        )
     if base.model.teacher is None:
         raise InputError("compare-losses needs a --teacher: there is nothing to distil without one")
     training: dict[str, Any] = {"save_steps": _NEVER}  # a trial that is cut off runs again
     if base.model.student == BUILT_IN and "training.max_steps" not in given:
         training["max_steps"] = _BUILT_IN_STEPS
-    if base.model.teacher_cache is not None and not options.teacher_cache:
-        raise InputError(
-            f"--no-teacher-cache, but model.teacher_cache={base.model.teacher_cache}: leave out one"
-        )
     # A cache that the user names serves as it is.
     cached = options.teacher_cache and base.model.teacher_cache is None
     data = base.data
