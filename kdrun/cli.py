@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -321,8 +320,34 @@ def bench(
 @click.option("--output", metavar="DIR", help="Folder; by default runs/<time>-comparison.")
 @click.option("--keep-students", is_flag=True, help="Keep the weights of every trial.")
 @click.option(
+    "--teacher-cache/--no-teacher-cache",
+    default=True,
+    show_default=True,
+    help="Run each teacher once for all trials, or in every trial.",
+)
+@click.option(
     "--jobs", default=1, show_default=True, type=click.IntRange(1), metavar="N", help="Processes."
 )
+@click.option(
+    "--launcher",
+    default="local",
+    show_default=True,
+    type=click.Choice(("local", "ray")),
+    help="ray runs trials as tasks of a cluster.",
+)
+@click.option(
+    "--trial-cpus",
+    type=click.FloatRange(0, min_open=True),
+    metavar="N",
+    help="Cores of a trial on Ray; 1.",
+)
+@click.option(
+    "--trial-gpus",
+    type=click.FloatRange(0),
+    metavar="N",
+    help="GPUs of a trial on Ray, also a share of one; 1 where there are any.",
+)
+@click.option("--ray-address", metavar="HOST:PORT", help="Of a running Ray cluster.")
 @click.option("--dry-run", is_flag=True, help="Show the trials and the time they take.")
 def compare_losses(
     data: str | None,
@@ -332,6 +357,10 @@ def compare_losses(
     batch_size: str | None,
     max_length: str | None,
     settings: tuple[str, ...],
+    launcher: str,
+    trial_cpus: float | None,
+    trial_gpus: float | None,
+    ray_address: str | None,
     **given: Any,
 ) -> None:
     """Compare losses fairly: paired trials over seeds, a verdict for each, a report.
@@ -340,6 +369,7 @@ def compare_losses(
     evaluation; those of a seed also the order of rows. A baseline on cross-entropy alone is always
     there. The same command on the same --output resumes, and runs only what is new.
     """
+    from kdrun.compare.cluster import Cluster
     from kdrun.compare.command import Options
     from kdrun.compare.command import compare_losses as compare
     from kdrun.progress import make_console
@@ -352,16 +382,33 @@ def compare_losses(
         "training.batch_size": batch_size,
         "data.max_length": max_length,
     }
+    cluster = None
+    if launcher == "ray":
+        if given["jobs"] > 1:
+            raise click.UsageError(
+                "--jobs goes with --launcher local; Ray runs as many trials as there is room for"
+            )
+        cluster = Cluster(trial_cpus or 1.0, trial_gpus, ray_address)
+    else:
+        for option, value in (
+            ("--trial-cpus", trial_cpus),
+            ("--trial-gpus", trial_gpus),
+            ("--ray-address", ray_address),
+        ):
+            if value is not None:
+                raise click.UsageError(f"{option} goes with --launcher ray")
     overrides = tuple(_overrides(settings, list(flags.items())))
-    compare(Options(overrides=overrides, **given), make_console())
+    compare(Options(overrides=overrides, cluster=cluster, **given), make_console())
 
 
-@cli.command("config")
-def config_command() -> None:
-    """Print the full default configuration as YAML, each key with its meaning."""
-    from kdrun.show_config import default_yaml
+@cli.command("report")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+def report(folder: Path) -> None:
+    """Write the report of a comparison anew, finished or not; DIR is its --output."""
+    from kdrun.compare.command import report_again
+    from kdrun.progress import make_console
 
-    click.echo(default_yaml(), nl=False)
+    report_again(folder, make_console())
 
 
 @cli.command("evaluate")
@@ -409,6 +456,14 @@ def evaluate(
         ("evaluation.answer_pattern", answer_pattern),
     ]
     run(load_config(config, _overrides(settings, given)), students, output, make_console())
+
+
+@cli.command("config")
+def config_command() -> None:
+    """Print the full default configuration as YAML, each key with its meaning."""
+    from kdrun.show_config import default_yaml
+
+    click.echo(default_yaml(), nl=False)
 
 
 @cli.command("generate")
@@ -537,10 +592,10 @@ def cache_teacher(
 
 def main() -> None:
     """Run the command line with the project's exit codes."""
-    # A tokenizer's threads and the forks of data loaders do not mix; silence its advice about it.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # a run shows its own progress
     from kdlosses import BrokenLossError, LossSpecError
+    from kdrun.quiet import quiet_environment
+
+    quiet_environment()
 
     try:
         cli.main(standalone_mode=False)

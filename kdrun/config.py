@@ -155,7 +155,36 @@ class TrainingConfig(_Section):
     logging_steps: int = Field(10, ge=1, description="steps a line of metrics.jsonl")
     seed: int = Field(0, ge=0, description="initial weights, order of rows and dropout")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
+    fsdp: bool = Field(
+        False, description="spread both models over the processes that torchrun started (FSDP2)"
+    )
     report_to: str = Field("none", description="a tracker of transformers, such as tensorboard")
+
+
+class EvaluationConfig(_Section):
+    """What the trained student is asked, beside the measures of its distributions."""
+
+    answers: int = Field(
+        0, ge=0, description="held-out prompts it answers greedily and is scored on"
+    )
+    max_new_tokens: int = Field(128, ge=1, description="where an answer is cut")
+    batch_size: int = Field(16, ge=1, description="prompts that are answered at once")
+    answer_pattern: str | None = Field(
+        None,
+        description="regular expression whose first group is the final answer, for exact match; "
+        "'#### *(.+)' fits GSM8K",
+    )
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _check_pattern(cls, pattern: str | None) -> str | None:
+        try:
+            groups = 1 if pattern is None else re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        if groups < 1:
+            raise ValueError("needs a group, in parentheses, around the final answer")
+        return pattern
 
 
 class LoraConfig(_Section):
@@ -201,32 +230,6 @@ class LoraConfig(_Section):
             if changed:
                 raise ValueError(f"lora.{changed[0]} has no effect without lora.rank")
         return self
-
-
-class EvaluationConfig(_Section):
-    """What the trained student is asked, beside the measures of its distributions."""
-
-    answers: int = Field(
-        0, ge=0, description="held-out prompts it answers greedily and is scored on"
-    )
-    max_new_tokens: int = Field(128, ge=1, description="where an answer is cut")
-    batch_size: int = Field(16, ge=1, description="prompts that are answered at once")
-    answer_pattern: str | None = Field(
-        None,
-        description="regular expression whose first group is the final answer, for exact match; "
-        "'#### *(.+)' fits GSM8K",
-    )
-
-    @field_validator("answer_pattern")
-    @classmethod
-    def _check_pattern(cls, pattern: str | None) -> str | None:
-        try:
-            groups = 1 if pattern is None else re.compile(pattern).groups
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from error
-        if groups < 1:
-            raise ValueError("needs a group, in parentheses, around the final answer")
-        return pattern
 
 
 class OutputConfig(_Section):

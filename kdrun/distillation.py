@@ -36,6 +36,7 @@ from kdrun.pairs import (
     load_student,
     locate_pair,
 )
+from kdrun.processes import World
 from kdrun.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -101,12 +102,16 @@ def distill(
     check_cached_rows(config, rows)
     check_packed_rows(config.data, rows)
     build_loss(config.loss, vocab_size=None)
-    folder = runs.choose_folder(config.output.dir, config.loss.spec)
-    runs.prepare_folder(folder, resume, overwrite)
+    world = World(config.training.fsdp)
+    folder = Path(world.share(str(runs.choose_folder(config.output.dir, config.loss.spec))))
+    if world.is_main:
+        runs.prepare_folder(folder, resume, overwrite)
+    world.wait()
 
     from kdrun.progress import make_console
 
     console = console or make_console()
+    console.quiet = console.quiet or not world.is_main
     checkpoint = runs.newest_checkpoint(folder) if resume else None
     summary = folder / runs.SUMMARY
     trained = checkpoint is not None and runs.is_finished(checkpoint, config.training.max_steps)
@@ -114,7 +119,7 @@ def distill(
         console.print(f"the run in {folder} is finished; nothing is left to do", markup=False)
         return RunResult(folder, json.loads(summary.read_text(encoding="utf-8")))
     with quiet_libraries():
-        return _run(config, rows, folder, resume, checkpoint, trained, console)
+        return _run(config, rows, folder, resume, checkpoint, trained, console, world)
 
 
 def check_name(spec: str) -> None:
@@ -163,12 +168,14 @@ def _run(
     checkpoint: Path | None,
     trained: bool,
     console: Console,
+    world: World,
 ) -> RunResult:
     from kdrun.data.collate import Collator
     from kdrun.evaluation.answers import ask, choose_questions, mean_scores
     from kdrun.evaluation.measures import held_out_measures
     from kdrun.models.heads import FrozenTeacher, causal_lm
     from kdrun.models.packing import check_packing
+    from kdrun.models.shard import shard
     from kdrun.progress import ShowProgress, WriteMetrics, before_after
     from kdrun.trainer import DistillTrainer, TokenRate
 
@@ -194,11 +201,11 @@ def _run(
         if isinstance(teacher.training, FrozenTeacher):
             check_packing(teacher.training.model, str(pair.teacher))
     if config.lora.rank is not None:
-        student = _with_adapters(student, pair, config, folder)
+        student = _with_adapters(student, pair, config, folder, world)
         console.print(describe_adapters(student, config.lora), markup=False)
 
     arguments = training_arguments(config, folder)
-    if questions and arguments.world_size > 1:
+    if questions and world.size > 1:
         raise InputError(
             "evaluation.answers: not in several processes; set it to 0, and let 'kdrun evaluate' "
             "ask the trained student"
@@ -206,6 +213,11 @@ def _run(
     head = student.get_output_embeddings().weight
     count = len(examples.train)  # type: ignore[arg-type]
     config = settle(config, pair.vocab_size, head.shape[1], head.device, count)
+    if config.training.fsdp:
+        shard(causal_lm(student))
+        for live in dict.fromkeys((teacher.training, teacher.evaluation)):
+            if isinstance(live, FrozenTeacher):
+                shard(live.model)
     trainer = DistillTrainer(
         model=student,
         teacher=teacher.training,
@@ -223,14 +235,16 @@ def _run(
             console.print(f"{name}: chunks of its full logits are used: {split.reason}")
     if resume and checkpoint is None:
         console.print("no complete checkpoint: the run starts anew")
-    runs.write_text(folder / runs.CONFIG, config.to_yaml())
     first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    metrics = runs.MetricsFile(folder / runs.METRICS, first_step)
     rate = TokenRate(trainer, time.monotonic)
     show = ShowProgress(console)
-    _replace_callbacks(trainer, rate, show, WriteMetrics(metrics))
+    _replace_callbacks(trainer, rate, show)
+    if world.is_main:
+        runs.write_text(folder / runs.CONFIG, config.to_yaml())
+        metrics = runs.MetricsFile(folder / runs.METRICS, first_step)
+        trainer.add_callback(WriteMetrics(metrics))
 
-    before = _before(trainer, folder, resume)
+    before = _before(trainer, folder, resume, world)
     if trained:  # the run ended between its last checkpoint and its summary
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.load_objective(str(checkpoint))
@@ -259,7 +273,8 @@ def _run(
         "git": git_state(),
         "command": sys.argv,
     }
-    runs.write_json(folder / runs.SUMMARY, summary)
+    if world.is_main:
+        runs.write_json(folder / runs.SUMMARY, summary)
     console.print(before_after(before, after))
     console.print(
         f"{trainer.state.global_step} steps in {rate.seconds:.0f} s "
@@ -272,6 +287,7 @@ def _run(
 
 def training_arguments(config: RunConfig, folder: Path) -> Any:
     """The Trainer's arguments for a configuration."""
+    import torch
     from transformers import TrainingArguments
 
     optimizer, training = config.optimizer, config.training
@@ -303,6 +319,8 @@ def training_arguments(config: RunConfig, folder: Path) -> Any:
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        # Without it several processes on a CPU would each train alone, in silence.
+        use_cpu=not torch.accelerator.is_available(),
     )
 
 
@@ -349,7 +367,7 @@ def _replace_callbacks(trainer: DistillTrainer, *callbacks: Any) -> None:
         trainer.add_callback(callback)
 
 
-def _before(trainer: DistillTrainer, folder: Path, resume: bool) -> dict[str, Any]:
+def _before(trainer: DistillTrainer, folder: Path, resume: bool, world: World) -> dict[str, Any]:
     """The measures before training; a resumed run keeps those of its first start."""
     path = folder / runs.CHECKPOINTS / "before.json"
     if resume and path.is_file():
@@ -358,8 +376,9 @@ def _before(trainer: DistillTrainer, folder: Path, resume: bool) -> dict[str, An
     from kdrun.evaluation.measures import held_out_measures
 
     before = held_out_measures(trainer)
-    path.parent.mkdir(exist_ok=True)
-    runs.write_json(path, before)
+    if world.is_main:
+        path.parent.mkdir(exist_ok=True)
+        runs.write_json(path, before)
     return before
 
 
@@ -396,13 +415,14 @@ def _handler(signum: int, function: Any) -> Iterator[None]:
         signal.signal(signum, previous)
 
 
-def _with_adapters(student: Any, pair: Pair, config: RunConfig, folder: Path) -> Any:
+def _with_adapters(student: Any, pair: Pair, config: RunConfig, folder: Path, world: World) -> Any:
     """The student with adapters, whose base model is on disk under the name they keep."""
     base = str(pair.student)
     if pair.fresh_student:  # nothing else has these weights, and an adapter is of no use alone
         base = str((folder / runs.BASE).resolve())
-        student.save_pretrained(base)
-        pair.tokenizer.save_pretrained(base)
+        if world.is_main:
+            student.save_pretrained(base)
+            pair.tokenizer.save_pretrained(base)
     elif pair.student.is_local:
         base = str(Path(base).resolve())
     return add_adapters(student, config.lora, base, config.training.seed)
@@ -411,7 +431,8 @@ def _with_adapters(student: Any, pair: Pair, config: RunConfig, folder: Path) ->
 def _save_student(trainer: DistillTrainer, folder: Path, merge: bool) -> None:
     from kdrun.models.heads import uninstall
 
-    if not trainer.args.should_save:
+    # Weights that are spread over processes are gathered by all of them; one writes.
+    if not trainer.args.should_save and not trainer.is_distributed_loading_by_transformers:
         return
     model, tokenizer = trainer.model, trainer.processing_class
     uninstall(model)

@@ -17,6 +17,8 @@ from kdrun.models.tokenizers import compare_tokenizers, load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from kdrun.models.heads import FrozenTeacher
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -84,6 +86,21 @@ def load_teacher(pair: Pair, config: ModelConfig) -> PreTrainedModel | None:
     if pair.teacher is None:
         return None
     return load_model(pair.teacher, config.dtype, config.trust_remote_code)
+
+
+def open_teacher(pair: Pair, config: ModelConfig) -> FrozenTeacher | None:
+    """Load the teacher, where there is one, and find out how it makes its logits.
+
+    Raises:
+        InputError: it cannot be loaded, or its head is narrower than the vocabulary.
+    """
+    from kdrun.models.heads import FrozenTeacher, find_split
+
+    model = load_teacher(pair, config)
+    if model is None:
+        return None
+    check_head(model, pair, str(pair.teacher))
+    return FrozenTeacher(model, find_split(model))
 
 
 def load_student(pair: Pair, config: ModelConfig, seed: int) -> PreTrainedModel:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+def quiet_environment() -> None:
+    """For a process that trains; before the libraries are imported."""
+    # A tokenizer's threads and the forks of data loaders do not mix; silence its advice about it.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # a run shows its own progress
 
 
 @contextmanager

@@ -205,7 +205,7 @@ class DistillTrainer(Trainer):
         Returns:
             Rows that count.
         """
-        count = len(inputs["input_ids"])
+        count: int = len(inputs["input_ids"])
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         if world == 1:
             return count
@@ -302,6 +302,7 @@ class DistillTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process has a file of its own in it
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             write_json(folder / _OBJECTIVE, self.objective.state_dict())

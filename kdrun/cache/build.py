@@ -32,6 +32,23 @@ if TYPE_CHECKING:
 _LOGITS_AT_ONCE = 2**25  # elements: 128 MiB in float32
 
 
+class SpaceError(InputError):
+    """The cache would not fit the disk; nothing was computed.
+
+    Args:
+        folder: of the cache.
+        needed: bytes of the cache.
+        free: bytes that are free.
+    """
+
+    def __init__(self, folder: Path, needed: int, free: int) -> None:
+        self.shortage = f"it needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
+        super().__init__(
+            f"--output {folder}: the cache does not fit: {self.shortage}; free some space, name "
+            "another disk, or use --kind top-k"
+        )
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What is kept of the teacher, and of which rows.
@@ -76,6 +93,7 @@ def build_cache(
     recipe: Recipe,
     report: Report = lambda rows, total, tokens: None,
     shard_bytes: int = SHARD_BYTES,
+    spare_bytes: int = 0,
 ) -> Manifest:
     """Run rows through a teacher and keep what a loss needs of it.
 
@@ -88,12 +106,14 @@ def build_cache(
         recipe: what is kept.
         report: told rows done, rows in all and supervised tokens done after each batch.
         shard_bytes: about how large a file becomes.
+        spare_bytes: what must stay free on the disk.
 
     Returns:
         The manifest, which was written last.
 
     Raises:
-        InputError: an unfit folder or recipe, or too little space.
+        SpaceError: too little space.
+        InputError: an unfit folder or recipe.
         TrainingError: the disk fails.
     """
     if recipe.kind == "hidden" and teacher.split.reason is not None:
@@ -109,7 +129,7 @@ def build_cache(
         raise InputError("no row has a supervised token; there is nothing to cache")
     head = teacher.model.get_output_embeddings()
     width = int(head.weight.shape[1])
-    _check_space(folder, wanted, recipe, width, head.weight)
+    _check_space(folder, wanted, recipe, width, head.weight, spare_bytes)
     shards = ShardWriter(folder, shard_bytes)
     head_file = None if recipe.kind != "hidden" else _write_head(folder, head)
     kept_mass = _run(teacher, wanted, recipe, shards, report)
@@ -160,7 +180,12 @@ def _different(examples: Iterable[Mapping[str, Sequence[int]]]) -> list[_Wanted]
 
 
 def _check_space(
-    folder: Path, wanted: Sequence[_Wanted], recipe: Recipe, width: int, weight: Tensor
+    folder: Path,
+    wanted: Sequence[_Wanted],
+    recipe: Recipe,
+    width: int,
+    weight: Tensor,
+    spare: int,
 ) -> None:
     hidden = recipe.kind == "hidden"
     per_token = width * weight.element_size() if hidden else recipe.entries * 8 + 4
@@ -168,11 +193,8 @@ def _check_space(
         [row.supervised for row in wanted], per_token, weight.nbytes if hidden else 0
     )
     free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError(
-            f"--output {folder}: the cache needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are "
-            "free; free some space, name another disk, or use --kind top-k"
-        )
+    if needed + spare > free:
+        raise SpaceError(folder, needed, free)
 
 
 def _write_head(folder: Path, head: Any) -> StoredFile:

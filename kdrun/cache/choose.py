@@ -11,11 +11,9 @@ from kdrun.config import KD_RATIO, RunConfig
 from kdrun.data.prepare import examples_in
 from kdrun.data.rows import TextRow
 from kdrun.errors import InputError
-from kdrun.pairs import check_head, describe_model, load_teacher
+from kdrun.pairs import describe_model, load_teacher, open_teacher
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from kdlosses import TokenLoss
     from kdrun.cache.teacher import CachedTeacher
     from kdrun.data.prepare import Examples, RawRows
@@ -73,13 +71,11 @@ def choose_teacher(
             that the loss has no meaning with.
     """
     if config.model.teacher_cache is None:
-        model = load_teacher(pair, config.model)
-        if model is None:
+        live = open_teacher(pair, config.model)
+        if live is None:
             return ChosenTeacher()
-        check_head(model, pair, str(pair.teacher))
-        live = _freeze(model)
-        width = int(model.get_output_embeddings().weight.shape[0])
-        note = f"teacher: {describe_model(model)}"
+        width = int(live.model.get_output_embeddings().weight.shape[0])
+        note = f"teacher: {describe_model(live.model)}"
         return ChosenTeacher(live, live, {"teacher": width}, (note,))
     return _choose_cached(config.model.teacher_cache, config, pair, examples, loss)
 
@@ -171,16 +167,12 @@ def _named_teacher(cached: CachedTeacher, config: RunConfig, pair: Pair) -> Froz
     import torch
 
     from kdrun.cache.fingerprint import print_teacher
+    from kdrun.models.heads import FrozenTeacher, find_split
 
     stored_as = config.model.model_copy(update={"dtype": cached.cache.manifest.dtype})
     model = load_teacher(pair, stored_as)
     if model is None:
         return None
     cached.cache.check_teacher(print_teacher(model), str(pair.teacher))
-    return _freeze(model.to(getattr(torch, config.model.dtype)))
-
-
-def _freeze(model: PreTrainedModel) -> FrozenTeacher:
-    from kdrun.models.heads import FrozenTeacher, find_split
-
+    model = model.to(getattr(torch, config.model.dtype))
     return FrozenTeacher(model, find_split(model))

@@ -13,14 +13,7 @@ from kdrun.cache.write import prepare_folder
 from kdrun.config import RunConfig
 from kdrun.data.prepare import encode_for, examples_in, read_rows
 from kdrun.errors import InputError
-from kdrun.pairs import (
-    check_context,
-    check_head,
-    describe_model,
-    find_pair,
-    load_teacher,
-    locate_pair,
-)
+from kdrun.pairs import check_context, describe_model, find_pair, locate_pair, open_teacher
 from kdrun.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -58,18 +51,15 @@ def cache_teacher(config: RunConfig, folder: Path, kind: Kind, entries: int) -> 
         import torch
 
         from kdrun.cache.build import Recipe, build_cache
-        from kdrun.models.heads import FrozenTeacher, find_split
 
         pair = find_pair(config.model)
         check_context(config, pair)
         examples = encode_for(config, rows, pair.tokenizer, shift_windows=False)
         for note in (*pair.notes, *rows.notes, *examples.notes):
             console.print(note, markup=False)
-        model = load_teacher(pair, config.model)
-        assert model is not None
-        check_head(model, pair, str(pair.teacher))
-        console.print(f"teacher: {describe_model(model)}", markup=False)
-        teacher = FrozenTeacher(model, find_split(model))
+        teacher = open_teacher(pair, config.model)
+        assert teacher is not None
+        console.print(f"teacher: {describe_model(teacher.model)}", markup=False)
         teacher.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         recipe = Recipe(
             kind=kind,
@@ -82,7 +72,7 @@ def cache_teacher(config: RunConfig, folder: Path, kind: Kind, entries: int) -> 
         )
         every = (*examples_in(examples.train), *examples_in(examples.held_out))
         started = time.monotonic()
-        with _progress(console) as report:
+        with show_progress(console) as report:
             manifest = build_cache(
                 folder, teacher, config.model.teacher, pair.tokenizer, every, recipe, report
             )
@@ -101,7 +91,7 @@ def cache_teacher(config: RunConfig, folder: Path, kind: Kind, entries: int) -> 
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Report]:
+def show_progress(console: Console) -> Iterator[Report]:
     """A bar on a terminal, a few plain lines elsewhere."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -9,14 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrun.compare.display import Display, arm_name
+from kdrun.compare.cluster import Cluster, import_ray, run_on_ray
+from kdrun.compare.declare import declare, read_declaration
+from kdrun.compare.display import Display
 from kdrun.compare.jobs import WORKER, run_jobs
+from kdrun.compare.labels import label_arms
 from kdrun.compare.ledger import Ledger
 from kdrun.compare.outcome import report
-from kdrun.compare.plan import DEFAULT_LOSSES, Axes, find_yardstick, trained_on
-from kdrun.compare.record import Record, Trial
+from kdrun.compare.plan import (
+    DEFAULT_LOSSES,
+    Axes,
+    Plan,
+    find_yardstick,
+    setting,
+    shared_settings,
+    trained_on,
+)
+from kdrun.compare.record import Record
 from kdrun.compare.references import measure_references
-from kdrun.compare.run import Comparison, check_pairs, check_settings, run_comparison
+from kdrun.compare.run import Comparison, check_pairs, run_comparison, watch_nothing
+from kdrun.compare.teachers import cache_teachers
+from kdrun.compare.trial import quiet_console
 from kdrun.config import BUILT_IN, RunConfig, load_config
 from kdrun.errors import InputError
 
@@ -47,7 +60,9 @@ class Options:
         overrides: keys and values of ``--set`` and of flags.
         output: ``--output``.
         keep_students: ``--keep-students``.
+        teacher_cache: ``--teacher-cache / --no-teacher-cache``.
         jobs: ``--jobs``.
+        cluster: ``--launcher ray`` with its options; None runs here.
         dry_run: ``--dry-run``.
     """
 
@@ -64,11 +79,13 @@ class Options:
     overrides: tuple[tuple[str, Any], ...]
     output: str | None
     keep_students: bool
+    teacher_cache: bool
     jobs: int
+    cluster: Cluster | None
     dry_run: bool
 
 
-def declare(options: Options) -> Comparison:
+def comparison_of(options: Options) -> Comparison:
     """What is to be compared; nothing is written.
 
     Raises:
@@ -80,14 +97,24 @@ def declare(options: Options) -> Comparison:
     if options.teachers:
         given.setdefault("model.teacher", options.teachers[0])
     base = load_config(options.config, list(given.items()))
+    if base.model.teacher_cache is not None and not options.teacher_cache:
+        raise InputError(
+            f"--no-teacher-cache, but model.teacher_cache={base.model.teacher_cache}: leave out one"
+        )
     if base.model.teacher is None:
         raise InputError("compare-losses needs a --teacher: there is nothing to distil without one")
     training: dict[str, Any] = {"save_steps": _NEVER}  # a trial that is cut off runs again
     if base.model.student == BUILT_IN and "training.max_steps" not in given:
         training["max_steps"] = _BUILT_IN_STEPS
+    # A cache that the user names serves as it is.
+    cached = options.teacher_cache and base.model.teacher_cache is None
+    data = base.data
+    if options.teacher_cache and "shift_windows" not in data.model_fields_set:
+        data = data.model_copy(update={"shift_windows": False})  # as a cache needs it
     evaluation = {} if _sets_answers(base) else {"answers": _ANSWERS}
     base = base.model_copy(
         update={
+            "data": data,
             "evaluation": base.evaluation.model_copy(update=evaluation),
             "training": base.training.model_copy(update=training),
             "model": base.model.model_copy(update={"init_seed": base.model.init_seed or 0}),
@@ -107,7 +134,8 @@ def declare(options: Options) -> Comparison:
     difference = yardstick.difference if options.difference is None else options.difference
     if not difference > 0:
         raise InputError(f"--difference {difference:g}: must be above 0")
-    return Comparison(axes, base, yardstick, difference, options.keep_students)
+    plan = Plan(axes, yardstick, difference, setting(shared_settings(base)))
+    return Comparison(plan, base, options.keep_students, cached)
 
 
 def _sets_answers(base: RunConfig) -> bool:
@@ -123,7 +151,9 @@ def compare_losses(options: Options, console: Console) -> None:
     """
     from kdrun.quiet import quiet_libraries
 
-    comparison = declare(options)
+    comparison = comparison_of(options)
+    if options.cluster is not None:
+        import_ray()
     with quiet_libraries():
         check_pairs(comparison)
         if options.dry_run:
@@ -131,30 +161,46 @@ def compare_losses(options: Options, console: Console) -> None:
             return
         folder = Path(options.output or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-comparison")
         ledger = Ledger(folder)
-        check_settings(comparison, ledger, folder)
-        if os.environ.get(WORKER):
-            run_comparison(comparison, ledger, _nothing)
-            return
+        plan = declare(comparison, ledger)
+        worker = bool(os.environ.get(WORKER))
+        if worker:
+            console = quiet_console()
         _show_declaration(comparison, folder, console)
+        to_run = comparison.plan.open(comparison.plan.own(ledger.records()))
+        caches = cache_teachers(comparison, ledger, to_run, console)
+        if worker:
+            run_comparison(comparison, ledger, caches, watch_nothing)
+            return
         measure_references(comparison, ledger, console)
-        with Display(console, comparison.yardstick) as display:
-            if options.jobs == 1:
-                records = run_comparison(comparison, ledger, display.update)
+        with Display(console, comparison.plan.yardstick) as display:
+            if options.cluster is not None:
+                run_on_ray(comparison, ledger, caches, options.cluster, display.update)
+            elif options.jobs == 1:
+                run_comparison(comparison, ledger, caches, display.update)
             else:
-                records = run_jobs(comparison, ledger, options.jobs, display.update)
-        report(comparison, records, ledger, console)
+                run_jobs(comparison, ledger, options.jobs, display.update)
+        report(plan, ledger, console)
 
 
-def _nothing(planned: Sequence[Trial], records: Sequence[Record], running: Trial | None) -> None:
-    """A worker shows nothing: its parent does."""
+def report_again(folder: Path, console: Console) -> None:
+    """Print and write the report of a folder from what it holds; nothing is run.
+
+    Raises:
+        InputError: it holds no comparison, or a file of it was edited, naming it.
+    """
+    ledger = Ledger.of(folder)
+    declared = read_declaration(ledger)
+    assert declared is not None
+    report(declared.plan, ledger, console)
 
 
 def _show_declaration(comparison: Comparison, folder: Path, console: Console) -> None:
-    yardstick, axes = comparison.yardstick, comparison.axes
+    plan = comparison.plan
+    yardstick, axes = plan.yardstick, plan.axes
     direction = "lower" if yardstick.lower_is_better else "higher"
     console.print(
         f"primary yardstick: {yardstick.title} ({yardstick.unit}, {direction} is better); smallest "
-        f"difference of interest: {comparison.difference:g}",
+        f"difference of interest: {plan.difference:g}",
         markup=False,
     )
     questions = comparison.base.evaluation
@@ -181,30 +227,29 @@ def _show_plan(comparison: Comparison, records: Sequence[Record], console: Conso
 
     from kdrun.compare.estimate import trial_seconds
 
-    planned = comparison.planned(records)
-    arms = [trial.arm for trial in planned]
+    planned = comparison.plan.planned(records)
+    labels = label_arms(trial.arm for trial in planned)
     table = Table(title=f"{len(planned)} trials", title_justify="left")
     for heading in ("arm", "stage", "seeds"):
         table.add_column(heading)
     for arm, stage in dict.fromkeys((trial.arm, trial.stage) for trial in planned):
         seeds = [str(t.seed) for t in planned if (t.arm, t.stage) == (arm, stage)]
-        table.add_row(escape(arm_name(arm, arms)), stage, ", ".join(seeds))
+        table.add_row(escape(labels[arm]), stage, ", ".join(seeds))
     console.print(table)
-    axes = comparison.axes
+    axes = comparison.plan.axes
     total = list(planned)
     if axes.tuned:
         count = axes.seeds * len(axes.teachers) * len(axes.students) * (1 + len(axes.losses))
         console.print(f"and {count} final trials of the arms that tuning chooses")
         total += planned[:1] * count
-    times = {}
-    for trial in total:
-        key = (trial.arm.kd_ratio > 0, trial.arm.teacher, trial.arm.student)
-        if key not in times:
-            times[key] = trial_seconds(comparison.base, trial)
-    seconds = [
-        times[trial.arm.kd_ratio > 0, trial.arm.teacher, trial.arm.student] for trial in total
-    ]
+    keys = [(t.arm.kd_ratio > 0 and not comparison.cached, t.arm.pair) for t in total]
+    times = {
+        key: trial_seconds(comparison.base, trial, live=key[0])
+        for key, trial in dict(zip(keys, total, strict=True)).items()
+    }
+    seconds = [times[key] for key in keys]
     if None in seconds:
         console.print("time: give --max-steps for an estimate")
-    else:
-        console.print(f"time: about {sum(s or 0 for s in seconds) / 60:.0f} min (rough)")
+        return
+    once = ", and each teacher once over all rows" if comparison.cached else ""
+    console.print(f"time: about {sum(s or 0 for s in seconds) / 60:.0f} min (rough){once}")

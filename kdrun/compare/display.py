@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from kdrun.compare.labels import label_arms
 from kdrun.compare.record import Arm, Record, Trial
 from kdrun.evaluation.yardsticks import Yardstick
 
@@ -17,19 +18,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _SHORT = {"diverged": "[red]diverged[/red]", "failed": "[red]failed[/red]", "done": "done"}
-
-
-def arm_name(arm: Arm, arms: Sequence[Arm]) -> str:
-    """An arm by what tells it from the others of a comparison."""
-    parts = [arm.method]
-    if arm.loss is not None and len({other.kd_ratio for other in arms if other.loss}) > 1:
-        parts.append(f"kd {arm.kd_ratio:g}")
-    if len({other.lr for other in arms}) > 1:
-        parts.append(f"lr {arm.lr:g}")
-    for side in ("teacher", "student"):
-        if len({getattr(other, side) for other in arms}) > 1:
-            parts.append(f"{side} {getattr(arm, side)}")
-    return ", ".join(parts)
 
 
 class Display:
@@ -71,21 +59,21 @@ class Display:
         if self._live is not None:
             self._live.update(self._table(planned, records), refresh=True)
             return
-        arms = [trial.arm for trial in planned]
+        labels = label_arms(trial.arm for trial in planned)
         for record in records:
             if record.id not in self._seen:
                 self._seen.add(record.id)
-                self._console.print(self._ended(record, arms), markup=False)
+                self._console.print(self._ended(record, labels), markup=False)
         if running is not None:
             count = f"{len(records) + 1}/{len(planned)}"
             self._console.print(
-                f"[{count}] {arm_name(running.arm, arms)}, seed {running.seed}, {running.stage}: "
+                f"[{count}] {labels[running.arm]}, seed {running.seed}, {running.stage}: "
                 f"begins; {self._left(planned, records)}",
                 markup=False,
             )
 
-    def _ended(self, record: Record, arms: Sequence[Arm]) -> str:
-        name = f"{arm_name(record.trial.arm, arms)}, seed {record.trial.seed}"
+    def _ended(self, record: Record, labels: Mapping[Arm, str]) -> str:
+        name = f"{labels[record.trial.arm]}, seed {record.trial.seed}"
         if record.status != "done":
             return f"  {name}: {record.status}: {record.reason}"
         value = record.measures.get(self._yardstick.name)
@@ -106,8 +94,8 @@ class Display:
         )
         for heading in ("arm", "stage", "done", "running", "queued", self._yardstick.title):
             table.add_column(heading, justify="left" if heading in ("arm", "stage") else "right")
-        arms = list(dict.fromkeys((trial.arm, trial.stage) for trial in planned))
-        for arm, stage in arms:
+        labels = label_arms(trial.arm for trial in planned)
+        for arm, stage in dict.fromkeys((trial.arm, trial.stage) for trial in planned):
             ended = [r for r in records if (r.trial.arm, r.trial.stage) == (arm, stage)]
             count = sum((trial.arm, trial.stage) == (arm, stage) for trial in planned)
             now = self._running is not None and (
@@ -120,7 +108,7 @@ class Display:
             ]
             bad = [_SHORT[record.status] for record in ended if record.status != "done"]
             table.add_row(
-                escape(arm_name(arm, [a for a, _ in arms])),
+                escape(labels[arm]),
                 stage,
                 " ".join([str(len(ended) - len(bad)), *sorted(set(bad))]),
                 "1" if now else "",

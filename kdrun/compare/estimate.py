@@ -13,8 +13,14 @@ _SHARE_OF_PRODUCTS = 0.35  # of the rate of a bare product, reached by a whole s
 _START_SECONDS = 15.0  # imports, loading, two evaluations
 
 
-def trial_seconds(base: RunConfig, trial: Trial) -> float | None:
-    """Seconds of a trial, or None where the number of steps follows from the data only."""
+def trial_seconds(base: RunConfig, trial: Trial, live: bool) -> float | None:
+    """Seconds of a trial, or None where the number of steps follows from the data only.
+
+    Args:
+        base: what all trials share.
+        trial: the trial.
+        live: whether it runs its teacher in training.
+    """
     steps = base.training.max_steps
     if steps is None:
         return None
@@ -25,7 +31,7 @@ def trial_seconds(base: RunConfig, trial: Trial) -> float | None:
     rows = base.training.batch_size * base.training.gradient_accumulation_steps
     tokens = steps * rows * base.data.max_length
     forward = 0.0
-    if trial.arm.kd_ratio > 0 and teacher is not None:
+    if live and teacher is not None:
         forward = 2.0 * _parameters(Path(teacher.path))
     operations = tokens * (6.0 * _parameters(Path(student.path)) + forward)
     return _START_SECONDS + operations / (_SHARE_OF_PRODUCTS * _product_rate())

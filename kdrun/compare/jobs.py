@@ -47,7 +47,7 @@ def run_jobs(comparison: Comparison, ledger: Ledger, jobs: int, watch: Watch) ->
                 worker.terminate()
             worker.wait()
     records = _show(comparison, ledger, watch)
-    if len(records) < len(comparison.planned(records)):
+    if len(records) < len(comparison.plan.planned(records)):
         lines = [log.read_text(encoding="utf-8", errors="replace").split("\n") for log in logs]
         said = [line for text in lines for line in text if line.startswith("kdrun: ")]
         reason = said[-1].removeprefix("kdrun: ") if said else "a worker was killed"
@@ -56,6 +56,6 @@ def run_jobs(comparison: Comparison, ledger: Ledger, jobs: int, watch: Watch) ->
 
 
 def _show(comparison: Comparison, ledger: Ledger, watch: Watch) -> list[Record]:
-    records = comparison.own(ledger.records())
-    watch(comparison.planned(records), records, None)
+    records = comparison.plan.own(ledger.records())
+    watch(comparison.plan.planned(records), records, None)
     return records

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from kdrun.compare.record import Record
 from kdrun.errors import InputError
-from kdrun.runs import write_text
+from kdrun.paths import did_you_mean
+from kdrun.runs import CONFIG, write_text
 
 COMPARISON, RECORDS, TRIALS, LOCKS = "comparison.yaml", "records", "trials", "locks"
 
@@ -33,8 +34,7 @@ class Ledger:
         self.folder = folder
         if folder.is_file():
             raise InputError(f"--output {folder} is a file; name a folder")
-        foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / COMPARISON).is_file()
-        if foreign:
+        if folder.is_dir() and not (folder / COMPARISON).is_file() and _holds_more(folder):
             raise InputError(
                 f"--output {folder} is not empty and holds no comparison; name another folder"
             )
@@ -45,6 +45,22 @@ class Ledger:
             raise InputError(
                 f"--output {folder}: {error.strerror}; name a writable folder"
             ) from error
+
+    @classmethod
+    def of(cls, folder: Path) -> Ledger:
+        """The ledger of a folder that holds a comparison.
+
+        Raises:
+            InputError: it holds none.
+        """
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder{did_you_mean(folder)}")
+        if not (folder / COMPARISON).is_file():
+            what = "is the folder of a run and" if (folder / CONFIG).is_file() else "holds none: it"
+            raise InputError(
+                f"{folder} {what} has no {COMPARISON}; name the --output of kdrun compare-losses"
+            )
+        return cls(folder)
 
     def settings(self) -> dict[str, Any] | None:
         """What :meth:`declare` wrote, or None for a new comparison.
@@ -57,7 +73,7 @@ class Ledger:
             return None
         try:
             found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(found, dict):
             raise InputError(f"{path}: expected the settings of a comparison; was it edited?")
@@ -103,6 +119,13 @@ class Ledger:
                 return
             yield not self.has(identity)
 
+    @contextmanager
+    def hold(self, name: str) -> Iterator[None]:
+        """Wait for a lock of the folder, and hold it."""
+        with open(self.folder / LOCKS / name, "w", encoding="utf-8") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
     def _path(self, identity: str) -> Path:
         return self.folder / RECORDS / f"{identity}.json"
 
@@ -121,3 +144,11 @@ class Ledger:
                 "trial run again"
             )
         return record
+
+
+def _holds_more(folder: Path) -> bool:
+    """Whether there is more in a folder than a killed start of a comparison leaves."""
+    ours = (RECORDS, TRIALS, LOCKS, f".{COMPARISON}.partial")
+    if any(entry.name not in ours for entry in folder.iterdir()):
+        return True
+    return any((folder / name).is_dir() and any((folder / name).iterdir()) for name in ours[:2])

@@ -2,57 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kdrun.compare.ledger import Ledger
-from kdrun.compare.record import Arm, Record
+from kdrun.compare.plan import Plan, methods
 from kdrun.compare.references import read_references
 from kdrun.compare.report import ReportInput, print_table, write_report
-from kdrun.compare.run import Comparison
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def report(
-    comparison: Comparison, records: Sequence[Record], ledger: Ledger, console: Console
-) -> None:
+def report(plan: Plan, ledger: Ledger, console: Console) -> None:
     """Print the tables and write the pages.
 
     The arms of a pair are compared with the baseline of that pair, and are one family of tests.
     With several pairs each has a folder of its own.
 
     Raises:
-        InputError: the extra ``compare`` is not installed.
+        InputError: the extra ``compare`` is not installed, or a record was edited.
     """
-    pairs = inputs(comparison, records, ledger)
+    pairs = inputs(plan, ledger)
     for number, given in enumerate(pairs, 1):
         folder = ledger.folder if len(pairs) == 1 else ledger.folder / f"pair-{number}"
         print_table(given, console)
         console.print(f"report: {write_report(given, folder)}", markup=False)
 
 
-def inputs(comparison: Comparison, records: Sequence[Record], ledger: Ledger) -> list[ReportInput]:
-    """What each pair's report is made from; a pair whose baseline is not chosen yet has none."""
-    planned = comparison.planned(records)
-    baselines = [t.arm for t in planned if t.stage == "final" and t.arm.loss is None]
+def inputs(plan: Plan, ledger: Ledger) -> list[ReportInput]:
+    """What each pair's report is made from."""
+    every = ledger.records()
+    records = plan.own(every)
+    planned = plan.planned(records)
+    notes = []
+    if len(every) > len(records):
+        notes.append(
+            f"The folder holds {len(every) - len(records)} more trials, of earlier commands with "
+            "other learning rates, ratios or tuning seeds; this report leaves them out."
+        )
     found = []
-    for baseline in dict.fromkeys(baselines):
-        own = [record for record in records if _pair(record.trial.arm) == _pair(baseline)]
+    for method in methods(plan.axes):
+        if method.loss is not None:
+            continue
+        pair = (method.teacher, method.student)
+        own = [record for record in records if record.trial.arm.pair == pair]
+        trials = [trial for trial in planned if trial.arm.pair == pair]
+        # Before the tuning has chosen a baseline its first arm stands for it; nothing is judged.
+        chosen = [t.arm for t in trials if t.stage == "final" and t.arm.loss is None]
         found.append(
             ReportInput(
-                title=f"Losses compared: {baseline.teacher} to {baseline.student}",
+                title=f"Losses compared: {method.teacher} to {method.student}",
                 records=own,
-                trials=[trial for trial in planned if _pair(trial.arm) == _pair(baseline)],
-                baseline=baseline,
-                yardstick=comparison.yardstick,
-                difference=comparison.difference,
-                references=read_references(ledger, baseline),
+                trials=trials,
+                baseline=[*chosen, method.arms(plan.axes)[0]][0],
+                yardstick=plan.yardstick,
+                difference=plan.difference,
+                references=read_references(ledger, *pair),
+                notes=notes,
             )
         )
     return found
-
-
-def _pair(arm: Arm) -> tuple[str, str]:
-    return arm.teacher, arm.student

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any, Literal
 
 from kdrun.compare.record import Arm, Record, Stage, Trial
 from kdrun.config import RunConfig
 from kdrun.errors import InputError
 from kdrun.evaluation.yardsticks import YARDSTICKS, Yardstick
 
+Part = Literal["all", "validation", "test"]
+
+TUNING_FROM = 10**6
+"""The first tuning seed, beyond every final one: more final seeds change nothing in the tuning."""
 DEFAULT_LOSSES = ("forward_kl_chunked", "reverse_kl_chunked", "generalized_jsd_chunked")
 _VARIED = {
     "model": ("teacher", "student"),
@@ -81,6 +86,95 @@ class Axes:
             raise InputError("--tuning-seeds: at least one is needed to choose --lr or --kd-ratio")
 
 
+def merge(before: Axes, now: Axes) -> Axes:
+    """The axes of a folder after another command on it.
+
+    Losses, models and seeds add up. Other learning rates, ratios or tuning seeds make another
+    comparison, which takes the place of the first.
+    """
+
+    def grid(axes: Axes) -> object:
+        tuning = axes.tuning_seeds if axes.tuned else None
+        return set(axes.lrs), set(axes.kd_ratios), tuning
+
+    if grid(before) != grid(now):
+        return now
+    return Axes(
+        losses=tuple(dict.fromkeys((*before.losses, *now.losses))),
+        kd_ratios=before.kd_ratios,
+        lrs=before.lrs,
+        teachers=tuple(dict.fromkeys((*before.teachers, *now.teachers))),
+        students=tuple(dict.fromkeys((*before.students, *now.students))),
+        seeds=max(before.seeds, now.seeds),
+        tuning_seeds=now.tuning_seeds,
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison consists of, whatever of it has run.
+
+    Attributes:
+        axes: what is varied.
+        yardstick: the primary one.
+        difference: the smallest difference of interest on it.
+        setting: hash of what all trials share.
+    """
+
+    axes: Axes
+    yardstick: Yardstick
+    difference: float
+    setting: str
+
+    def identity(self, trial: Trial) -> str:
+        """The name of a trial's record."""
+        return trial.identity(f"{self.setting} {part_of(trial, self.axes.tuned)}")
+
+    def planned(self, records: Sequence[Record]) -> list[Trial]:
+        """All trials that can be named so far; the final ones follow from the tuning."""
+        return [
+            *tuning_trials(self.axes),
+            *final_trials(self.axes, records, self.yardstick),
+        ]
+
+    def open(self, records: Sequence[Record]) -> list[Trial]:
+        """The trials that have no record, of those that can be named so far."""
+        ended = {record.id for record in records}
+        return [trial for trial in self.planned(records) if self.identity(trial) not in ended]
+
+    def own(self, records: Sequence[Record]) -> list[Record]:
+        """The records of this plan; a folder may hold more.
+
+        Raises:
+            InputError: a record is of a trial that its name does not belong to.
+        """
+        for record in records:
+            names = {
+                record.trial.identity(f"{self.setting} {part_of(record.trial, tuned)}")
+                for tuned in (True, False)
+            }
+            if record.id not in names:
+                raise InputError(
+                    f"records/{record.id}.json: was edited: its trial is another than the one "
+                    "that was run; restore it, or delete it to have the trial run again"
+                )
+        known = [record for record in records if self.identity(record.trial) == record.id]
+        wanted = {self.identity(trial) for trial in self.planned(known)}
+        return [record for record in known if record.id in wanted]
+
+
+def part_of(trial: Trial, tuned: bool) -> Part:
+    """Which held-out rows a trial is measured on: those of the report had no say in the tuning."""
+    if trial.stage == "tuning":
+        return "validation"
+    return "test" if tuned else "all"
+
+
+def parts_of(tuned: bool) -> tuple[Part, ...]:
+    """The held-out rows that the trials of a comparison are measured on."""
+    return ("validation", "test") if tuned else ("all",)
+
+
 @dataclass(frozen=True)
 class Method:
     """What gets one column of the result: a loss (or none) on a pair, whatever is tuned.
@@ -114,10 +208,10 @@ def methods(axes: Axes) -> list[Method]:
 
 
 def tuning_trials(axes: Axes) -> list[Trial]:
-    """The trials that choose; seeds are those after the final ones, so that those stay fresh."""
+    """The trials that choose, on seeds that no final trial has."""
     if not axes.tuned:
         return []
-    seeds = range(axes.seeds, axes.seeds + axes.tuning_seeds)
+    seeds = range(TUNING_FROM, TUNING_FROM + axes.tuning_seeds)
     return _seed_by_seed(
         [arm for method in methods(axes) for arm in method.arms(axes)], seeds, "tuning"
     )
@@ -148,7 +242,8 @@ def choose(
     sign = 1.0 if yardstick.lower_is_better else -1.0
     best: tuple[float, int] | None = None
     for index, arm in enumerate(arms):
-        found = [r for r in records if r.trial.arm == arm and r.trial.stage == "tuning"]
+        seeds = range(TUNING_FROM, TUNING_FROM + axes.tuning_seeds)
+        found = [r for r in records if r.trial.arm == arm and r.trial.seed in seeds]
         if len(found) < axes.tuning_seeds:
             return None
         values = [r.measures.get(yardstick.name) if r.status == "done" else None for r in found]
@@ -183,12 +278,12 @@ def trained_on(yardstick: Yardstick, axes: Axes) -> list[str]:
     ]
 
 
-def setting(base: RunConfig) -> str:
-    """A hash of all that the trials of a comparison share."""
-    return hashlib.sha256(json.dumps(shared_settings(base), sort_keys=True).encode()).hexdigest()
+def setting(shared: Mapping[str, Any]) -> str:
+    """A hash of all that the trials of a comparison share, from :func:`shared_settings`."""
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
 
-def shared_settings(base: RunConfig) -> dict[str, dict[str, object]]:
+def shared_settings(base: RunConfig) -> dict[str, dict[str, Any]]:
     """The configuration without what trials vary."""
     values = base.model_dump(mode="json")
     return {

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Status = Literal["done", "diverged", "failed"]
 Stage = Literal["tuning", "final"]
+Pair = tuple[str, str]
+"""A teacher and an initial student, as they were given."""
 
 
 class _Data(BaseModel):
@@ -37,6 +39,11 @@ class Arm(_Data):
     def method(self) -> str:
         """The loss, or ``cross-entropy``."""
         return "cross-entropy" if self.loss is None else self.loss
+
+    @property
+    def pair(self) -> Pair:
+        """Teacher and student."""
+        return self.teacher, self.student
 
 
 class Trial(_Data):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrun.compare.ledger import Ledger
+from kdrun.compare.plan import part_of
 from kdrun.compare.record import Arm, Trial
 from kdrun.compare.run import Comparison
 from kdrun.compare.trial import quiet_console, trial_config
@@ -25,8 +26,8 @@ TEACHER, UNTRAINED = "teacher", "untrained student"
 References = dict[str, dict[str, float | None]]
 
 
-def read_references(ledger: Ledger, arm: Arm) -> References:
-    """The measures of an arm's teacher and untrained student, as far as they are known.
+def read_references(ledger: Ledger, teacher: str, student: str) -> References:
+    """The measures of a pair's teacher and untrained student, as far as they are known.
 
     Raises:
         InputError: the file was edited into something else.
@@ -34,7 +35,7 @@ def read_references(ledger: Ledger, arm: Arm) -> References:
     found = {
         entry["role"]: entry["measures"]
         for entry in _read(ledger.folder / FILE)
-        if entry["teacher"] == arm.teacher and entry["student"] == arm.student
+        if (entry["teacher"], entry["student"]) == (teacher, student)
     }
     return {role: found[role] for role in (UNTRAINED, TEACHER) if role in found}
 
@@ -47,7 +48,8 @@ def measure_references(comparison: Comparison, ledger: Ledger, console: Console)
     """
     path = ledger.folder / FILE
     known = _read(path)
-    pairs = product(comparison.axes.teachers, comparison.axes.students)
+    axes = comparison.plan.axes
+    pairs = product(axes.teachers, axes.students)
     open_pairs = [
         (teacher, student)
         for teacher, student in pairs
@@ -57,7 +59,8 @@ def measure_references(comparison: Comparison, ledger: Ledger, console: Console)
         console.print(f"measuring {teacher} and the untrained {student}", markup=False)
         arm = Arm(loss=None, kd_ratio=0.0, lr=1.0, teacher=teacher, student=student)
         trial = Trial(arm=arm, seed=0)
-        config = trial_config(comparison.base, trial, ledger.folder, comparison.axes.tuned)
+        part = part_of(trial, axes.tuned)
+        config = trial_config(comparison.base, trial, ledger.folder, part, cache=None)
         for role, measures in _measure_pair(config).items():
             known.append(
                 {"teacher": teacher, "student": student, "role": role, "measures": measures}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrun import runs
+from kdrun.compare.plan import Part
 from kdrun.compare.record import Record, Trial
 from kdrun.config import RunConfig
 from kdrun.errors import InputError, TrainingError
@@ -20,19 +22,24 @@ from kdrun.errors import InputError, TrainingError
 _LARGE = (runs.STUDENT, runs.CHECKPOINTS, runs.ADAPTER, runs.BASE)
 
 
-def trial_config(base: RunConfig, trial: Trial, folder: Path, tuned: bool) -> RunConfig:
+def trial_config(
+    base: RunConfig, trial: Trial, folder: Path, part: Part, cache: Path | None
+) -> RunConfig:
     """The run of a trial: the shared settings, and what the trial varies.
 
     Args:
         base: what all trials share.
         trial: the trial.
         folder: of its run.
-        tuned: whether the comparison has a tuning stage, so that validation and test rows differ.
+        part: which held-out rows it is measured on.
+        cache: exact, of the teacher on all rows of the trial, which then need not be loaded.
     """
     arm = trial.arm
-    part = {"tuning": "validation", "final": "test" if tuned else "all"}[trial.stage]
+    teacher: dict[str, Any] = {"teacher": arm.teacher}
+    if cache is not None:
+        teacher = {"teacher": None, "teacher_cache": str(cache)}
     varied: dict[str, dict[str, Any]] = {
-        "model": {"teacher": arm.teacher, "student": arm.student},
+        "model": {"student": arm.student, **teacher},
         "loss": {"spec": arm.loss or base.loss.spec, "kd_ratio": arm.kd_ratio},
         "optimizer": {"lr": arm.lr},
         "training": {"seed": trial.seed},
@@ -65,6 +72,7 @@ def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool
     """
     from kdrun.distillation import distill
 
+    forget_peak_memory()
     folder = Path(str(config.output.dir))
     shutil.rmtree(folder, ignore_errors=True)  # what a killed attempt left
     started = time.monotonic()
@@ -104,6 +112,16 @@ def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool
         seconds=round(time.monotonic() - started, 2),
         versions=summary["versions"],
     )
+
+
+def forget_peak_memory() -> None:
+    """Begin the peak anew, where the system can, so that each trial of a process has its own."""
+    import torch
+
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def quiet_console() -> Any:

@@ -85,6 +85,20 @@ def read_rows(config: DataConfig) -> RawRows:
     return RawRows(train, held_out, tuple(notes))
 
 
+def read_held_out(source: str, config: DataConfig) -> tuple[Sequence[Any], list[str]]:
+    """All rows of a source to measure on, and notes on them.
+
+    Of the built-in text it is the held-out part.
+
+    Raises:
+        InputError: nothing usable, naming the file and the cure.
+    """
+    if source == BUILT_IN:
+        return _documents(load_text().held_out), []
+    found = _load(source, config)
+    return found.rows, found.warnings()
+
+
 def encode_for(
     config: RunConfig, rows: RawRows, tokenizer: PreTrainedTokenizerBase, shift_windows: bool
 ) -> Examples:
@@ -126,20 +140,6 @@ def pack_training(examples: Examples, max_length: int) -> Examples:
         f"{filled:.0%} full"
     )
     return Examples(packed, examples.held_out, (*examples.notes, note))
-
-
-def read_held_out(source: str, config: DataConfig) -> tuple[Sequence[Any], list[str]]:
-    """All rows of a source to measure on, and notes on them.
-
-    Of the built-in text it is the held-out part.
-
-    Raises:
-        InputError: nothing usable, naming the file and the cure.
-    """
-    if source == BUILT_IN:
-        return _documents(load_text().held_out), []
-    found = _load(source, config)
-    return found.rows, found.warnings()
 
 
 def encode_rows(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kdlosses import LossSpecError, parse_spec
+from kdrun.compare.labels import label_arms
 from kdrun.compare.record import Arm, Record, Trial
 from kdrun.evaluation.yardsticks import YARDSTICKS, Yardstick
 
@@ -186,36 +187,6 @@ def summarise(given: ReportInput) -> Summary:
             for arm in dict.fromkeys(trial.arm for trial in trials if trial.stage == "tuning")
         ),
     )
-
-
-def label_arms(arms: Iterable[Arm]) -> dict[Arm, str]:
-    """Names that tell arms apart: the method, and whatever else is not the same for all."""
-    listed = list(arms)
-
-    def varies(name: str, among: Sequence[Arm]) -> bool:
-        return len({getattr(arm, name) for arm in among}) > 1
-
-    # The ratio of cross-entropy alone is always 0 and tells nothing.
-    ratios = varies("kd_ratio", [arm for arm in listed if arm.loss is not None])
-    labels = {}
-    for arm in listed:
-        parts = ["cross-entropy alone" if arm.loss is None else printable(arm.loss)]
-        if ratios and arm.loss is not None:
-            parts.append(f"ratio {arm.kd_ratio:g}")
-        if varies("lr", listed):
-            parts.append(f"lr {arm.lr:g}")
-        parts += [
-            f"{name} {printable(getattr(arm, name))}"
-            for name in ("teacher", "student")
-            if varies(name, listed)
-        ]
-        labels[arm] = ", ".join(parts)
-    return labels
-
-
-def printable(name: str) -> str:
-    """Line breaks and control characters, which have no place in a table, become spaces."""
-    return "".join(letter if letter.isprintable() else " " for letter in name)
 
 
 def _trained_on(arm: Arm) -> dict[str, str]:

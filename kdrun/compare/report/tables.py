@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 
+from kdrun.compare.labels import printable
 from kdrun.compare.record import Record, Trial
 from kdrun.compare.report import words
-from kdrun.compare.report.content import Spread, Summary, printable
+from kdrun.compare.report.content import Spread, Summary
 from kdrun.evaluation.yardsticks import YARDSTICKS
 
 # A spreadsheet takes a cell that starts so for a formula.

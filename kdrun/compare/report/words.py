@@ -70,6 +70,8 @@ def ordered(summary: Summary) -> list[tuple[ArmSummary, ArmVerdict]]:
 def headline(summary: Summary) -> str:
     """The outcome in one sentence."""
     if not summary.judged:
+        if any(trial.stage == "tuning" for trial in summary.missing):
+            return "No verdict is possible yet: the tuning trials are not finished."
         return "Nothing is compared: the only arm is the baseline."
     title = f"{summary.given.yardstick.title} of held-out rows"
     named = {

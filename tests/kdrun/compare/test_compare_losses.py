@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,20 +12,21 @@ import time
 from pathlib import Path
 
 import pytest
+from small import QUICK, compare, kdrun, refused, rows_file
 
-SMALL = ("--max-steps", "4", "--seeds", "2", "--set", "loss.compiled=false")
-COMMAND = (sys.executable, "-c", "from kdrun.cli import main; main()", "compare-losses")
+from kdrun.compare.trial import forget_peak_memory
+
+for package in ("scipy", "matplotlib", "jinja2"):
+    pytest.importorskip(package)
+
+COMMAND = (sys.executable, "-c", "from kdrun.cli import main; main()", "compare-losses", *QUICK)
 
 
-def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *SMALL, *arguments, "--output", str(folder)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env=os.environ | {"COLUMNS": "200"},
-        check=False,
-    )
+@pytest.fixture
+def given(tmp_path: Path) -> tuple[str, ...]:
+    """Rows, seeds and folder of a comparison."""
+    rows = rows_file(tmp_path)
+    return ("--data", str(rows), "--seeds", "2", "--output", str(tmp_path / "c"))
 
 
 def times(folder: Path) -> dict[str, float]:
@@ -32,32 +34,29 @@ def times(folder: Path) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_a_comparison_resumes_extends_and_judges(tmp_path: Path) -> None:
+def test_a_comparison_resumes_extends_and_judges(tmp_path: Path, given: tuple[str, ...]) -> None:
     folder = tmp_path / "c"
     # Killed amid the second trial.
     with subprocess.Popen(
-        [*COMMAND, *SMALL, "--loss", "forward_kl_chunked", "--output", str(folder)],
-        stderr=subprocess.DEVNULL,
+        [*COMMAND, "--loss", "forward_kl_chunked", *given], stderr=subprocess.DEVNULL
     ) as process:
         deadline = time.monotonic() + 240
         while not list((folder / "records").glob("*.json")) and time.monotonic() < deadline:
-            time.sleep(0.1)
+            time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     first = times(folder)
     assert 1 <= len(first) < 4
-    done = compare(folder, "--loss", "forward_kl_chunked")
-    assert done.returncode == 0, done.stderr
+    compare("--loss", "forward_kl_chunked", *given)
     second = times(folder)
     assert len(second) == 4
     assert all(second[name] == moment for name, moment in first.items())  # nothing ran twice
-    # Another loss runs alone.
-    done = compare(folder, "--loss", "forward_kl_chunked", "--loss", "reverse_kl_chunked")
-    assert done.returncode == 0, done.stderr
+    # Another loss runs alone, and the report is that of the whole folder.
+    printed = compare("--loss", "reverse_kl_chunked", *given)
     third = times(folder)
     assert len(third) == 6
     assert all(third[name] == moment for name, moment in second.items())
-    assert "reverse_kl_chunked" in done.stderr
-    assert "baseline" in done.stderr
+    assert "reverse_kl_chunked" in printed
+    assert "forward_kl_chunked" in printed
     with open(folder / "results.csv", encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert {row["loss"] for row in rows} == {
@@ -66,28 +65,53 @@ def test_a_comparison_resumes_extends_and_judges(tmp_path: Path) -> None:
     assert {row["status"] for row in rows} == {"done"}
     assert all(float(row["ce"]) > 0 for row in rows)
     # The folder belongs to its settings.
-    done = compare(folder, "--max-steps", "5")
+    done = subprocess.run(
+        [*COMMAND, *given, "--max-steps", "5"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
     assert done.returncode == 2
-    assert "training.max_steps=4, now 5" in done.stderr
+    assert "training.max_steps=3, now 5" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-def test_a_diverged_trial_is_recorded_and_counts_against_its_arm(tmp_path: Path) -> None:
-    done = compare(
-        tmp_path / "c",
-        *("--loss", "forward_kl_chunked", "--lr", "1e6"),
+def test_a_diverged_trial_is_recorded_and_counts_against_its_arm(given: tuple[str, ...]) -> None:
+    printed = compare(
+        *("--loss", "forward_kl_chunked", "--lr", "1e6", *given, "--seeds", "1"),
         *("--set", "optimizer.max_grad_norm=0", "--set", "optimizer.warmup_steps=0"),
-        *("--set", "training.max_steps=8"),
+        *("--max-steps", "6"),
+    )
+    assert "diverged: " in printed
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_several_processes_share_the_trials(tmp_path: Path, given: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [*COMMAND, "--loss", "forward_kl_chunked", *given, "--seeds", "1", "--jobs", "2"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | {"COLUMNS": "200"},
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "diverged: " in done.stderr
+    assert len(times(tmp_path / "c")) == 2
+    assert len(list((tmp_path / "c" / "teacher-cache").iterdir())) == 1
 
 
-@pytest.mark.slow
-def test_several_processes_share_the_trials(tmp_path: Path) -> None:
-    done = compare(tmp_path / "c", "--loss", "forward_kl_chunked", "--jobs", "2")
-    assert done.returncode == 0, done.stderr
-    assert len(times(tmp_path / "c")) == 4
+def test_the_peak_memory_of_a_trial_is_not_that_of_an_earlier_one() -> None:
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("the system cannot forget a peak")
+    forget_peak_memory()  # imports what would count otherwise
+    large = bytearray(400 * 2**20)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    del large
+    forget_peak_memory()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak - 300 * 2**10
 
 
 @pytest.mark.parametrize(
@@ -98,22 +122,23 @@ def test_several_processes_share_the_trials(tmp_path: Path) -> None:
         (("--yardstick", "bleu"), "no such measure"),
         (("--difference", "0"), "must be above 0"),
         (("--kd-ratio", "0"), "the baseline at 0 is always there"),
-        (("--student", "nowhere", "--teacher", "nowhere"), "nowhere"),
+        (("--no-teacher-cache", "--set", "model.teacher_cache=c"), "leave out one"),
+        (("--student", "nowhere/at/all", "--teacher", "nowhere/at/all"), "nowhere"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_starts(
-    tmp_path: Path, arguments: tuple[str, ...], message: str
+    tmp_path: Path, given: tuple[str, ...], arguments: tuple[str, ...], message: str
 ) -> None:
-    done = compare(tmp_path / "c", *arguments)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert message in refused("compare-losses", *QUICK, *given, *arguments)
     assert not (tmp_path / "c").exists()
 
 
-def test_a_dry_run_shows_trials_and_time_and_writes_nothing(tmp_path: Path) -> None:
-    done = compare(tmp_path / "c", "--dry-run", "--kd-ratio", "0.25", "--kd-ratio", "1")
-    assert done.returncode == 0, done.stderr
-    assert "tuning" in done.stderr
-    assert "time: about" in done.stderr
+def test_a_dry_run_shows_trials_and_time_and_writes_nothing(
+    tmp_path: Path, given: tuple[str, ...]
+) -> None:
+    ratios = ("--kd-ratio", "0.25", "--kd-ratio", "1")
+    printed = kdrun("compare-losses", *QUICK, *given, *ratios, "--dry-run").stderr
+    assert "tuning" in printed
+    assert "time: about" in printed
+    assert "each teacher once over all rows" in printed
     assert not (tmp_path / "c").exists()

@@ -7,12 +7,16 @@ from typing import Any
 import pytest
 
 from kdrun.compare.plan import (
+    TUNING_FROM,
     Axes,
+    Plan,
     choose,
     final_trials,
     find_yardstick,
+    merge,
     methods,
     setting,
+    shared_settings,
     trained_on,
     tuning_trials,
 )
@@ -63,7 +67,7 @@ def test_each_method_is_tuned_on_seeds_that_the_final_trials_do_not_use() -> Non
     counts = dict.fromkeys(("cross-entropy", *grid.losses), 0)
     for trial in trials:
         assert trial.stage == "tuning"
-        assert trial.seed in (2, 3)
+        assert trial.seed in (TUNING_FROM, TUNING_FROM + 1)
         counts[trial.arm.method] += 1
     # Every loss has the same budget; the baseline has no ratio to choose.
     assert counts == {"cross-entropy": 4, "forward_kl_chunked": 8, "reverse_kl_chunked": 8}
@@ -76,8 +80,8 @@ def test_the_best_mean_is_chosen_and_a_diverged_arm_is_not() -> None:
     values = {0.0: 4.0, 0.25: 3.0, 0.5: 2.0, 1.0: 1.0}
     records = [
         record(t, None, "diverged")
-        if t.arm.kd_ratio == 1.0 and t.seed == 3
-        else record(t, values[t.arm.kd_ratio] + 0.01 * t.seed)
+        if t.arm.kd_ratio == 1.0 and t.seed == TUNING_FROM + 1
+        else record(t, values[t.arm.kd_ratio] + 0.01 * (t.seed - TUNING_FROM))
         for t in trials
     ]
     assert {t.arm.kd_ratio for t in final_trials(grid, records, CE)} == {0.0, 0.5}
@@ -127,8 +131,9 @@ def test_what_trials_vary_is_no_part_of_their_common_setting() -> None:
             *(("loss.spec", "reverse_kl"), ("output.dir", "x"), ("loss.kd_ratio", 0.1)),
         ],
     )
-    assert setting(base) == setting(same)
-    assert setting(base) != setting(load_config(None, [("training.max_steps", 6)]))
+    assert setting(shared_settings(base)) == setting(shared_settings(same))
+    other = load_config(None, [("training.max_steps", 6)])
+    assert setting(shared_settings(base)) != setting(shared_settings(other))
 
 
 def test_losses_that_train_on_the_yardstick_are_named() -> None:
@@ -140,3 +145,44 @@ def test_losses_that_train_on_the_yardstick_are_named() -> None:
 def test_an_unknown_yardstick() -> None:
     with pytest.raises(InputError, match="--yardstick bleu: no such measure; known: ce,"):
         find_yardstick("bleu")
+
+
+def plan(**changes: Any) -> Plan:
+    return Plan(axes(**changes), CE, 0.02, "s")
+
+
+def test_trials_measured_on_other_rows_have_other_names() -> None:
+    # With one learning rate a final trial is measured on all held-out rows; after a tuning on
+    # those that the tuning did not see.
+    one, several = plan(), plan(lrs=(1e-3, 1e-2))
+    trial = final_trials(one.axes, [], CE)[0]
+    assert one.identity(trial) != several.identity(trial)
+    kept = Record(id=one.identity(trial), trial=trial, status="done", measures={"ce": 3.0})
+    assert one.own([kept]) == [kept]
+    assert several.own([kept]) == []
+
+
+def test_a_record_whose_trial_was_edited_is_refused() -> None:
+    trial = final_trials(axes(), [], CE)[0]
+    edited = trial.model_copy(update={"seed": 9})
+    record = Record(id=plan().identity(trial), trial=edited, status="done")
+    with pytest.raises(InputError, match=rf"{record.id}.json: was edited"):
+        plan().own([record])
+
+
+def test_more_seeds_leave_the_tuning_as_it_is() -> None:
+    grid = axes(lrs=(1e-3, 1e-2))
+    assert tuning_trials(grid) == tuning_trials(axes(lrs=(1e-3, 1e-2), seeds=7))
+
+
+def test_a_folder_gathers_losses_and_seeds_and_a_new_grid_is_a_new_comparison() -> None:
+    before = axes(losses=("a", "b"), seeds=3, lrs=(1.0, 2.0))
+    now = axes(losses=("c", "a"), seeds=2, lrs=(2.0, 1.0), teachers=("t",))
+    together = merge(before, now)
+    assert together.losses == ("a", "b", "c")
+    assert together.teachers == ("builtin", "t")
+    assert together.seeds == 3
+    assert together.lrs == (1.0, 2.0)
+    assert merge(together, now) == together
+    other = axes(losses=("a",), lrs=(3.0,))
+    assert merge(before, other) == other

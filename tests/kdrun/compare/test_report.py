@@ -17,9 +17,10 @@ from browser import Browser, find
 from rich.console import Console
 from synthetic import BASELINE, HOSTILE, arm, comparison, record
 
+from kdrun.compare.labels import label_arms
 from kdrun.compare.record import Trial
 from kdrun.compare.report import ReportInput, print_table, write_report
-from kdrun.compare.report.content import label_arms, summarise
+from kdrun.compare.report.content import summarise
 from kdrun.evaluation.yardsticks import YARDSTICKS
 
 for package in ("scipy", "matplotlib", "jinja2"):

@@ -1,0 +1,185 @@
+"""The teachers of a comparison: each runs once, and every trial reads what it said."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrun.cache.manifest import Manifest, read_manifest
+from kdrun.compare.ledger import Ledger
+from kdrun.compare.plan import Part, parts_of
+from kdrun.compare.record import Pair, Trial
+from kdrun.compare.run import Comparison
+from kdrun.config import RunConfig
+from kdrun.data.prepare import encode_for, examples_in, read_rows
+from kdrun.data.rows import TextRow
+from kdrun.errors import InputError
+from kdrun.pairs import find_pair, open_teacher
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kdrun.pairs import Pair as Models
+
+CACHES = "teacher-cache"
+SPARE_BYTES = 2**30
+"""Left free beside a cache: for records, logs, and the student that a trial writes."""
+
+
+def cache_teachers(
+    comparison: Comparison, ledger: Ledger, trials: Iterable[Trial], console: Console
+) -> Mapping[Pair, Path]:
+    """See that there is an exact cache for each pair that has something to run.
+
+    A cache lies in the comparison's folder under a name that follows from the teacher, the
+    tokenizer and the rows, so it is found again, also where the folder was moved. Processes that
+    start together build it once. A killed build leaves no manifest and is begun anew.
+
+    Args:
+        comparison: what is compared.
+        ledger: its folder.
+        trials: those that have not run.
+        console: told what is built, and where the live teacher has to do.
+
+    Returns:
+        The caches; a pair without one runs its teacher in every trial.
+
+    Raises:
+        InputError: a teacher cannot be loaded.
+        TrainingError: the disk fails.
+    """
+    pairs = dict.fromkeys(trial.arm.pair for trial in trials)
+    if not comparison.cached or not pairs:
+        return {}
+    parts = parts_of(comparison.plan.axes.tuned)
+    rows = read_rows(comparison.base.data).train
+    if isinstance(rows[0], TextRow):
+        if comparison.base.data.shift_windows:
+            console.print(
+                "no teacher cache: data.shift_windows=true cuts plain text at other places in each "
+                "epoch; every trial runs its teacher"
+            )
+            return {}
+        console.print(
+            "data.shift_windows=false: plain text is cut at the same places in every epoch, as a "
+            "teacher cache needs"
+        )
+    found = {}
+    for pair in pairs:
+        folder = _find_or_build(comparison.base, pair, parts, ledger, console)
+        if folder is not None:
+            found[pair] = folder
+    return found
+
+
+def _find_or_build(
+    base: RunConfig, pair: Pair, parts: Sequence[Part], ledger: Ledger, console: Console
+) -> Path | None:
+    teacher, student = pair
+    model = base.model.model_copy(update={"teacher": teacher, "student": student})
+    base = base.model_copy(update={"model": model})
+    models = find_pair(model)
+    name = _name(base, models, parts)
+    folder = ledger.folder / CACHES / name
+    with ledger.hold(f"{CACHES}-{name}"):
+        manifest = _whole(folder, console) or _build(folder, base, models, parts, console)
+    if manifest is None:
+        return None
+    size = sum(file.bytes for file in manifest.files)
+    console.print(
+        f"teacher cache: {folder}, {manifest.rows} rows, {manifest.tokens} tokens, "
+        f"{size / 1e6:.1f} MB; every trial of {teacher} reads it",
+        markup=False,
+    )
+    return folder
+
+
+def _name(base: RunConfig, models: Models, parts: Sequence[Part]) -> str:
+    """A short hash of all that the content of a cache depends on."""
+    from kdrun.cache.fingerprint import print_tokenizer
+
+    content: dict[str, Any] = {
+        "teacher": base.model.teacher,
+        "dtype": base.model.dtype,
+        "data": base.data.model_dump(mode="json"),
+        "parts": parts,
+        "tokenizer": print_tokenizer(models.tokenizer).model_dump(),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _whole(folder: Path, console: Console) -> Manifest | None:
+    """The manifest of a complete cache; what else is there is removed."""
+    if not folder.is_dir():
+        return None
+    try:
+        return read_manifest(folder)
+    except InputError as error:
+        console.print(f"{str(error).partition(';')[0]}; it is built again", markup=False)
+        shutil.rmtree(folder)
+        return None
+
+
+def _build(
+    folder: Path, base: RunConfig, models: Models, parts: Sequence[Part], console: Console
+) -> Manifest | None:
+    """Run the teacher; None, with a line that says why, where its cache is not to be had."""
+    import torch
+
+    from kdrun.cache.build import Recipe, SpaceError, build_cache
+    from kdrun.cache.command import show_progress
+
+    teacher = open_teacher(models, base.model)
+    assert teacher is not None
+    name = str(base.model.teacher)
+    reason = teacher.split.reason
+    if reason is None:
+        cuda = torch.cuda.is_available()
+        teacher.to(torch.device("cuda" if cuda else "cpu"))
+        recipe = Recipe(
+            kind="hidden",
+            entries=0,
+            temperature=1.0,
+            seed=0,
+            vocab_size=models.vocab_size,
+            max_length=base.data.max_length,
+            batch_size=base.training.batch_size,
+        )
+        every = _examples(base, models, parts)
+        try:
+            with show_progress(console) as report:
+                return build_cache(
+                    folder,
+                    teacher,
+                    name,
+                    models.tokenizer,
+                    every,
+                    recipe,
+                    report,
+                    spare_bytes=SPARE_BYTES,
+                )
+        except SpaceError as error:
+            shutil.rmtree(folder)
+            reason = f"{error.shortage}, and {SPARE_BYTES / 1e6:.0f} MB are kept for the trials"
+        finally:
+            if cuda:
+                teacher.to(torch.device("cpu"))
+                torch.cuda.empty_cache()
+    console.print(f"no teacher cache of {name}: {reason}; every trial runs it", markup=False)
+    return None
+
+
+def _examples(
+    base: RunConfig, models: Models, parts: Sequence[Part]
+) -> Iterator[Mapping[str, Sequence[int]]]:
+    """The training rows, then those that trials are measured on."""
+    for number, part in enumerate(parts):
+        rows = read_rows(base.data.model_copy(update={"part": part}))
+        examples = encode_for(base, rows, models.tokenizer, shift_windows=False)
+        if number == 0:
+            yield from examples_in(examples.train)
+        yield from examples_in(examples.held_out)
