@@ -171,8 +171,7 @@ class EvaluationConfig(_Section):
     batch_size: int = Field(16, ge=1, description="prompts that are answered at once")
     answer_pattern: str | None = Field(
         None,
-        description="regular expression whose first group is the final answer, for exact match; "
-        "'#### *(.+)' fits GSM8K",
+        description="regular expression whose first group is the final answer, for exact match",
     )
 
     @field_validator("answer_pattern")

@@ -103,6 +103,15 @@ def distill(
     check_packed_rows(config.data, rows)
     build_loss(config.loss, vocab_size=None)
     world = World(config.training.fsdp)
+    if config.training.fsdp and resume:
+        raise InputError(
+            "--resume: runs with training.fsdp=true keep weights only; start anew from the "
+            "student of a checkpoint"
+        )
+    if config.training.fsdp and config.lora.merge:
+        raise InputError(
+            "lora.merge=true: not with training.fsdp=true; leave it out and merge the saved adapter"
+        )
     folder = Path(world.share(str(runs.choose_folder(config.output.dir, config.loss.spec))))
     if world.is_main:
         runs.prepare_folder(folder, resume, overwrite)
@@ -313,6 +322,7 @@ def training_arguments(config: RunConfig, folder: Path) -> Any:
         save_strategy="steps",
         save_steps=training.save_steps,
         save_total_limit=training.save_total_limit,
+        save_only_model=training.fsdp,  # the Trainer keeps no optimiser that is spread out
         seed=training.seed,
         data_seed=training.seed,
         report_to=training.report_to,
@@ -430,17 +440,20 @@ def _with_adapters(student: Any, pair: Pair, config: RunConfig, folder: Path, wo
 
 def _save_student(trainer: DistillTrainer, folder: Path, merge: bool) -> None:
     from kdrun.models.heads import uninstall
+    from kdrun.models.shard import gather
 
-    # Weights that are spread over processes are gathered by all of them; one writes.
-    if not trainer.args.should_save and not trainer.is_distributed_loading_by_transformers:
-        return
     model, tokenizer = trainer.model, trainer.processing_class
+    weights = {}
+    if trainer.is_distributed_loading_by_transformers:
+        weights = {"state_dict": gather(model)}
+    if not trainer.args.should_save:
+        return
     uninstall(model)
     if merge:
         model.save_pretrained(folder / runs.ADAPTER)
         tokenizer.save_pretrained(folder / runs.ADAPTER)
         model = model.merge_and_unload()
-    model.save_pretrained(folder / runs.STUDENT)
+    model.save_pretrained(folder / runs.STUDENT, **weights)
     tokenizer.save_pretrained(folder / runs.STUDENT)
 
 

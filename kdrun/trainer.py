@@ -163,6 +163,11 @@ class DistillTrainer(Trainer):
             self._logged_step = self.state.global_step
         super().log(logs, start_time)
 
+    def begin_log(self, step: int) -> None:
+        """Let the means of the next line begin after a step."""
+        self._logged_step = step
+        self._shares.zero_()
+
     def evaluation_loop(
         self,
         dataloader: Any,
@@ -303,7 +308,7 @@ class DistillTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process has a file of its own in it
-        if self.args.should_save:
+        if self.args.should_save and not self.args.save_only_model:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             write_json(folder / _OBJECTIVE, self.objective.state_dict())
             with open(folder / COMPLETE, "w", encoding="utf-8") as marker:
@@ -367,6 +372,10 @@ class _Advance(TrainerCallback):
 
     def __init__(self, trainer: DistillTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Means of a resumed run's first line begin with its first step."""
+        self._trainer.begin_log(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the optimiser's step, before it is logged and saved."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -38,3 +39,23 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
     sharded._is_distributed_loading_by_transformers = True
     sharded._is_fsdp_managed_module = True
     return model
+
+
+def gather(model: Any) -> dict[str, Tensor]:
+    """The whole weights of a model that :func:`shard` spread, on the CPU of every process.
+
+    A tied weight appears once, as where nothing is spread. All processes have to call this; from
+    then on transformers saves the model like any other.
+    """
+    from torch.distributed.tensor import DTensor
+
+    from kdrun.models.heads import causal_lm
+
+    inner: Any = causal_lm(model)
+    tied = set(getattr(inner, "all_tied_weights_keys", None) or ())
+    inner.config.distributed_config = None
+    return {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+        for name, value in model.state_dict().items()
+        if name not in tied
+    }

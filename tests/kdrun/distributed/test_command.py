@@ -1,0 +1,119 @@
+"""``torchrun -m kdrun`` on the built-in pair: two processes are one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from kdrun.cli import cli
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+RUN = [
+    *("--loss", "reverse_kl_chunked", "--max-steps", "6"),
+    *("--set", "training.save_steps=4", "--set", "training.logging_steps=1"),
+    *("--set", "loss.compiled=false", "--set", "loss.chunk_size=64"),
+]
+
+
+def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "kdrun", *RUN, *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=400,
+        check=False,
+    )
+
+
+def alone(*arguments: object) -> None:
+    done = CliRunner().invoke(cli, [*RUN, *map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one") / "run"
+    alone("--batch-size", 8, "--output", folder)
+    return folder
+
+
+def check_equal(one: Path, other: Path) -> None:
+    expected, found = (
+        json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in (one, other)
+    )
+    for when in ("before", "after"):
+        assert found[when] == pytest.approx(expected[when], rel=1e-5), when
+    weights, others = (
+        load_file(folder / "student" / "model.safetensors") for folder in (one, other)
+    )
+    assert set(weights) == set(others)
+    for name, weight in weights.items():
+        assert (others[name] - weight).abs().max() <= 1e-5, name
+    steps = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+        for folder in (one, other)
+    ]
+    assert [line["step"] for line in steps[0]] == [line["step"] for line in steps[1]]
+    for line, same in zip(*steps, strict=True):
+        if "kd_loss" in line:
+            assert same["kd_loss"] == pytest.approx(line["kd_loss"], rel=1e-5)
+
+
+def test_two_processes_are_one_run_which_one_may_finish(one: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    done = launch("--batch-size", 4, "--output", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_equal(one, folder)
+    assert done.stderr.count("step 6/6") == 1  # one of them speaks
+    assert {path.name for path in (folder / "checkpoints" / "checkpoint-4").iterdir()} >= {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+        "complete",
+    }
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+    (folder / "summary.json").unlink()
+    alone("--batch-size", 8, "--output", folder, "--resume")
+    check_equal(one, folder)
+
+
+def test_models_spread_over_two_processes_are_one_run(one: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "spread"
+    done = launch("--batch-size", 4, "--set", "training.fsdp=true", "--output", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_equal(one, folder)
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "said"),
+    [
+        ({}, ["--set", "training.fsdp=true"], "torchrun --nproc-per-node"),
+        ({"ACCELERATE_USE_FSDP": "true"}, [], "runs DDP in silence"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "DeepSpeed"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused_first(
+    environment: dict[str, str],
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from kdrun.errors import InputError
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=said):
+        alone(*arguments, "--output", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
