@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kdlosses.sources import Projected as Projected
     from kdlosses.sources import Sampled as Sampled
     from kdlosses.sources import TopK as TopK
+    from kdlosses.sources import VocabParallel as VocabParallel
     from kdlosses.terms import Term as Term
 
 _HOME = {
@@ -58,6 +59,7 @@ _HOME = {
     "Term": "terms",
     "TokenLoss": "objective",
     "TopK": "sources",
+    "VocabParallel": "sources",
     "automatic_chunk_size": "engine.plan",
     "available_losses": "registry",
     "calibration_error": "measures",

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from kdlosses.engine import Supervised, supervised_rows
-from kdlosses.sources import Compressed, Source, TeacherSource, as_source, as_teacher
+from kdlosses.sources import (
+    Compressed,
+    Source,
+    TeacherSource,
+    VocabParallel,
+    as_source,
+    as_teacher,
+)
 
 Denominator = int | float | Tensor
 
@@ -54,9 +61,15 @@ class Batch:
                     f"{name}: positions {list(source.leading_shape)} differ from those of labels "
                     f"{list(labels.shape)}"
                 )
+        _check_spread(student, given)
         size = min(source.vocab_size for source in sides.values())
         if vocab_size is not None:
             size = min(size, vocab_size)
+        if isinstance(student, VocabParallel) and size <= student.last:
+            raise ValueError(
+                f"student: cut to {size} tokens, its last process, whose tokens begin at "
+                f"{student.last}, would have none; spread the heads after cutting them"
+            )
         if isinstance(given, Compressed) and given.vocab_size > size:
             raise ValueError(
                 f"teacher: was compressed over {given.vocab_size} tokens, the shared vocabulary "
@@ -97,3 +110,24 @@ class Batch:
         if isinstance(num_tokens, Tensor):
             return num_tokens.clamp_min(1)
         return max(1, num_tokens)
+
+
+def _check_spread(student: Source, teacher: TeacherSource | None) -> None:
+    """Teacher and student have to have the same tokens on the same process."""
+    spread = isinstance(student, VocabParallel)
+    if teacher is None:
+        return
+    if not isinstance(teacher, VocabParallel):
+        if spread:
+            raise ValueError(
+                "teacher: the student's head is spread over processes (VocabParallel), the "
+                "teacher's has to be as well"
+            )
+        return
+    if not isinstance(student, VocabParallel):
+        raise ValueError("student: the teacher's head is spread over processes, its own is not")
+    if (student.start, student.group) != (teacher.start, teacher.group):
+        raise ValueError(
+            f"teacher: its tokens on this process begin at {teacher.start}, the student's at "
+            f"{student.start}; spread both heads alike"
+        )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdlosses.batch import Batch, Denominator
-from kdlosses.divergence import Loss
+from kdlosses.divergence import Loss, RowLoss
 from kdlosses.engine import (
     Chunking,
     Problem,
@@ -21,7 +21,7 @@ from kdlosses.engine import (
     view_of,
 )
 from kdlosses.schedules import Schedule
-from kdlosses.sources import Source, TeacherSource
+from kdlosses.sources import Source, TeacherSource, VocabParallel
 from kdlosses.terms import TEMPERATURE, MovingTerms, Term
 
 
@@ -219,18 +219,22 @@ class TokenLoss(nn.Module):
     def _problem(self, batch: Batch, with_teacher: bool = True) -> Problem:
         """What the engine is to evaluate; without the teacher, cross-entropy alone."""
         if batch.teacher is None or not with_teacher:
-            program = Program(student_post=batch.student.post)
+            program = Program(student_post=batch.student.post, vocabulary=batch.student.vocabulary)
             return Problem(program, batch.student, None, batch.rows, (), batch.vocab_size)
         for term in self.terms:
             reason = refusal(term.loss, batch.teacher, self.temperature)
             if reason is not None:
                 raise ValueError(f"teacher: {reason}")
+            if isinstance(batch.student, VocabParallel) and isinstance(term.loss, RowLoss):
+                name = type(term.loss).__name__
+                raise ValueError(f"student: {name} needs whole rows, and its head is spread")
         program = Program(
             losses=tuple(term.loss for term in self.terms),
             bound=self._moving.bound,
             student_post=batch.student.post,
             view=view_of(batch.teacher),
             softened=self.temperature != 1.0 or self._temperature_schedule is not None,
+            vocabulary=batch.student.vocabulary,
         )
         moving = [value for values in self._moving.values for value in values.values()]
         scalars = tuple(batch.scalar(value) for value in (self.temperature, *moving))

@@ -5,13 +5,15 @@ A source knows its leading shape and its vocabulary. What happens to raw logits 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from kdlosses.numerics import log_softmax
+from kdlosses.vocabulary import WHOLE, Group, Shard, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,15 @@ class Logits:
     def width(self) -> int:
         """Length of the rows that are gathered to make logits: here the logits themselves."""
         return self.vocab_size
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """All tokens are here."""
+        return WHOLE
+
+    def columns(self, vocab_size: int) -> int:
+        """How many of the first ``vocab_size`` tokens are here."""
+        return vocab_size
 
 
 @dataclass(frozen=True)
@@ -149,6 +160,74 @@ class Projected:
     def width(self) -> int:
         """Length of the rows that are gathered to make logits."""
         return self.hidden.shape[-1]
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """All tokens are here."""
+        return WHOLE
+
+    def columns(self, vocab_size: int) -> int:
+        """How many of the first ``vocab_size`` tokens are here."""
+        return vocab_size
+
+
+@dataclass(frozen=True)
+class VocabParallel(Projected):
+    """The part that this process has of an output head spread over processes.
+
+    Each process of the group holds some consecutive rows of the whole ``weight`` (and ``bias``),
+    in the order of the processes, and the same hidden states. Losses and their gradients are those
+    of the whole head; ``weight`` receives the gradient of its own rows, ``hidden`` the whole one.
+    A :class:`kdlosses.Divergence` works with it, plain and chunked, where the teacher is spread
+    the same way; a ``RowLoss`` needs whole rows and is refused. Nothing is compiled.
+
+    Not where one process can hold the head and the chunked loss: every tile of rows costs some
+    exchanges between the processes.
+
+    Args:
+        group: the processes, by default all; torch.distributed has to be initialised.
+
+    Attributes:
+        start: the first token that is here.
+        total: tokens of all processes.
+        last: the first token of the last process.
+
+    Raises:
+        ValueError: as for :class:`Projected`, or where a process has no row.
+    """
+
+    group: Group = None
+    start: int = field(init=False)
+    total: int = field(init=False)
+    last: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count = torch.tensor([len(self.weight)], device=self.weight.device)
+        world = torch.distributed.get_world_size(self.group)
+        counts = [torch.zeros_like(count) for _ in range(world)]
+        torch.distributed.all_gather(counts, count, group=self.group)
+        sizes = [int(one) for one in counts]
+        if min(sizes) < 1:
+            raise ValueError("VocabParallel: a process of the group has no row of the head")
+        rank = torch.distributed.get_rank(self.group)
+        object.__setattr__(self, "start", sum(sizes[:rank]))
+        object.__setattr__(self, "total", sum(sizes))
+        object.__setattr__(self, "last", sum(sizes[:-1]))
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the whole projection."""
+        return self.total
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens that are here."""
+        return Shard(self.start, self.group)
+
+    def columns(self, vocab_size: int) -> int:
+        """How many of the first ``vocab_size`` tokens are here."""
+        return max(0, min(vocab_size - self.start, len(self.weight)))
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,10 @@ def inner(path):
 ALLOWED = {
     "divergence": set(),
     "numerics": set(),
-    "sources": {"numerics"},
+    "vocabulary": {"numerics"},
+    "sources": {"numerics", "vocabulary"},
     "losses": {"divergence", "numerics"},
-    "engine": {"engine", "sources", "divergence", "numerics"},
+    "engine": {"engine", "sources", "vocabulary", "divergence", "numerics"},
     "schedules": set(),
     "terms": {"divergence", "schedules"},
     "batch": {"engine", "sources"},

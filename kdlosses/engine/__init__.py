@@ -18,7 +18,8 @@ from kdlosses.engine.plan import Chunking, automatic_chunk_size, compiles
 from kdlosses.engine.rows import Program, row_values
 from kdlosses.engine.views import refusal, view_of
 from kdlosses.numerics import restore_infinity
-from kdlosses.sources import Logits, Projected, Source, TeacherSource
+from kdlosses.sources import Logits, Projected, Source, TeacherSource, VocabParallel
+from kdlosses.vocabulary import copied
 
 __all__ = [
     "Chunking",
@@ -158,7 +159,7 @@ def _job(problem: Problem, chunking: Chunking) -> Job:
         scalars=problem.scalars,
         vocab_size=vocab_size,
         chunk_rows=max(1, min(size, len(problem.rows.labels))),
-        compiled=compiles(vocab_size) if chunking.compiled is None else chunking.compiled,
+        compiled=_compiled(problem, chunking),
     )
 
 
@@ -177,5 +178,13 @@ def _plain_raw(source: Source, rows: Supervised, vocab_size: int) -> Tensor:
         values = values.index_select(0, rows.kept)
     if not isinstance(source, Projected):
         return values[:, :vocab_size]
+    if isinstance(source, VocabParallel):
+        values, vocab_size = copied(values, source.group), source.columns(vocab_size)
     bias = None if source.bias is None else source.bias[:vocab_size].to(values.dtype)
     return functional.linear(values, source.weight[:vocab_size].to(values.dtype), bias)
+
+
+def _compiled(problem: Problem, chunking: Chunking) -> bool:
+    if isinstance(problem.student, VocabParallel):
+        return False  # exchanges between processes are not part of a graph
+    return compiles(problem.vocab_size) if chunking.compiled is None else chunking.compiled

@@ -225,10 +225,11 @@ class _Sides:
     """The supervised rows of student and teacher, a chunk and a tile at a time."""
 
     def __init__(self, job: Job):
-        self.student = Rows(job.student, job.kept, job.vocab_size, job.chunk_rows)
+        columns = job.student.columns(job.vocab_size)
+        self.student = Rows(job.student, job.kept, columns, job.chunk_rows)
         self._teacher: Rows | StoredRows | None = None
         if isinstance(job.teacher, Logits | Projected):
-            self._teacher = Rows(job.teacher, job.kept, job.vocab_size, job.chunk_rows)
+            self._teacher = Rows(job.teacher, job.kept, columns, job.chunk_rows)
         elif job.teacher is not None:
             self._teacher = StoredRows(job.teacher, job.kept)
         self._tile_rows = tile_rows(job.vocab_size, job.student.tensors[0].device) or job.chunk_rows

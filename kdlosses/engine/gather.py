@@ -1,9 +1,18 @@
 """The rows of a source that take part, and the gradients that flow back to its tensors."""
 
 import torch
+import torch.distributed
 from torch import Tensor
 
-from kdlosses.sources import Compressed, Logits, Projected, Source, float32_products, project
+from kdlosses.sources import (
+    Compressed,
+    Logits,
+    Projected,
+    Source,
+    VocabParallel,
+    float32_products,
+    project,
+)
 
 
 class Rows:
@@ -119,6 +128,8 @@ class Gradients:
         """The gradients of ``source.tensors``, None where none was needed."""
         first = self._source.tensors[0]
         values = None if self._values is None else self._values.view(first.shape)
+        if values is not None and isinstance(self._source, VocabParallel):
+            torch.distributed.all_reduce(values, group=self._source.group)
         if isinstance(self._source, Logits):
             return (values,)
         head = None if self._head is None else self._head.to(self._source.weight.dtype)

@@ -13,6 +13,7 @@ from kdlosses.divergence import Divergence, Loss, RowLoss
 from kdlosses.engine.views import LOGITS, Aligned, View
 from kdlosses.numerics import finite_log_probs, kl_terms, log_softmax, restore_infinity
 from kdlosses.sources import IDENTITY, Postprocess
+from kdlosses.vocabulary import WHOLE, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Program:
         student_post: what the student does to its raw logits.
         view: how the teacher's rows are read.
         softened: whether a temperature other than 1 applies to the KD terms.
+        vocabulary: which tokens a row holds.
     """
 
     losses: tuple[Loss, ...] = ()
@@ -33,6 +35,7 @@ class Program:
     student_post: Postprocess = IDENTITY
     view: View = LOGITS
     softened: bool = False
+    vocabulary: Vocabulary = WHOLE
 
     def bind(self, values: tuple[Tensor, ...]) -> list[Loss]:
         """The losses with their changing values, which are given in the order of ``bound``."""
@@ -66,18 +69,19 @@ def row_values(
         temperature 1.
     """
     student = program.student_post(raw_student)
-    student_log_probs = log_softmax(student)
+    vocabulary = program.vocabulary
+    student_log_probs = vocabulary.log_softmax(student)
     # A mask instead of a gather: its gradient is elementwise too and fuses with the rest.
-    vocabulary = torch.arange(student.shape[-1], device=student.device)
-    is_label = vocabulary == labels.unsqueeze(-1)
-    cross_entropy = -torch.where(is_label, finite_log_probs(student_log_probs), 0.0).sum(-1)
+    is_label = vocabulary.tokens(student) == labels.unsqueeze(-1)
+    chosen = torch.where(is_label, finite_log_probs(student_log_probs), 0.0)
+    cross_entropy = -vocabulary.sum(chosen)
     if not program.losses:
         return cross_entropy.new_zeros(len(cross_entropy), 0), cross_entropy
     temperature = scalars[0] if program.softened else None
     if temperature is not None:
-        student_log_probs = log_softmax(student / temperature)
+        student_log_probs = vocabulary.log_softmax(student / temperature)
     rows = program.view.align(teacher, finite_log_probs(student_log_probs), temperature)
-    values = [_value(loss, rows, labels) for loss in program.bind(scalars[1:])]
+    values = [_value(loss, rows, labels, vocabulary) for loss in program.bind(scalars[1:])]
     return torch.stack(values, -1), cross_entropy
 
 
@@ -156,12 +160,13 @@ def row_measures(
     return kd, ce, alone, both
 
 
-def _value(loss: Loss, rows: Aligned, labels: Tensor) -> Tensor:
+def _value(loss: Loss, rows: Aligned, labels: Tensor, vocabulary: Vocabulary) -> Tensor:
     if isinstance(loss, Divergence):
         terms = loss.integrand(rows.teacher, rows.student)
         if rows.weights is not None:
             terms = terms * rows.weights
-        total = terms.sum(-1) if loss.reduction == "sum" else terms.logsumexp(-1)
+        summed = loss.reduction == "sum"
+        total = vocabulary.sum(terms) if summed else vocabulary.logsumexp(terms)
         return loss.finish(total)
     if isinstance(loss, RowLoss):
         return loss.row(rows.teacher, rows.student, labels)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from kdlosses.divergence import Divergence, Loss, RowLoss
-from kdlosses.numerics import LOG_ZERO, finite_log_probs, log_softmax
+from kdlosses.numerics import LOG_ZERO, finite_log_probs
 from kdlosses.sources import IDENTITY, Postprocess, Sampled, TeacherSource, TopK
+from kdlosses.vocabulary import WHOLE, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,11 @@ class Whole:
 
     Attributes:
         post: what the teacher does to them.
+        vocabulary: which tokens they are of.
     """
 
     post: Postprocess
+    vocabulary: Vocabulary = WHOLE
 
     def align(
         self, tensors: tuple[Tensor, ...], student: Tensor, temperature: Tensor | None
@@ -48,7 +51,7 @@ class Whole:
         logits = self.post(tensors[0])
         if temperature is not None:
             logits = logits / temperature
-        return Aligned(finite_log_probs(log_softmax(logits)), student)
+        return Aligned(finite_log_probs(self.vocabulary.log_softmax(logits)), student)
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def view_of(source: TeacherSource) -> View:
         return Buckets()
     if isinstance(source, Sampled):
         return Draws()
-    return Whole(source.post)
+    return Whole(source.post, source.vocabulary)
 
 
 def refusal(loss: Loss, source: TeacherSource, temperature: float) -> str | None:
