@@ -204,7 +204,7 @@ def test_only_stored_logits_are_refused_for_lack_of_memory(
 ) -> None:
     case = Case(SETTINGS, Point(tokens=400, vocab=1000), implementation, "hellinger")
     bench = worker._Bench(case)
-    monkeypatch.setattr(memory, "_available", lambda device: 10**6)
+    monkeypatch.setattr(memory, "available", lambda device: 10**6)
     reason = bench.lacking()
     if implementation == CHUNKED:
         assert reason is None
