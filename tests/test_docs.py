@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -58,3 +59,28 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def said() -> list[str]:
+    """Every text in the sources; where a value is put in there is a star."""
+    texts = []
+    for path in [*(ROOT / "kdrun").rglob("*.py"), *(ROOT / "kdlosses").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "*" for p in node.values)
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return texts
+
+
+def test_the_lines_of_the_troubleshooting_page_are_said() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| `([^`]+)`", page, re.MULTILINE)
+    assert len(lines) >= 8
+    texts = said()
+    for line in lines:
+        parts = [part.strip() for part in re.split(r"\bN\b(?: tokens)?|\.\.\.", line) if len(part.strip()) > 3]
+        assert parts, line
+        for part in parts:
+            assert any(part in text for text in texts), f"{part!r} of {line!r}"

@@ -91,4 +91,14 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
 
 def test_its_own_sources_are_no_pages_of_it(site: Path) -> None:
     assert not (site / "mkdocs.yml").exists()
-    assert not (site / "loss_pages.py").exists()
+    assert not (site / "generated_pages.py").exists()
+
+
+def test_every_key_of_the_configuration_is_on_its_page(site: Path) -> None:
+    from kdrun.config import RunConfig
+
+    page = unescape(re.sub(r"<[^>]+>", "", (site / "configuration/index.html").read_text("utf-8")))
+    for name, section in RunConfig().model_dump().items():
+        assert f"{name}:" in page
+        for key in section:
+            assert f"{key}:" in page

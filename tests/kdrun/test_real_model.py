@@ -47,14 +47,14 @@ def test_the_command_distils_a_gguf_teacher_on_alpaca(
         *("--teacher", smollm2_gguf, "--student", student_folder),
         *("--data", shared_data / "alpaca_en_demo.json", "--max-length", 96),
         *("--loss", "forward_kl_chunked", "--kd-ratio", 0.5, "--lr", "1e-3"),
-        *("--max-steps", 12, "--batch-size", 4, "--set", "training.eval_steps=4"),
+        *("--max-steps", 12, "--batch-size", 4, "--set", "training.eval_steps=6"),
         *("--output", run),
     )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluations = [line for line in lines if "eval_ce" in line]
-    assert [line["step"] for line in evaluations] == [0, 4, 8, 12, 12]
+    assert [line["step"] for line in evaluations] == [0, 6, 12]
     for key in ("eval_ce", "eval_forward_kl"):
-        values = [line[key] for line in evaluations[:-1]]
+        values = [line[key] for line in evaluations]
         assert values == sorted(values, reverse=True), (key, values)
         assert values[-1] < 0.75 * values[0]
     assert kdrun("generate", run, "--prompt", "Name a colour.", "--max-new-tokens", 5)

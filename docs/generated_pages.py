@@ -1,6 +1,7 @@
-"""MkDocs hook: one page for each registered loss, made from what the loss says about itself.
+"""MkDocs hook: a page for each registered loss, and one for the configuration.
 
-Losses of installed plugins get pages too. A loss that cannot be imported is listed as broken.
+They are made from what losses and keys say about themselves. Losses of installed plugins get pages
+too. A loss that cannot be imported is listed as broken.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from kdlosses import BrokenLossError, LossRef, LossSpecError, available_losses, 
 from kdrun.describe_losses import doc_parts, parameters, traits
 from kdrun.errors import InputError
 from kdrun.plot_losses import SETTING, write_plot
+from kdrun.show_config import default_yaml
 
 if TYPE_CHECKING:
     from kdlosses import Loss
 
 INDEX = "losses/index.md"
+CONFIGURATION = "configuration.md"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -40,6 +43,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the index, and a page and a picture for each loss."""
     files.append(File.generated(config, INDEX, content=_index()))
+    files.append(File.generated(config, CONFIGURATION, content=_configuration()))
     with tempfile.TemporaryDirectory() as folder:
         for ref, loss in _usable():
             picture = Path(folder) / f"{ref.name}.svg"
@@ -54,6 +58,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             page = _page(ref, loss, plot)
             files.append(File.generated(config, f"losses/{ref.name}.md", content=page))
     return files
+
+
+def _configuration() -> str:
+    return (
+        "# The configuration\n\nWhat `kdrun config` prints. A file holds what differs, "
+        "`--set section.key=value` and the [flags](command-line.md#training) win over it; the "
+        "folder of a run keeps the whole in `config.yaml`.\n\n"
+        f"```yaml\n{default_yaml()}```\n"
+    )
 
 
 def _usable() -> Iterator[tuple[LossRef, Loss]]:
