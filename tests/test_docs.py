@@ -80,7 +80,8 @@ def test_the_lines_of_the_troubleshooting_page_are_said() -> None:
     assert len(lines) >= 8
     texts = said()
     for line in lines:
-        parts = [part.strip() for part in re.split(r"\bN\b(?: tokens)?|\.\.\.", line) if len(part.strip()) > 3]
+        pieces = re.split(r"\bN\b(?: tokens)?|\.\.\.", line)
+        parts = [piece.strip() for piece in pieces if len(piece.strip()) > 3]
         assert parts, line
         for part in parts:
             assert any(part in text for text in texts), f"{part!r} of {line!r}"
