@@ -1,4 +1,4 @@
-"""The chunked evaluation: the project's only autograd.Function.
+"""The chunked evaluation: the only gradient of a loss that is not formed by autograd.
 
 One pass over chunks of rows projects student and teacher, evaluates KD and CE together and forms
 the gradients at once, so that no ``[rows, V]`` tensor outlives its chunk and nothing is computed

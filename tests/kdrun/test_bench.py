@@ -212,7 +212,7 @@ def test_only_stored_logits_are_refused_for_lack_of_memory(
     assert reason is not None
     assert "GiB are free" in reason
     for free in (10**9, None):
-        monkeypatch.setattr(memory, "_available", lambda device, free=free: free)
+        monkeypatch.setattr(memory, "available", lambda device, free=free: free)
         assert bench.lacking() is None
 
 

@@ -42,10 +42,13 @@ def student_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_the_command_distils_a_gguf_teacher_on_alpaca(
     smollm2_gguf: Path, student_folder: Path, shared_data: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
+    run, held_out = tmp_path / "run", tmp_path / "held-out.json"
+    rows = json.loads((shared_data / "alpaca_en_demo.json").read_text(encoding="utf-8"))
+    held_out.write_text(json.dumps(rows[-12:]), encoding="utf-8")
     kdrun(
         *("--teacher", smollm2_gguf, "--student", student_folder),
-        *("--data", shared_data / "alpaca_en_demo.json", "--max-length", 96),
+        *("--data", shared_data / "alpaca_en_demo.json", "--eval-data", held_out),
+        *("--max-length", 64),
         *("--loss", "forward_kl_chunked", "--kd-ratio", 0.5, "--lr", "1e-3"),
         *("--max-steps", 12, "--batch-size", 4, "--set", "training.eval_steps=6"),
         *("--output", run),
