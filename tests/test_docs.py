@@ -48,7 +48,11 @@ def test_commands_and_their_options_exist(page: Path) -> None:
                 for word in words:
                     if word in getattr(known, "commands", {}):
                         known = known.commands[word]
-                options = {option for parameter in known.params for option in parameter.opts}
+                options = {
+                    option
+                    for parameter in known.params
+                    for option in parameter.opts + parameter.secondary_opts
+                }
                 for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", command):
                     assert option in options | {"--help"}, f"{page.name}: {option} in {line!r}"
 
