@@ -10,9 +10,14 @@ from typing import Any
 _PACKAGES = ("kdlosses", "torch", "transformers", "accelerate")
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the packages that results depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+def versions(*further: str) -> dict[str, str]:
+    """Of Python and the packages that results depend on.
+
+    Args:
+        *further: packages beside those that every result depends on.
+    """
+    packages = (*_PACKAGES, *further)
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def git_state() -> dict[str, Any] | None:

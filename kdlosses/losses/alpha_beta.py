@@ -67,6 +67,9 @@ class AlphaBeta(Divergence):
             return _power_terms(b, student_log_probs, teacher_log_probs)
         if a + b == 0:
             return expm1_minus_x(a * (teacher_log_probs - student_log_probs)) / (a * a)
+        if a == b > 0:  # a square: nothing cancels near equality
+            gap = (a * teacher_log_probs).exp() - (a * student_log_probs).exp()
+            return gap * gap / (2 * a * a)
         if abs(b) <= abs(a):
             return _terms(a, b, a + b, teacher_log_probs, student_log_probs, min(a, b) < 0)
         return _terms(b, a, a + b, student_log_probs, teacher_log_probs, min(a, b) < 0)

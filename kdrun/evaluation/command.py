@@ -1,8 +1,9 @@
-"""``kdrun evaluate``: the measures of any models on the same rows."""
+"""``kdrun evaluate``: the measures of any models on the same rows, and tasks of lm-eval."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from kdrun.data.prepare import read_held_out
 from kdrun.environment import versions
 from kdrun.errors import InputError
 from kdrun.evaluation.judge import judge
+from kdrun.evaluation.tasks import TaskChoice, Tasks, TaskScore
 from kdrun.evaluation.yardsticks import YARDSTICKS
 from kdrun.pairs import (
+    Pair,
     check_context,
     check_head,
     describe_model,
@@ -28,26 +31,56 @@ from kdrun.pairs import (
 from kdrun.quiet import quiet_libraries
 
 
+@dataclass(frozen=True)
+class Found:
+    """What was found out about a model.
+
+    Attributes:
+        name: as the user gave it.
+        role: ``teacher`` or ``student``.
+        measures: by the names of :data:`kdrun.evaluation.yardsticks.YARDSTICKS`; none without rows.
+        scores: of tasks.
+    """
+
+    name: str
+    role: str
+    measures: dict[str, Any] = field(default_factory=dict)
+    scores: list[TaskScore] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """For the file of results."""
+        tasks = {"tasks": [asdict(score) for score in self.scores]} if self.scores else {}
+        return {"model": self.name, "role": self.role, **self.measures, **tasks}
+
+
 def evaluate(
-    config: RunConfig, students: Sequence[str], output: Path | None, progress: Console
-) -> list[dict[str, Any]]:
+    config: RunConfig,
+    students: Sequence[str],
+    choice: TaskChoice,
+    output: Path | None,
+    progress: Console,
+) -> list[Found]:
     """Measure students, and their teacher where one is named, on all rows of ``data.eval``.
 
     Args:
-        config: names the teacher, the rows, their length, and what is asked.
+        config: names the teacher, the rows, their length, and what is asked. Without ``data.eval``
+            there are tasks alone.
         students: folders of models or of runs, or hub ids.
+        choice: tasks of lm-eval.
         output: file for the results as JSON.
         progress: is told what comes next.
 
     Returns:
-        One object for each model: its name, role, and measures by the names of
-        :data:`kdrun.evaluation.yardsticks.YARDSTICKS`.
+        The measures and scores of each model.
 
     Raises:
-        InputError: a model is not there, has another tokenizer than the teacher, or no row fits.
+        InputError: a model is not there, has another tokenizer than the teacher, no row fits, a
+            task is unknown, or there is nothing to measure.
     """
     from kdrun.generation import find_model
 
+    if config.data.eval is None and not choice.names:
+        raise InputError("nothing to measure: name rows with --data, or tasks with --task")
     if output is not None and not output.parent.is_dir():
         raise InputError(f"--output {output}: the folder {output.parent} is not there; create it")
     configs = [
@@ -58,71 +91,99 @@ def evaluate(
     ]
     for one in configs:
         locate_pair(one.model)
-    rows, notes = read_held_out(str(config.data.eval), config.data)
+    rows, notes = _read(config)
     for note in notes:
         progress.print(note, markup=False)
     with quiet_libraries():
-        found = _measure_all(configs, students, rows, progress)
+        tasks = Tasks(choice) if choice.names else None
+        found = _measure_all(configs, students, rows, tasks, progress)
     if output is not None:
-        models = [{"model": name, "role": role, **values} for name, role, values in found]
-        runs.write_json(
-            output,
-            {
-                "data": config.data.eval,
-                "rows": len(rows),
-                "max_length": config.data.max_length,
-                "evaluation": config.evaluation.model_dump(),
-                "models": models,
-                "versions": versions(),
-            },
-        )
+        runs.write_json(output, _report(config, rows, choice, found))
     Console(highlight=False).print(_table(found))
     if output is not None:
         progress.print(f"written: {output}", markup=False)
-    return [values for _, _, values in found]
+    return found
 
 
-Found = tuple[str, str, dict[str, Any]]
+def _read(config: RunConfig) -> tuple[Sequence[Any], list[str]]:
+    """Rows to measure on; none where only tasks are run."""
+    if config.data.eval is None:
+        return [], []
+    return read_held_out(config.data.eval, config.data)
+
+
+def _report(
+    config: RunConfig, rows: Sequence[Any], choice: TaskChoice, found: Sequence[Found]
+) -> dict[str, Any]:
+    measured = {
+        "data": config.data.eval,
+        "rows": len(rows),
+        "max_length": config.data.max_length,
+        "evaluation": config.evaluation.model_dump(),
+    }
+    return {
+        **(measured if rows else {}),
+        **({"tasks": choice.as_json()} if choice.names else {}),
+        "models": [one.as_json() for one in found],
+        "versions": versions(*(["lm_eval"] if choice.names else [])),
+    }
 
 
 def _measure_all(
-    configs: Sequence[RunConfig], students: Sequence[str], rows: Sequence[Any], progress: Console
+    configs: Sequence[RunConfig],
+    students: Sequence[str],
+    rows: Sequence[Any],
+    tasks: Tasks | None,
+    progress: Console,
 ) -> list[Found]:
     from kdrun.models.heads import FrozenTeacher, find_split
     from kdrun.models.load import load_model
 
     pairs = [find_pair(config.model) for config in configs]
     for config, pair in zip(configs, pairs, strict=True):
-        check_context(config, pair)
+        if rows:
+            check_context(config, pair)
+
+    def measure(
+        name: str, role: str, model: Any, teacher: Any, pair: Pair, own: RunConfig
+    ) -> Found:
+        check_head(model, pair, name)
+        progress.print(f"{role}: {name}, {describe_model(model)}", markup=False)
+        measures = judge(model, teacher, pair, own, rows, progress) if rows else {}
+        scores: list[TaskScore] = []
+        if tasks is not None:
+            scores, notes = tasks.run(model, pair.tokenizer, own.training.batch_size)
+            for note in notes:
+                progress.print(note, markup=False)
+        return Found(name, role, measures, scores)
+
     first = configs[0].model
     found: list[Found] = []
     model = load_teacher(pairs[0], first)
     teacher = None
     if model is not None:
-        check_head(model, pairs[0], str(pairs[0].teacher))
-        progress.print(f"teacher: {first.teacher}, {describe_model(model)}", markup=False)
-        measures = judge(model, None, pairs[0], configs[0], rows, progress)
-        found.append((str(first.teacher), "teacher", measures))
-        teacher = FrozenTeacher(model, find_split(model))
+        found.append(measure(str(first.teacher), "teacher", model, None, pairs[0], configs[0]))
+        teacher = FrozenTeacher(model, find_split(model)) if rows else None
     for name, pair, config in zip(students, pairs, configs, strict=True):
         student = load_model(pair.student, config.model.dtype, config.model.trust_remote_code)
-        check_head(student, pair, name)
-        progress.print(f"student: {name}, {describe_model(student)}", markup=False)
-        measures = judge(student, teacher, pair, config, rows, progress)
-        found.append((name, "student", measures))
+        found.append(measure(name, "student", student, teacher, pair, config))
     return found
 
 
 def _table(found: Sequence[Found]) -> Table:
-    table = Table(title="held-out rows", title_justify="left")
-    table.add_column("measure")
-    for name, role, _ in found:
-        label = f"{name} (teacher)" if role == "teacher" else name
+    rows, tasks = any(one.measures for one in found), any(one.scores for one in found)
+    title = "held-out rows and tasks" if rows and tasks else "tasks" if tasks else "held-out rows"
+    table = Table(title=title, title_justify="left")
+    table.add_column("measure", overflow="fold")
+    for one in found:
+        label = f"{one.name} (teacher)" if one.role == "teacher" else one.name
         table.add_column(escape(label), justify="right", overflow="fold")
     table.add_column("")
     for yardstick in YARDSTICKS:
-        values = [measures.get(yardstick.name) for _, _, measures in found]
+        values = [one.measures.get(yardstick.name) for one in found]
         if any(value is not None for value in values):
             cells = ("–" if value is None else f"{value:.4f}" for value in values)
             table.add_row(yardstick.title, *cells, yardstick.explained)
+    for scores in zip(*(one.scores for one in found), strict=True):  # all were asked the same
+        table.add_row(scores[0].title, *(score.shown for score in scores), scores[0].explained)
     return table

@@ -285,12 +285,13 @@ def test_an_adapter_serves_as_teacher_and_under_another_adapter(
 
 def test_evaluate_measures_an_adapter_as_its_run_did(adapted: Path, tiny_pair: Any) -> None:
     from kdrun.evaluation.command import evaluate
+    from kdrun.evaluation.tasks import TaskChoice
     from kdrun.progress import make_console
 
     config = load_config(adapted / "config.yaml", [("data.eval", str(tiny_pair.rows))])
     student = str(adapted / "student")
     plain, ours = (
-        evaluate(config, [name], None, make_console())[-1]["ce"]
+        evaluate(config, [name], TaskChoice(), None, make_console())[-1].measures["ce"]
         for name in (str(tiny_pair.student), student)
     )
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_pair.student)
