@@ -324,6 +324,13 @@ def bench(
 @click.option("--teacher", "teachers", multiple=True, metavar="MODEL", help="Teacher.")
 @click.option("--student", "students", multiple=True, metavar="MODEL", help="Initial student.")
 @click.option(
+    "--procedure",
+    "procedures",
+    multiple=True,
+    metavar="SPEC",
+    help="Whose text is learned from, with every loss; 'none' is the data's.",
+)
+@click.option(
     "--seeds",
     default=3,
     show_default=True,
