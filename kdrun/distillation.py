@@ -36,7 +36,7 @@ from kdrun.pairs import (
     load_student,
     locate_pair,
 )
-from kdrun.procedures.run import leave_room, procedure_of
+from kdrun.procedures.run import leave_room, procedure_of, read_text
 from kdrun.processes import World
 from kdrun.quiet import quiet_libraries
 
@@ -202,7 +202,8 @@ def _run(
     if procedure is not None:
         sampling = Sampling.of(config)
         examples = leave_room(examples, sampling, pair.tokenizer)
-    for note in (*pair.notes, *rows.notes, *examples.notes):
+    text, of_text = read_text(config, pair.tokenizer)
+    for note in (*pair.notes, *rows.notes, *examples.notes, *([of_text] if of_text else [])):
         console.print(note, markup=False)
     teacher = choose_teacher(config, pair, examples, build_loss(unchunked(config.loss), None))
     student = load_student(pair, config.model, config.training.seed)
@@ -252,6 +253,7 @@ def _run(
     if trainer.session is not None:
         cache = TokenCache.at(config.data.cache_dir)
         trainer.session.answers_folder = None if cache is None else cache.folder
+        trainer.session.text = text
         trainer.session.say = lambda line: console.print(line, markup=False)
         trainer.train_dataset = trainer.session.procedure.prepare(
             trainer.train_dataset, trainer.session

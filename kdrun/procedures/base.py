@@ -47,6 +47,7 @@ class Procedure(BaseModel):
         defaults: by ``"section.key"`` the values of a run with this procedure that the user leaves
             open.
         on_policy: the student writes text while it trains.
+        takes_text: it learns from plain text beside its prompts (``procedure.text``).
     """
 
     model_config = ConfigDict(
@@ -55,6 +56,7 @@ class Procedure(BaseModel):
 
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     on_policy: ClassVar[bool] = True
+    takes_text: ClassVar[bool] = False
 
     @classmethod
     def parameters(cls) -> dict[str, str]:
@@ -84,6 +86,10 @@ class Procedure(BaseModel):
             raise InputError(
                 f"{name}: text is not written by models that are spread over processes; leave out "
                 "training.fsdp=true (torchrun alone keeps a copy on each process)"
+            )
+        if config.procedure.text is not None and not self.takes_text:
+            raise InputError(
+                f"{name}: learns from no text beside its prompts; leave out procedure.text"
             )
         if self.on_policy and config.loss.kd_ratio == 0 and not config.loss.schedules:
             raise InputError(

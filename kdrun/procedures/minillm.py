@@ -27,13 +27,14 @@ class MiniLLM(Procedure):
     the gradient of the reverse KL is that of each step's reverse KL over the vocabulary, and
     -sum_t R_(t+1) grad log q(y_t), where R_(t+1) sums the r of later tokens. The first part is the
     run's loss, by default ``reverse_kl``. The second goes through importance weights and a clipped
-    ratio. Cross-entropy on the rows of the data, with weight 1 - kd_ratio, keeps the student a
-    language model.
+    ratio. Cross-entropy on plain text (``procedure.text``; without one, on the training rows), with
+    weight 1 - kd_ratio, keeps the student a language model.
 
     Reference: Gu et al. 2024, arXiv:2306.08543.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({"loss.spec": "reverse_kl_chunked"})
+    takes_text: ClassVar[bool] = True
 
     teacher_mix: float = Field(
         0.2, ge=0, lt=1, description="the teacher's share of the distribution that is sampled"
@@ -79,7 +80,11 @@ class MiniLLM(Procedure):
             share = len(stored[number]) // session.place.size
             own = stored[number][session.place.rank * share :][:share]
             rows = self._weighted(own)
-            data = examples_of(batch) if session.kd_ratio < 1 else []
+            data = []
+            if session.kd_ratio < 1:
+                count = len(batch["input_ids"])
+                plain = session.text is not None
+                data = session.text_rows(number, count) if plain else examples_of(batch)
             made.append(session.collate([*data, *rows], batch))
         return made
 

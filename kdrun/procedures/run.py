@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kdrun.config import RunConfig
-from kdrun.data.prepare import Examples
+from kdrun.data.prepare import Examples, encode_held_out
 from kdrun.errors import InputError
 from kdrun.procedures.registry import get_procedure
 
@@ -63,6 +63,26 @@ def leave_room(
         f"room for {cure}"
     )
     return Examples(kept, examples.held_out, (*examples.notes, note))  # type: ignore[arg-type]
+
+
+def read_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Windows of ``procedure.text``, and a note on them; None without one.
+
+    Raises:
+        InputError: it cannot be read, or is no plain text.
+    """
+    from kdrun.data.rows import TextRow, load_rows
+    from kdrun.data.token_cache import TokenCache
+
+    source = config.procedure.text
+    if source is None:
+        return None, None
+    rows = load_rows(source, strict=config.data.strict).rows
+    if not isinstance(rows[0], TextRow):
+        raise InputError(f"procedure.text={source}: holds conversations; name plain text")
+    cache = TokenCache.at(config.data.cache_dir)
+    windows, notes = encode_held_out(rows, tokenizer, config.data.max_length, cache=cache)
+    return windows, f"procedure.text: {notes[0]}"
 
 
 class Kept(Sequence[Any]):

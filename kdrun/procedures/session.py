@@ -66,6 +66,7 @@ class Session:
         seed: of all random decisions.
         place: of this process.
         answers_folder: where texts that the teacher wrote are kept for other runs; None keeps none.
+        text: windows of plain text, for procedures that take some.
         say: shows a line to the user.
         state: what the procedure carries from step to step.
         step: optimiser steps done.
@@ -83,6 +84,7 @@ class Session:
     seed: int = 0
     place: Place = field(default_factory=Place)
     answers_folder: Path | None = None
+    text: Sequence[Example] | None = None
     say: Callable[[str], None] = lambda line: None
     state: dict[str, Any] = field(default_factory=dict)
     step: int = 0
@@ -120,6 +122,13 @@ class Session:
     def order(self, count: int, *what: object) -> list[int]:
         """The numbers below ``count`` in a random order, likewise."""
         return sampling.shuffled(count, self.seed, self.step, *what)
+
+    def text_rows(self, number: int, count: int) -> list[Example]:
+        """Windows of :attr:`text`, drawn for each row of a micro-batch of a number."""
+        assert self.text is not None
+        first = self.place.first_row(number)
+        places = [int(self.draw("text", first + row) * len(self.text)) for row in range(count)]
+        return [self.text[place] for place in places]
 
     def micro_batches(self, given: Sequence[MicroBatch]) -> list[MicroBatch]:
         """The micro-batches of a step, as the procedure wants them."""

@@ -284,6 +284,22 @@ def test_cross_entropy_on_the_data_is_the_rest_of_the_objective(table: Callable[
     torch.testing.assert_close(found, 0.75 * language + 0.25 * sampled, rtol=0, atol=1e-6)
 
 
+def test_plain_text_takes_the_place_of_the_data() -> None:
+    made = session(MiniLLM(), Scripted)
+    numbers = {"drawn": [-1.0], "student": [-1.0], "teacher": [-1.0]}
+    made.script = [Sample([PROMPT], [1], Origin.STUDENT, numbers)] * 2
+    made.kd_ratio = 0.5
+    made.text = [Example(input_ids=[1, 2, n], labels=[1, 2, n]) for n in range(50)]
+    seen = set()
+    for step in range(8):
+        made.step = step
+        (micro,) = MiniLLM().batches([given(2)], made)
+        assert micro[ROLLOUT]["origins"] == (0, 0, 1, 1)
+        assert micro["labels"][:2, :2].tolist() == [[1, 2]] * 2
+        seen.update(micro["labels"][:2, 2].tolist())
+    assert len(seen) > 8
+
+
 def test_samples_serve_as_many_steps_as_asked() -> None:
     m = MiniLLM(reuse=3)
     made = session(m, Scripted)

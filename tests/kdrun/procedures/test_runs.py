@@ -191,6 +191,31 @@ def test_seqkd_learns_exactly_what_the_teacher_says_greedily(
         assert row["labels"] == [-100] * len(prompt) + expected[len(prompt) :]
 
 
+def test_minillm_learns_plain_text_beside_its_samples(
+    distil: Run, still_student: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    lines = (f"question {n} of the user gets an answer\n\n" for n in range(60))
+    text.write_text("".join(lines), encoding="utf-8")
+    said: list[str] = []
+    options = {
+        "procedure__spec": "minillm",
+        "loss__kd_ratio": 0.5,
+        "model__student": str(still_student),
+        **SHORT,
+    }
+    with_text = distil(tmp_path / "text", said, procedure__text=str(text), **options)
+    assert any(line.startswith("procedure.text: 60 documents") for line in said)
+    without = distil(tmp_path / "rows", **options)
+    first, second = (steps(folder)[0] for folder in (with_text, without))
+    assert first["kd_loss"] == pytest.approx(second["kd_loss"], rel=1e-3)
+    assert first["class_loss"] != pytest.approx(second["class_loss"], rel=1e-3)
+    assert first["student_share"] == 0.5
+    assert first["loss"] == pytest.approx(
+        0.5 * first["class_loss"] + 0.5 * first["kd_loss"], rel=1e-4
+    )
+
+
 def test_distillm2_takes_one_loss_on_each_text(tiny_pair: Any, tmp_path: Path) -> None:
     trainer = make_trainer(
         tiny_pair,
@@ -295,6 +320,8 @@ def make_trainer(
         ({"model__teacher_cache": "somewhere"}, "leave out --teacher-cache and name the --teacher"),
         ({"data__packing": True}, "not with data.packing=true"),
         ({"training__fsdp": True}, "leave out training.fsdp=true"),
+        ({"procedure__text": "text.txt"}, "leave out procedure.text"),
+        ({"procedure__spec": "minillm", "procedure__text": "no.txt"}, "no.txt"),
         ({"procedure__max_new_tokens": 128}, "leaves no room for a prompt in data.max_length=128"),
         ({"procedure__max_new_tokens": 127}, "no prompt leaves room for 127 new tokens"),
         ({"procedure__spec": "gkd:lambda=2"}, "less than or equal to 1"),
