@@ -22,6 +22,7 @@ DEFAULT_LOSSES = ("forward_kl_chunked", "reverse_kl_chunked", "generalized_jsd_c
 _VARIED = {
     "model": ("teacher", "student"),
     "loss": ("spec", "kd_ratio"),
+    "procedure": ("spec",),
     "optimizer": ("lr",),
     "training": ("seed",),
     "data": ("part",),
@@ -41,6 +42,9 @@ class Axes:
         students: likewise; the initial students.
         seeds: of the trials that are reported.
         tuning_seeds: of the trials that choose learning rate and ratio.
+        procedures: specs; None learns from the data.
+        alone: those of them that are tried with cross-entropy alone too, since they change the
+            data rather than the training.
     """
 
     losses: tuple[str, ...]
@@ -50,6 +54,8 @@ class Axes:
     students: tuple[str, ...]
     seeds: int
     tuning_seeds: int
+    procedures: tuple[str | None, ...] = (None,)
+    alone: tuple[str, ...] = ()
 
     @property
     def tuned(self) -> bool:
@@ -68,6 +74,7 @@ class Axes:
             ("--lr", self.lrs),
             ("--teacher", self.teachers),
             ("--student", self.students),
+            ("--procedure", tuple(spec or "none" for spec in self.procedures)),
         ):
             twice = next((value for value in values if values.count(value) > 1), None)
             if twice is not None:
@@ -89,8 +96,8 @@ class Axes:
 def merge(before: Axes, now: Axes) -> Axes:
     """The axes of a folder after another command on it.
 
-    Losses, models and seeds add up. Other learning rates, ratios or tuning seeds make another
-    comparison, which takes the place of the first.
+    Losses, procedures, models and seeds add up. Other learning rates, ratios or tuning seeds make
+    another comparison, which takes the place of the first.
     """
 
     def grid(axes: Axes) -> object:
@@ -107,6 +114,8 @@ def merge(before: Axes, now: Axes) -> Axes:
         students=tuple(dict.fromkeys((*before.students, *now.students))),
         seeds=max(before.seeds, now.seeds),
         tuning_seeds=now.tuning_seeds,
+        procedures=tuple(dict.fromkeys((*before.procedures, *now.procedures))),
+        alone=tuple(dict.fromkeys((*before.alone, *now.alone))),
     )
 
 
@@ -183,27 +192,40 @@ class Method:
         loss: the spec, None for cross-entropy alone.
         teacher: of the pair.
         student: of the pair.
+        procedure: the spec, None where the data are learned from.
     """
 
     loss: str | None
     teacher: str
     student: str
+    procedure: str | None = None
 
     def arms(self, axes: Axes) -> list[Arm]:
         """All ratios and learning rates of the method."""
         ratios = (0.0,) if self.loss is None else axes.kd_ratios
         return [
-            Arm(loss=self.loss, kd_ratio=ratio, lr=lr, teacher=self.teacher, student=self.student)
+            Arm(
+                loss=self.loss,
+                kd_ratio=ratio,
+                lr=lr,
+                teacher=self.teacher,
+                student=self.student,
+                procedure=self.procedure,
+            )
             for ratio, lr in product(ratios, axes.lrs)
         ]
 
 
 def methods(axes: Axes) -> list[Method]:
-    """The baseline of each pair first, then its losses."""
+    """The baseline of each pair first, then its losses with each procedure."""
+    kinds: list[tuple[str | None, str | None]] = [(None, None)]
+    for procedure in axes.procedures:
+        kinds += [(None, procedure)] if procedure in axes.alone else []
+        kinds += [(loss, procedure) for loss in axes.losses]
     return [
-        Method(loss, teacher, student)
+        Method(loss, teacher, student, procedure)
         for teacher, student in product(axes.teachers, axes.students)
-        for loss in (None, *axes.losses)
+        for loss, procedure in kinds
     ]
 
 

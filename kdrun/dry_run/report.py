@@ -22,6 +22,7 @@ from kdrun.dry_run.devices import Device, find_device
 from kdrun.models.adapters import check_peft
 from kdrun.models.context import load_model_config
 from kdrun.pairs import check_context, find_pair, locate_pair
+from kdrun.procedures.run import leave_room, procedure_of
 from kdrun.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def dry_run(config: RunConfig, device_name: str | None = None) -> DryRun:
     """
     check_name(config.loss.spec)
     check_peft(config.lora)
+    procedure = procedure_of(config)
     locate_pair(config.model)
     rows = read_rows(config.data)
     check_cached_rows(config, rows)
@@ -88,6 +90,10 @@ def dry_run(config: RunConfig, device_name: str | None = None) -> DryRun:
         examples = encode_for(config, rows, pair.tokenizer, config.data.shift_windows)
         if config.data.packing:
             examples = pack_training(examples, config.data.max_length)
+        if procedure is not None:
+            from kdrun.procedures.sampling import Sampling
+
+            examples = leave_room(examples, Sampling.of(config), pair.tokenizer)
         notes = [*pair.notes, *rows.notes, *examples.notes]
         if config.model.teacher_cache is not None:
             plain = build_loss(unchunked(config.loss), None)
