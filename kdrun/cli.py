@@ -28,6 +28,7 @@ _FLAGS: tuple[tuple[str, str, str, str], ...] = (
     ("--lr", "optimizer.lr", "LR", "Highest learning rate."),
     ("--lora-rank", "lora.rank", "N", "Train adapters of this rank instead of all weights."),
     ("--seed", "training.seed", "SEED", "Initial weights, order of rows and dropout."),
+    ("--report-to", "training.report_to", "NAME", "Tracker, such as tensorboard; none."),
     ("--output", "output.dir", "DIR", "Folder of the run; by default runs/<time>-<loss>."),
 )
 
@@ -77,6 +78,9 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -
 @click.option("--dry-run", is_flag=True, help="Check the input; show steps and memory; train not.")
 @click.option("--device", metavar="NAME", help="Of --dry-run: cpu, cuda, h100, 24GiB, ...")
 @click.option(
+    "--processes", type=click.IntRange(1), metavar="N", help="Of --dry-run: as many as torchrun's."
+)
+@click.option(
     "--version",
     is_flag=True,
     expose_value=False,
@@ -94,6 +98,7 @@ def cli(
     resume: bool,
     dry_run: bool,
     device: str | None,
+    processes: int | None,
     **flags: str | None,
 ) -> None:
     """Distil a teacher into a student with any registered loss.
@@ -104,7 +109,7 @@ def cli(
     """
     given = [(key.replace("__", "."), text) for key, text in flags.items() if text is not None]
     if ctx.invoked_subcommand is not None:
-        if given or config or settings or overwrite or resume or dry_run or device:
+        if given or config or settings or overwrite or resume or dry_run or device or processes:
             raise click.UsageError(
                 f"options of a run stand before the command {ctx.invoked_subcommand!r}, where they "
                 "have no effect; see its own --help"
@@ -121,20 +126,21 @@ def cli(
         raise InputError("--resume and --overwrite exclude each other")
     if resume and config is None and not given_beyond(overrides, "output.dir"):
         run_config = _config_of(Path(str(run_config.output.dir)))
-    if device is not None and not dry_run:
-        raise click.UsageError("--device goes with --dry-run")
+    for option, value in (("--device", device), ("--processes", processes)):
+        if value is not None and not dry_run:
+            raise click.UsageError(f"{option} goes with --dry-run")
     if dry_run:
-        _show_dry_run(run_config, device)
+        _show_dry_run(run_config, device, processes)
         return
     distill(run_config, resume=resume, overwrite=overwrite)
 
 
-def _show_dry_run(config: Any, device: str | None) -> None:
+def _show_dry_run(config: Any, device: str | None, processes: int | None) -> None:
     from rich.console import Console
 
     from kdrun.dry_run.report import dry_run, show
 
-    show(dry_run(config, device), Console(highlight=False, soft_wrap=True))
+    show(dry_run(config, device, processes), Console(highlight=False, soft_wrap=True))
 
 
 def _overrides(

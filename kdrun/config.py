@@ -42,6 +42,11 @@ class ModelConfig(_Section):
     teacher_cache: str | None = Field(
         None, description="folder that 'kdrun cache-teacher' wrote; takes the teacher's place"
     )
+    teacher_quantization: Literal["int8"] | None = Field(
+        None,
+        description="store the weights of the teacher's layers in 8 bits (pip install "
+        "'kdlosses[quantize]'); null keeps model.dtype",
+    )
     student: str = Field(BUILT_IN, description="folder or hub id; 'builtin'")
     init_seed: int | None = Field(
         None, ge=0, description="seed of a student without weights; null takes training.seed"
@@ -155,10 +160,26 @@ class TrainingConfig(_Section):
     logging_steps: int = Field(10, ge=1, description="steps a line of metrics.jsonl")
     seed: int = Field(0, ge=0, description="initial weights, order of rows and dropout")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
+    nan_loss: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a step whose loss is NaN or infinite: stop the run, or leave the step out, "
+        "with weights and optimiser as they were",
+    )
+    max_skipped_steps: int = Field(
+        3, ge=1, description="steps in a row that nan_loss=skip leaves out before the run stops"
+    )
     fsdp: bool = Field(
         False, description="spread both models over the processes that torchrun started (FSDP2)"
     )
-    report_to: str = Field("none", description="a tracker of transformers, such as tensorboard")
+    deepspeed: str | None = Field(
+        None, description="JSON file of DeepSpeed; refused, training.fsdp takes its place"
+    )
+    torch_compile: bool = Field(
+        False, description="compile the student's forward and backward pass (torch.compile)"
+    )
+    report_to: str = Field(
+        "none", description="a tracker: tensorboard, wandb, trackio, mlflow and others; or none"
+    )
 
 
 class EvaluationConfig(_Section):

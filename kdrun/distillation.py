@@ -27,6 +27,7 @@ from kdrun.data.prepare import (
 from kdrun.environment import git_state, versions
 from kdrun.errors import InputError, Interrupted
 from kdrun.models.adapters import add_adapters, check_peft, describe_adapters
+from kdrun.models.quantize import check_quantization
 from kdrun.pairs import (
     Pair,
     check_context,
@@ -37,8 +38,9 @@ from kdrun.pairs import (
     locate_pair,
 )
 from kdrun.procedures.run import leave_room, procedure_of, read_text
-from kdrun.processes import World
+from kdrun.processes import World, check_deepspeed
 from kdrun.quiet import quiet_libraries
+from kdrun.trackers import check_tracker, place_logs
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +92,7 @@ def distill(
         InputError: wrong input; nothing was written over.
         TrainingError: training failed, such as a loss that became NaN.
         Interrupted: stopped by Ctrl-C, after a checkpoint was saved.
+        UnwritableError: the disk is full, or the folder cannot be written any more.
     """
     if not isinstance(config, RunConfig):
         from kdrun.config import complete_pair
@@ -99,6 +102,9 @@ def distill(
     check_name(config.loss.spec)
     check_peft(config.lora)
     procedure_of(config)
+    check_tracker(config.training.report_to)
+    check_quantization(config)
+    check_deepspeed(config.training.deepspeed)
     locate_pair(config.model)
     rows = read_rows(config.data)
     check_cached_rows(config, rows)
@@ -129,7 +135,7 @@ def distill(
     if trained and summary.is_file():
         console.print(f"the run in {folder} is finished; nothing is left to do", markup=False)
         return RunResult(folder, json.loads(summary.read_text(encoding="utf-8")))
-    with quiet_libraries():
+    with quiet_libraries(), runs.one_line_where_nothing_can_be_written(folder):
         return _run(config, rows, folder, resume, checkpoint, trained, console, world)
 
 
@@ -182,9 +188,11 @@ def _run(
     world: World,
 ) -> RunResult:
     from kdrun.data.collate import Collator
+    from kdrun.data.origins import Numbered
     from kdrun.data.token_cache import TokenCache
     from kdrun.evaluation.answers import ask, choose_questions, mean_scores
     from kdrun.evaluation.measures import held_out_measures
+    from kdrun.loss_guard import LossGuard
     from kdrun.models.heads import FrozenTeacher, causal_lm
     from kdrun.models.packing import check_packing
     from kdrun.models.shard import shard
@@ -243,7 +251,7 @@ def _run(
         kd_ratio=config.loss.schedules.get(KD_RATIO, config.loss.kd_ratio),
         args=arguments,
         data_collator=Collator(pair.tokenizer.pad_token_id),
-        train_dataset=examples.train,
+        train_dataset=Numbered(examples.train),
         eval_dataset=examples.held_out,
         processing_class=pair.tokenizer,
         procedure=procedure,
@@ -258,15 +266,25 @@ def _run(
         trainer.train_dataset = trainer.session.procedure.prepare(
             trainer.train_dataset, trainer.session
         )
+    trainer.guard = LossGuard(
+        skip=config.training.nan_loss == "skip",
+        limit=config.training.max_skipped_steps,
+        name_rows=examples.origins.name,
+        say=lambda line: console.print(line, markup=False),
+    )
     for name, split in trainer.splits.items():
         if split.reason is not None:
             console.print(f"{name}: chunks of its full logits are used: {split.reason}")
-    if resume and checkpoint is None:
-        console.print("no complete checkpoint: the run starts anew")
+    if resume:
+        for name in runs.broken_checkpoints(folder):
+            console.print(f"{name} is incomplete and left out", markup=False)
+        if checkpoint is None:
+            console.print("no complete checkpoint: the run starts anew")
     first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     rate = TokenRate(trainer, time.monotonic)
     show = ShowProgress(console)
     _replace_callbacks(trainer, rate, show)
+    place_logs(trainer, folder / runs.TENSORBOARD)
     if world.is_main:
         runs.write_text(folder / runs.CONFIG, config.to_yaml())
         metrics = runs.MetricsFile(folder / runs.METRICS, first_step)
@@ -294,6 +312,7 @@ def _run(
         "after": after,
         "steps": trainer.state.global_step,
         **({"procedure": written} if written else {}),
+        "skipped_steps": trainer.guard.skipped,
         "supervised_tokens_per_second": round(rate.rate * arguments.world_size, 1),
         "training_seconds": round(rate.seconds, 2),
         "total_seconds": round(time.monotonic() - started, 2),
@@ -332,6 +351,7 @@ def training_arguments(config: RunConfig, folder: Path) -> Any:
         per_device_eval_batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         activation_checkpointing=training.gradient_checkpointing,
+        torch_compile=training.torch_compile,
         learning_rate=optimizer.lr,
         weight_decay=optimizer.weight_decay,
         adam_beta1=optimizer.betas[0],
@@ -399,6 +419,8 @@ def _replace_callbacks(trainer: DistillTrainer, *callbacks: Any) -> None:
         trainer.remove_callback(unwanted)
     for callback in callbacks:
         trainer.add_callback(callback)
+    # Ahead of trackers, which would not see what these add to a line of the log.
+    trainer.callback_handler.callbacks.sort(key=lambda callback: callback not in callbacks)
 
 
 def _before(trainer: DistillTrainer, folder: Path, resume: bool, world: World) -> dict[str, Any]:

@@ -13,5 +13,9 @@ class TrainingError(Exception):
     """Training failed on input that was right, such as a loss that became NaN: exit code 1."""
 
 
+class UnwritableError(OSError):
+    """A run's folder cannot be written any more, such as on a full disk: exit code 1."""
+
+
 class Interrupted(Exception):  # noqa: N818 - not an error: the run was saved and can go on
     """The user stopped the run, and it has been saved: exit code 130."""

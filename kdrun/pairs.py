@@ -12,6 +12,7 @@ from kdrun.errors import InputError
 from kdrun.models.context import check_length
 from kdrun.models.load import load_model
 from kdrun.models.locate import ModelSource, locate_model
+from kdrun.models.quantize import quantize
 from kdrun.models.tokenizers import compare_tokenizers, load_tokenizer
 
 if TYPE_CHECKING:
@@ -82,10 +83,13 @@ def check_context(config: RunConfig, pair: Pair) -> None:
 
 
 def load_teacher(pair: Pair, config: ModelConfig) -> PreTrainedModel | None:
-    """Load the teacher's weights, where there is a teacher."""
+    """Load the teacher's weights, where there is a teacher, in as many bits as was asked for."""
     if pair.teacher is None:
         return None
-    return load_model(pair.teacher, config.dtype, config.trust_remote_code)
+    model = load_model(pair.teacher, config.dtype, config.trust_remote_code)
+    if config.teacher_quantization is not None:
+        quantize(model)
+    return model
 
 
 def open_teacher(pair: Pair, config: ModelConfig) -> FrozenTeacher | None:

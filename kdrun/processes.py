@@ -58,3 +58,22 @@ class World:
             from accelerate import PartialState
 
             PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
+
+
+def check_deepspeed(file: str | None) -> None:
+    """Refuse ``training.deepspeed``, before anything is loaded.
+
+    DeepSpeed replaces the calls of backward and of the optimiser, and gathers weights in a way of
+    its own; the losses project with the head's weight inside its forward call. Nothing of that has
+    been run, and a loss that is silently wrong is worse than none.
+
+    Raises:
+        InputError: always, where a file is given.
+    """
+    if file is None:
+        return
+    raise InputError(
+        f"training.deepspeed={file}: kdrun has not been tried with DeepSpeed; "
+        "--set training.fsdp=true under torchrun spreads weights, gradients and optimiser of both "
+        "models as ZeRO-3 does"
+    )

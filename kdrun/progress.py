@@ -97,7 +97,8 @@ class WriteMetrics(TrainerCallback):
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
     ) -> None:
         """Writes a line; the trainer's closing summary of itself is left out."""
-        if state.is_world_process_zero and ("loss" in logs or "eval_ce" in logs):
+        wanted = {"loss", "eval_ce", "skipped_steps"}
+        if state.is_world_process_zero and not wanted.isdisjoint(logs):
             line = {"step": state.global_step, **logs}
             line["lr"] = line.pop("learning_rate", None)
             self._file.append({key: value for key, value in line.items() if value is not None})

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kdrun.errors import InputError
+from kdrun.errors import InputError, UnwritableError
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 ANSWERS = "answers.jsonl"
 STUDENT, CHECKPOINTS = "student", "checkpoints"
+TENSORBOARD = "tensorboard"
 ADAPTER, BASE = "adapter", "base"
 """The adapter of a merged student; the initial weights of a built-in student with adapters."""
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 COMPLETE = "complete"
 """A file that is written last into a checkpoint: without it the checkpoint is not whole."""
 
@@ -71,18 +76,70 @@ def _clear(folder: Path) -> None:
     """Remove what a run wrote, and nothing else."""
     for name in (CONFIG, METRICS, SUMMARY, ANSWERS):
         (folder / name).unlink(missing_ok=True)
-    for name in (STUDENT, CHECKPOINTS, ADAPTER, BASE):
+    for name in (STUDENT, CHECKPOINTS, ADAPTER, BASE, TENSORBOARD):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint with the highest step, or None."""
+    complete = [path for path in _checkpoints(folder) if (path / COMPLETE).is_file()]
+    return complete[-1] if complete else None
+
+
+def broken_checkpoints(folder: Path) -> list[str]:
+    """Names of the checkpoints after the newest complete one: a run was cut off in writing them."""
+    names = [path.name for path in _checkpoints(folder)]
+    newest = newest_checkpoint(folder)
+    return names if newest is None else names[names.index(newest.name) + 1 :]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints in the order of their steps."""
     found = [
         (int(path.name.rpartition("-")[2]), path)
         for path in (folder / CHECKPOINTS).glob("checkpoint-*")
-        if path.name.rpartition("-")[2].isdigit() and (path / COMPLETE).is_file()
+        if path.name.rpartition("-")[2].isdigit()
     ]
-    return max(found)[1] if found else None
+    return [path for _, path in sorted(found)]
+
+
+@contextmanager
+def one_line_where_nothing_can_be_written(folder: Path) -> Iterator[None]:
+    """Turn what libraries raise on a full disk into one line that says how to go on.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        UnwritableError: in place of the error, which is its cause.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _storage_reason(error, folder)
+        if reason is None:
+            raise
+        newest = newest_checkpoint(folder)
+        kept = "no checkpoint was complete yet" if newest is None else f"{newest.name} is complete"
+        raise UnwritableError(
+            f"{folder} cannot be written ({reason}); {kept}: make room, and continue with "
+            f"--resume --output {folder}"
+        ) from error
+
+
+def _storage_reason(error: Exception, folder: Path) -> str | None:
+    """Why a folder did not take a file, in the words of the system; None for other errors."""
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        inside = folder.resolve() in Path(error.filename or folder / "file").resolve().parents
+        return os.strerror(error.errno) if inside else None
+    # safetensors writes the number into its message; torch tells it to nobody.
+    text = str(error)
+    number = re.search(r"os error (\d+)", text)
+    if number is not None and int(number[1]) in _STORAGE:
+        return os.strerror(int(number[1]))
+    if "PytorchStreamWriter" in text or "unexpected pos" in text:
+        return "torch could not write all of a file"
+    return None
 
 
 def is_finished(checkpoint: Path, max_steps: int | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from kdlosses import (
     KDObjective,
@@ -24,9 +24,11 @@ from kdlosses import (
     get_loss,
     measure,
 )
-from kdrun.data.collate import IGNORE_INDEX, shift_labels
+from kdrun.data.collate import IGNORE_INDEX, ROW, shift_labels
 from kdrun.errors import TrainingError
+from kdrun.loss_guard import BadLoss, LossGuard
 from kdrun.models.heads import (
+    Consumer,
     FrozenTeacher,
     HeadSplit,
     Teacher,
@@ -75,6 +77,7 @@ class DistillTrainer(Trainer):
             another or to None; measures that need a teacher are then None. It has to give full
             distributions.
         session: the procedure at work; None without one.
+        guard: what is done about a loss that is not finite; by default training stops.
 
     Raises:
         ValueError: no teacher at a ``kd_ratio`` above 0, or tokens averaged per device.
@@ -117,6 +120,7 @@ class DistillTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.args.logging_nan_inf_filter = False  # it would log an old value in place of a NaN
         self.supervised_tokens = 0
+        self.guard = LossGuard()
         terms = len(self.objective.loss.terms)
         self._shares = torch.zeros(2 + terms, dtype=torch.float64, device=self.args.device)
         self._step_terms = torch.zeros(terms, dtype=torch.float64, device=self.args.device)
@@ -127,6 +131,8 @@ class DistillTrainer(Trainer):
         if procedure is not None:
             self.session = self._open_session(procedure, sampling or Sampling())
             self.add_callback(_TellProcedure(self.session))
+        self._before_step: tuple[Tensor, Tensor] | None = None
+        self._left_out = False
 
     def _open_session(self, procedure: Procedure | str, sampling: Sampling) -> Session:
         teacher = self.teacher.model if isinstance(self.teacher, FrozenTeacher) else None
@@ -216,6 +222,7 @@ class DistillTrainer(Trainer):
         def consume(student: Any) -> dict[str, Tensor]:
             out = evaluate(student)
             zeros = out.class_loss.new_zeros(len(self.objective.loss.terms))
+            self._watch(out, lambda only: self.objective(student, teacher, only), inputs)
             return {
                 "loss": out.loss,
                 "class_loss": out.class_loss,
@@ -224,45 +231,94 @@ class DistillTrainer(Trainer):
                 "num_tokens": out.num_tokens,
             }
 
-        outputs = call(model, consume, **features)
+        outputs = call(model, self._apart(consume), **features)
         both = torch.stack([outputs["class_loss"], outputs["kd_loss"]])
         self._shares += torch.cat([both, outputs["kd_terms"]]).detach()
         self._step_terms += outputs["kd_terms"].detach()
         self.supervised_tokens += int(outputs["num_tokens"])
         loss = outputs["loss"]
-        value = loss.detach().item()
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is {value} at step {self.state.global_step + 1} "
-                f"(class loss {float(outputs['class_loss']):.4g}, KD loss "
-                f"{float(outputs['kd_loss']):.4g}); lower optimizer.lr, or take a loss that is "
-                "finite for any pair of distributions, such as generalized_jsd_chunked"
-            )
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP and FSDP average gradients
         return (loss, outputs) if return_outputs else loss
 
+    def _watch(
+        self, out: KDOutput, again: Callable[[Tensor], KDOutput], inputs: dict[str, Any]
+    ) -> None:
+        """Look whether a loss is finite, and which rows it comes from where it is not.
+
+        Args:
+            out: of the whole micro-batch.
+            again: the same for other labels; it is asked for each row alone.
+            inputs: the batch.
+        """
+        value = out.loss.detach().item()
+        if math.isfinite(value):
+            return
+        labels, _ = _split_inputs(inputs)
+        rows = []
+        for place, number in enumerate(inputs[ROW].tolist() if ROW in inputs else ()):
+            only = torch.full_like(labels, IGNORE_INDEX)
+            only[place] = labels[place]
+            with torch.no_grad():
+                if not math.isfinite(again(only).loss.item()):
+                    rows.append(number)
+        kd = None if out.kd_loss is None else out.kd_loss.item()
+        self.guard.note(BadLoss(value, out.class_loss.item(), kd, tuple(rows)))
+
+    def begin_step(self) -> None:
+        """Remember the sums of the log, which a step that is left out has no part in."""
+        self._before_step = (self._tr_loss.clone(), self._shares.clone())
+
+    def end_step(self) -> None:
+        """Leave the step out where its loss is not finite, before the optimiser sees it.
+
+        Raises:
+            TrainingError: it is not, and training is to stop.
+        """
+        step = self.state.global_step + 1
+        self._left_out = self.guard.leaves_out(step, self.accelerator)
+        if not self._left_out:
+            return
+        # Without gradients an optimiser of torch touches neither weights nor its own state.
+        self.model.zero_grad(set_to_none=True)
+        assert self._before_step is not None, "a step has a beginning"
+        for total, before in zip((self._tr_loss, self._shares), self._before_step, strict=True):
+            total.copy_(before)
+
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Adds class loss and KD loss, averaged over the steps since the last line.
 
-        Also the terms of a weighted sum, and the values in the last step of what is scheduled or
-        carries state.
+        Also the terms of a weighted sum, the values in the last step of what is scheduled or
+        carries state, and the number of steps that were left out, which no mean counts.
         """
         steps = self.state.global_step - self._logged_step
         if "loss" in logs and steps:
-            shares = (self.accelerator.reduce(self._shares) / steps).tolist()
-            logs = {
-                "loss": logs.pop("loss"),
-                "class_loss": shares[0],
-                "kd_loss": shares[1] if self.objective.needs_teacher else None,
-                **self._named_terms("kd_loss", shares[2:]),
-                **{key: x for key, x in self._moving_values.items() if math.isfinite(x)},
-                **({} if self.session is None else self.session.figures()),
-                **logs,
-            }
+            logs = self._training_line(dict(logs), steps)
             self._shares.zero_()
             self._logged_step = self.state.global_step
         super().log(logs, start_time)
+
+    def _training_line(self, logs: dict[str, Any], steps: int) -> dict[str, Any]:
+        loss = logs.pop("loss")
+        skipped = self.guard.take_unlogged()
+        if skipped:
+            loss *= steps / max(1, steps - skipped)  # it was divided by all steps
+            steps -= skipped
+            logs["skipped_steps"] = skipped
+            if not math.isfinite(logs.get("grad_norm", 0.0)):  # that of the last step
+                del logs["grad_norm"]
+        if not steps:
+            return logs
+        shares = (self.accelerator.reduce(self._shares) / steps).tolist()
+        return {
+            "loss": loss,
+            "class_loss": shares[0],
+            "kd_loss": shares[1] if self.objective.needs_teacher else None,
+            **self._named_terms("kd_loss", shares[2:]),
+            **{key: x for key, x in self._moving_values.items() if math.isfinite(x)},
+            **({} if self.session is None else self.session.figures()),
+            **logs,
+        }
 
     def begin_log(self, step: int) -> None:
         """Let the means of the next line begin after a step."""
@@ -349,7 +405,14 @@ class DistillTrainer(Trainer):
             kd_terms = terms if found.kd_terms is None else found.kd_terms
             return {"sums": torch.cat([sums, kd_terms, found.calibration.flatten()])}
 
-        return call(model, consume, **features)["sums"]
+        return call(model, self._apart(consume), **features)["sums"]
+
+    def _apart(self, consume: Consumer) -> Consumer:
+        """A consumer that is no part of the model's compiled graphs; losses compile their own."""
+        if not self.args.torch_compile:
+            return consume
+        apart: Consumer = torch.compiler.disable(consume)  # type: ignore[no-untyped-call]
+        return apart
 
     def _metrics(self, sums: Tensor) -> dict[str, float | None]:
         tokens = sums[0].item()
@@ -380,7 +443,13 @@ class DistillTrainer(Trainer):
         return {f"{prefix}/{term.name}": x for term, x in zip(terms, values, strict=True)}
 
     def advance_objective(self) -> None:
-        """Move schedules and state on, at the end of an optimiser step."""
+        """Move schedules and state on, at the end of an optimiser step.
+
+        A step that was left out moves nothing; schedules catch up with the next.
+        """
+        if self._left_out:
+            self._step_terms.zero_()
+            return
         self._moving_values = self.objective.moving_values
         values = None
         if self.objective.loss.stateful and self.objective.kd_ratio > 0:
@@ -397,7 +466,8 @@ class DistillTrainer(Trainer):
         """
         saved = json.loads((Path(checkpoint) / _OBJECTIVE).read_text(encoding="utf-8"))
         try:
-            self.objective.load_state_dict(saved)
+            self.objective.load_state_dict(saved["objective"])
+            self.guard.restore(saved["guard"])
         except ValueError as error:
             raise TrainingError(f"{checkpoint}: {error}") from error
         path = Path(checkpoint) / _PROCEDURE
@@ -420,18 +490,27 @@ class DistillTrainer(Trainer):
             self.load_objective(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        # Older checkpoints go only once the new one is complete.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # each process has a file of its own in it
         procedure = None if self.session is None else self.session.state_dict()
         if self.args.should_save and not self.args.save_only_model:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            write_json(folder / _OBJECTIVE, self.objective.state_dict())
+            saved = {"objective": self.objective.state_dict(), "guard": self.guard.state()}
+            write_json(folder / _OBJECTIVE, saved)
             if procedure is not None:
                 write_text(folder / _PROCEDURE, json.dumps(procedure))
             with open(folder / COMPLETE, "w", encoding="utf-8") as marker:
                 marker.write("\n")
                 marker.flush()
                 os.fsync(marker.fileno())
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(self.args.output_dir, limit, best, use_mtime=True)
 
 
 class TokenRate(TrainerCallback):
@@ -485,7 +564,7 @@ class _MoveToEpoch(TrainerCallback):
 
 
 class _Advance(TrainerCallback):
-    """Moves the objective on after each optimiser step."""
+    """Looks at the loss before each optimiser step, and moves the objective on after it."""
 
     def __init__(self, trainer: DistillTrainer) -> None:
         self._trainer = trainer
@@ -493,6 +572,14 @@ class _Advance(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Means of a resumed run's first line begin with its first step."""
         self._trainer.begin_log(state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first micro-batch."""
+        self._trainer.begin_step()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the last one, when all gradients are there."""
+        self._trainer.end_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the optimiser's step, before it is logged and saved."""
@@ -540,5 +627,5 @@ def _split_inputs(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     labels = inputs.get("shift_labels")
     if labels is None:
         labels = shift_labels(inputs["labels"])
-    features = {key: value for key, value in inputs.items() if key not in _LABELS}
+    features = {key: value for key, value in inputs.items() if key not in (*_LABELS, ROW)}
     return labels, features

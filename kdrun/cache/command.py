@@ -40,6 +40,10 @@ def cache_teacher(config: RunConfig, folder: Path, kind: Kind, entries: int) -> 
     """
     if config.model.teacher is None:
         raise InputError("--teacher: name the teacher to cache")
+    if config.model.teacher_quantization is not None:
+        raise InputError(
+            "model.teacher_quantization: a cache takes the teacher as it is; leave it out"
+        )
     locate_pair(config.model)
     rows = read_rows(config.data)
     prepare_folder(folder)

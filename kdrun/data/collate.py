@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
 IGNORE_INDEX = -100
+ROW = "row"
+"""Under this name an example may carry its number in the training set."""
 
 
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -40,7 +42,7 @@ class Collator:
 
     pad_token_id: int | None = None
 
-    def __call__(self, examples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Make a batch.
 
         Args:
@@ -51,7 +53,8 @@ class Collator:
             Tensors ``[rows, length]``: ``input_ids``; ``attention_mask``; ``labels``, each at its
             own token, in Hugging Face's convention; ``shift_labels``, aligned with the logits.
             Packed rows have ``position_ids`` in the place of the mask, as transformers wants it;
-            their padding is one more example, which nothing looks at.
+            their padding is one more example, which nothing looks at. ``row``, where the examples
+            carry their numbers, is ``[rows]``.
         """
         import torch
 
@@ -66,6 +69,8 @@ class Collator:
             attention_mask[row, :size] = 1
             labels[row, :size] = torch.as_tensor(example["labels"], dtype=torch.long)
         batch = {"input_ids": input_ids, "labels": labels, "shift_labels": shift_labels(labels)}
+        if ROW in examples[0]:
+            batch[ROW] = torch.tensor([example[ROW] for example in examples])
         if "position_ids" not in examples[0]:
             return {**batch, "attention_mask": attention_mask}
         position_ids = torch.zeros(shape, dtype=torch.long)

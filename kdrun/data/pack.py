@@ -22,7 +22,17 @@ class PackedExample(Example):
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[PackedExample]:
-    """Put examples together into rows.
+    """Put examples together into rows; see :func:`arrange`.
+
+    Returns:
+        Rows that hold every example once.
+    """
+    rows = arrange(examples, max_length)
+    return [join([examples[number] for number in row]) for row in rows]
+
+
+def arrange(examples: Sequence[Example], max_length: int) -> list[list[int]]:
+    """Decide which examples go into a row together.
 
     The longest go first, each into the row where it leaves the least room, so that the result
     follows from the lengths alone.
@@ -32,7 +42,7 @@ def pack(examples: Sequence[Example], max_length: int) -> list[PackedExample]:
         max_length: the most tokens in a row.
 
     Returns:
-        Rows that hold every example once.
+        For each row the numbers of its examples.
     """
     lengths = [len(example["input_ids"]) for example in examples]
     rows: list[list[int]] = []
@@ -44,10 +54,11 @@ def pack(examples: Sequence[Example], max_length: int) -> list[PackedExample]:
             rows.append([])
         rows[row].append(number)
         insort(room, (left - lengths[number], row))
-    return [_join([examples[number] for number in row]) for row in rows]
+    return rows
 
 
-def _join(examples: Sequence[Example]) -> PackedExample:
+def join(examples: Sequence[Example]) -> PackedExample:
+    """One row of several examples, in their order."""
     joined = PackedExample(input_ids=[], labels=[], position_ids=[])
     for example in examples:
         joined["input_ids"] += example["input_ids"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kdrun.builtin.text import load_text
 from kdrun.config import BUILT_IN, DataConfig, RunConfig
 from kdrun.data.encode import LongRows, encode, report_on
+from kdrun.data.origins import Origins
 from kdrun.data.rows import ChatRow, Position, Row, RowSet, TextRow, load_rows
 from kdrun.data.split import hold_out
 from kdrun.errors import InputError
@@ -28,11 +29,13 @@ class Examples:
         train: examples with ``input_ids`` and ``labels``.
         held_out: likewise, for evaluation.
         notes: what was read, skipped and cut, a line each.
+        origins: where the training examples come from.
     """
 
     train: Dataset[Any]
     held_out: Dataset[Any]
     notes: tuple[str, ...]
+    origins: Origins
 
 
 @dataclass(frozen=True)
@@ -130,16 +133,18 @@ def check_packed_rows(config: DataConfig, rows: RawRows) -> None:
 
 def pack_training(examples: Examples, max_length: int) -> Examples:
     """Put training examples together into rows; held-out ones stay as they are."""
-    from kdrun.data.pack import pack
+    from kdrun.data.pack import arrange, join
 
     loose: Any = examples.train
-    packed: Any = pack(loose, max_length)
+    members = arrange(loose, max_length)
+    packed: Any = [join([loose[number] for number in row]) for row in members]
     filled = sum(len(row["input_ids"]) for row in packed) / (len(packed) * max_length)
     note = (
         f"training rows: packed into {len(packed)} rows of up to {max_length} tokens, which are "
         f"{filled:.0%} full"
     )
-    return Examples(packed, examples.held_out, (*examples.notes, note))
+    origins = replace(examples.origins, members=members)
+    return Examples(packed, examples.held_out, (*examples.notes, note), origins)
 
 
 def encode_rows(
@@ -166,13 +171,13 @@ def encode_rows(
         InputError: no row fits ``max_length``.
     """
     encode = _Encoder(tokenizer, max_length, long_rows, cache)
-    train, training_notes = encode(rows.train, seed, shift_windows)
-    held_out, held_out_notes = encode(rows.held_out, 0, False)
+    train = encode(rows.train, seed, shift_windows)
+    held_out = encode(rows.held_out, 0, False)
     notes = [
-        *(f"training rows: {line}" for line in training_notes),
-        *(f"held-out rows: {line}" for line in held_out_notes),
+        *(f"training rows: {line}" for line in train.notes),
+        *(f"held-out rows: {line}" for line in held_out.notes),
     ]
-    return Examples(train, held_out, tuple(notes))
+    return Examples(train.examples, held_out.examples, tuple(notes), train.origins)
 
 
 def examples_in(data: Any) -> Iterator[Mapping[str, Sequence[int]]]:
@@ -192,7 +197,8 @@ def encode_held_out(
     Raises:
         InputError: no row fits ``max_length``.
     """
-    return _Encoder(tokenizer, max_length, long_rows, cache)(rows, 0, False)
+    encoded = _Encoder(tokenizer, max_length, long_rows, cache)(rows, 0, False)
+    return encoded.examples, encoded.notes
 
 
 def _documents(texts: Sequence[str]) -> list[TextRow]:
@@ -212,6 +218,15 @@ def _load(source: str, config: DataConfig) -> RowSet:
 
 
 @dataclass(frozen=True)
+class _Encoded:
+    """Examples, what is to be said about them, and where they come from."""
+
+    examples: Dataset[Any]
+    notes: list[str]
+    origins: Origins
+
+
+@dataclass(frozen=True)
 class _Encoder:
     """How rows become examples."""
 
@@ -220,9 +235,7 @@ class _Encoder:
     long_rows: LongRows
     cache: TokenCache | None
 
-    def __call__(
-        self, rows: Sequence[Row], seed: int, phase: bool
-    ) -> tuple[Dataset[Any], list[str]]:
+    def __call__(self, rows: Sequence[Row], seed: int, phase: bool) -> _Encoded:
         if isinstance(rows[0], ChatRow):
             return self._chats(rows)  # type: ignore[arg-type]
         # Imported here: this module also reads rows, before torch is needed.
@@ -234,9 +247,10 @@ class _Encoder:
             windows = TextWindows(tokens, length, seed=seed, phase=phase)
         except ValueError as error:
             raise InputError(f"{error} Give more text, or a smaller --max-length.") from error
-        return windows, [f"{len(rows)} documents, {len(windows)} windows of {length} tokens"]
+        note = f"{len(rows)} documents, {len(windows)} windows of {length} tokens"
+        return _Encoded(windows, [note], Origins())
 
-    def _chats(self, rows: Sequence[ChatRow]) -> tuple[Dataset[Any], list[str]]:
+    def _chats(self, rows: Sequence[ChatRow]) -> _Encoded:
         settings = (rows, self.tokenizer, self.max_length, self.long_rows)
         encoding = encode(*settings) if self.cache is None else self.cache.chats(*settings)
         encoded = report_on(rows, encoding, self.max_length)
@@ -245,7 +259,10 @@ class _Encoder:
             f"{report.kept} of {report.rows} rows, {report.tokens} tokens, "
             f"{report.supervised_tokens} supervised"
         )
-        return encoded.examples, [summary, *report.warnings()]  # type: ignore[return-value]
+        skipped = {number for number, _ in encoding.skipped}
+        kept = [row.position for number, row in enumerate(rows) if number not in skipped]
+        notes = [summary, *report.warnings()]
+        return _Encoded(encoded.examples, notes, Origins(kept))  # type: ignore[arg-type]
 
     def _text(self, texts: Sequence[str]) -> list[int]:
         from kdrun.data.windows import concatenate

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdrun.models.adapters import add_adapters
 from kdrun.models.heads import causal_lm
+from kdrun.models.quantize import is_quantized
 from kdrun.pairs import check_head
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class ModelSize:
         head: shape of the output head.
         trained_head: whether the head is trained.
         item_size: bytes of an element of the hidden states.
+        largest_block: bytes of the block of layers that has most.
+        outside_blocks: bytes of what is in no block: embeddings, head and last norm.
     """
 
     kind: str
@@ -40,6 +43,8 @@ class ModelSize:
     head: tuple[int, int]
     trained_head: bool
     item_size: int
+    largest_block: int
+    outside_blocks: int
 
 
 class Shadow:
@@ -73,20 +78,37 @@ class Shadow:
         with torch.device("meta"):
             self.model = add_adapters(self.model, config.lora, "", config.training.seed)
 
-    def size(self) -> ModelSize:
-        """Parameters and bytes."""
+    def size(self, quantized: bool = False) -> ModelSize:
+        """Parameters and bytes.
+
+        Args:
+            quantized: whether the weights of layers are stored in 8 bits.
+        """
         every = list(self.model.parameters())
         trained = [p for p in every if p.requires_grad]
         head = self.model.get_output_embeddings().weight
+        inner = causal_lm(self.model)
+        saved = 0
+        if quantized:
+            layers = [x for x in inner.modules() if is_quantized(x, inner.get_output_embeddings())]
+            saved = sum(_saved_by_8_bits(layer.weight) for layer in layers)
+        kinds = set(inner._no_split_modules or ())
+        blocks = [
+            _bytes(list(module.parameters()))
+            for module in inner.modules()
+            if type(module).__name__ in kinds
+        ]
         return ModelSize(
             kind=self.model.config.model_type,
             parameters=_elements(every),
             trained=_elements(trained),
-            weights=_bytes(every),
+            weights=_bytes(every) - saved,
             trained_weights=_bytes(trained),
             head=(head.shape[0], head.shape[1]),
             trained_head=head.requires_grad,
             item_size=head.element_size(),
+            largest_block=max(blocks, default=0),
+            outside_blocks=_bytes(every) - sum(blocks),
         )
 
     def activations(self, rows: int, length: int, checkpointing: bool) -> int | None:
@@ -155,6 +177,12 @@ def _place(tensor: torch.Tensor) -> int:
 
 def _elements(tensors: list[torch.Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
+
+
+def _saved_by_8_bits(weight: torch.Tensor) -> int:
+    """Bytes that a matrix no longer takes; each output has a scale."""
+    scales = weight.shape[0] * weight.element_size()
+    return weight.numel() * (weight.element_size() - 1) - scales
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +20,15 @@ from kdrun.data.prepare import (
 )
 from kdrun.distillation import build_loss, check_name, settle, unchunked
 from kdrun.dry_run.devices import Device, find_device
+from kdrun.errors import InputError
 from kdrun.models.adapters import check_peft
 from kdrun.models.context import load_model_config
+from kdrun.models.quantize import check_quantization
 from kdrun.pairs import check_context, find_pair, locate_pair
 from kdrun.procedures.run import leave_room, procedure_of
+from kdrun.processes import check_deepspeed
 from kdrun.quiet import quiet_libraries
+from kdrun.trackers import check_tracker
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
     from kdrun.pairs import Pair
 
 _OPTIMIZER_STATES = 2  # AdamW's two moments, in the type of the weights
+_SPREAD = ("weights of the student", "weights of the teacher", "gradients", "optimiser")
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,10 @@ class DryRun:
         teacher: likewise; None where no model is loaded.
         notes: on rows, tokenizers and cache, a line each.
         steps: optimiser steps.
-        rows_per_step: over all micro-batches.
+        processes: that share the work.
+        rows_per_step: over all micro-batches and processes.
         longest: tokens of the longest training row.
-        memory: bytes by part; None where a part cannot be told.
+        memory: bytes by part on the device of one process; None where a part cannot be told.
         device: where.
     """
 
@@ -53,6 +60,7 @@ class DryRun:
     teacher: ModelSize | None
     notes: tuple[str, ...]
     steps: int
+    processes: int
     rows_per_step: int
     longest: int
     memory: dict[str, int | None]
@@ -65,12 +73,15 @@ class DryRun:
         return sum(part or 0 for part in self.memory.values())
 
 
-def dry_run(config: RunConfig, device_name: str | None = None) -> DryRun:
+def dry_run(
+    config: RunConfig, device_name: str | None = None, processes: int | None = None
+) -> DryRun:
     """Check a run's input and tell what it would need; no weights are read, nothing is written.
 
     Args:
         config: of the run.
         device_name: as :func:`find_device` takes it.
+        processes: that share the work; None for those that torchrun has started, or one.
 
     Raises:
         InputError: what the run itself would refuse.
@@ -78,6 +89,14 @@ def dry_run(config: RunConfig, device_name: str | None = None) -> DryRun:
     check_name(config.loss.spec)
     check_peft(config.lora)
     procedure = procedure_of(config)
+    check_tracker(config.training.report_to)
+    check_quantization(config)
+    check_deepspeed(config.training.deepspeed)
+    processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
+    if config.training.fsdp and processes == 1:
+        raise InputError(
+            "training.fsdp=true spreads the models over processes; say over how many: --processes N"
+        )
     locate_pair(config.model)
     rows = read_rows(config.data)
     check_cached_rows(config, rows)
@@ -101,12 +120,17 @@ def dry_run(config: RunConfig, device_name: str | None = None) -> DryRun:
         count = len(examples.train)  # type: ignore[arg-type]
         longest = max(len(example["input_ids"]) for example in examples_in(examples.train))
         student, teacher, memory = _memory(config, pair, longest, count, device)
+        if processes > 1:
+            memory = _on_one_of(processes, config.training.fsdp, student, teacher, memory)
     return DryRun(
         student=student,
         teacher=teacher,
         notes=tuple(notes),
-        steps=_steps(config, count),
-        rows_per_step=config.training.batch_size * config.training.gradient_accumulation_steps,
+        steps=_steps(config, count, processes),
+        processes=processes,
+        rows_per_step=processes
+        * config.training.batch_size
+        * config.training.gradient_accumulation_steps,
         longest=longest,
         memory=memory,
         device=device,
@@ -119,12 +143,12 @@ def _adapters(config: RunConfig) -> str | None:
     return None if config.lora.rank is None else f"{kind} of rank {config.lora.rank}"
 
 
-def _steps(config: RunConfig, rows: int) -> int:
+def _steps(config: RunConfig, rows: int, processes: int) -> int:
     """Optimiser steps, as the Trainer counts them."""
     training = config.training
     if training.max_steps is not None:
         return training.max_steps
-    batches = math.ceil(rows / training.batch_size)
+    batches = math.ceil(rows / (training.batch_size * processes))
     per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
     return math.ceil(training.num_epochs * per_epoch)
 
@@ -144,7 +168,9 @@ def _memory(
     student = shadow.size()
     teacher, teacher_weights, width = None, 0, 0
     if pair.teacher is not None:
-        teacher = Shadow(pair.teacher, load_model_config(pair.teacher, trust), config, pair).size()
+        quantized = config.model.teacher_quantization is not None
+        shape = load_model_config(pair.teacher, trust)
+        teacher = Shadow(pair.teacher, shape, config, pair).size(quantized)
         teacher_weights, width = teacher.weights, teacher.head[1]
     if config.model.teacher_cache is not None:
         manifest = read_manifest(Path(config.model.teacher_cache).expanduser())
@@ -168,6 +194,32 @@ def _memory(
     return student, teacher, memory
 
 
+def _on_one_of(
+    processes: int,
+    fsdp: bool,
+    student: ModelSize,
+    teacher: ModelSize | None,
+    memory: dict[str, int | None],
+) -> dict[str, int | None]:
+    """The memory of one of several processes.
+
+    DDP holds everything once more for each process, and the gradients a second time, in the buckets
+    that are exchanged. FSDP2 holds a share of weights, gradients and optimiser, and whole what is
+    gathered: what lies outside the blocks of each model, the block that is computed and the next.
+    """
+    if not fsdp:
+        return {**memory, "gradients": 2 * (memory["gradients"] or 0)}
+    models = [student] if teacher is None else [student, teacher]
+    gathered = sum(model.outside_blocks for model in models)
+    gathered += 2 * max(model.largest_block for model in models)
+    shared = {
+        name: math.ceil(part / processes)
+        for name, part in memory.items()
+        if part is not None and name in _SPREAD
+    }
+    return {**memory, **shared, "gathered weights": gathered}
+
+
 def show(found: DryRun, console: Console) -> None:
     """Print a dry run."""
     for note in found.notes:
@@ -181,7 +233,8 @@ def show(found: DryRun, console: Console) -> None:
         f"steps: {found.steps} of {found.rows_per_step} rows, up to "
         f"{found.rows_per_step * found.longest} tokens each"
     )
-    console.print(f"memory on {found.device.name}, about:")
+    each = "" if found.processes == 1 else f" for each of {found.processes} processes"
+    console.print(f"memory on {found.device.name}{each}, about:")
     for name, part in found.memory.items():
         console.print(f"  {name:<24}{_gib(part):>12}")
     free = found.device.memory

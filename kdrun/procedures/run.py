@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kdrun.config import RunConfig
@@ -56,13 +57,19 @@ def leave_room(
     )
     if not any(asked):
         raise InputError(f"procedure: no prompt leaves room for {cure}")
-    kept = Kept(rows, [number for number, fits in enumerate(asked) if fits])
+    numbers = [number for number, fits in enumerate(asked) if fits]
+    kept = Kept(rows, numbers)
     left_out = len(asked) - len(kept)
     note = (
         f"procedure: left out {left_out} of {len(asked)} training rows, whose prompts leave no "
         f"room for {cure}"
     )
-    return Examples(kept, examples.held_out, (*examples.notes, note))  # type: ignore[arg-type]
+    positions = examples.origins.positions
+    if positions is not None:
+        positions = [positions[number] for number in numbers]
+    origins = replace(examples.origins, positions=positions)
+    notes = (*examples.notes, note)
+    return replace(examples, train=kept, notes=notes, origins=origins)  # type: ignore[arg-type]
 
 
 def read_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Any:

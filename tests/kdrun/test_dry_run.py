@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -243,3 +244,43 @@ def test_a_large_pair_takes_no_memory_and_little_time(tiny_pair: Any, tmp_path: 
     )
     assert found.student.parameters == 8030261248  # as Meta states it of Llama 3.1 8B
     assert found.memory["optimiser"] == 2 * 2 * found.student.parameters
+
+
+def test_several_processes_share_rows_and_spread_weights(
+    tiny_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"loss__spec": "forward_kl_chunked", "loss__chunk_size": 64}
+    alone = dry_run(config_of(tiny_pair, **given))
+    ddp = dry_run(config_of(tiny_pair, **given), processes=4)
+    fsdp = dry_run(config_of(tiny_pair, training__fsdp=True, **given), processes=4)
+    assert (alone.rows_per_step, ddp.rows_per_step, fsdp.rows_per_step) == (4, 16, 16)
+    assert alone.steps == 10  # 38 or more of the 40 rows are trained on
+    assert ddp.steps == 3
+    for part in ("activations", "loss"):
+        assert alone.memory[part] == ddp.memory[part] == fsdp.memory[part]
+    for part in ("weights of the student", "weights of the teacher", "optimiser"):
+        whole = alone.memory[part]
+        assert whole is not None
+        assert ddp.memory[part] == whole
+        assert fsdp.memory[part] == math.ceil(whole / 4)
+    assert alone.memory["gradients"] is not None
+    assert ddp.memory["gradients"] == 2 * alone.memory["gradients"]
+    # Whole are the embeddings and norms of both models, and two blocks of the larger one.
+    expected = 0
+    blocks = []
+    for folder in (tiny_pair.teacher, tiny_pair.student):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        expected += 4 * (model.model.embed_tokens.weight.numel() + model.model.norm.weight.numel())
+        blocks.append(4 * sum(p.numel() for p in model.model.layers[0].parameters()))
+    assert fsdp.memory["gathered weights"] == expected + 2 * max(blocks)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    launched = dry_run(config_of(tiny_pair, training__fsdp=True, **given))
+    assert launched.memory == fsdp.memory
+
+
+def test_spread_models_need_a_number_of_processes(tiny_pair: Any) -> None:
+    with pytest.raises(InputError, match="--processes N"):
+        dry_run(config_of(tiny_pair, training__fsdp=True))
+    done = CliRunner().invoke(cli, ["--processes", "2"])
+    assert done.exit_code == 2
+    assert "--processes goes with --dry-run" in done.output

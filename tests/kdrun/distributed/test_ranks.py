@@ -41,6 +41,20 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_all_processes_agree_on_a_step_whose_loss_is_not_finite_on_one(
+    results: Path, kind: str
+) -> None:
+    for processes in (1, 2, 4):
+        files = [results / f"guard-{kind}-{processes}-{rank}.json" for rank in range(processes)]
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        assert all(one == found[0] for one in found)
+        assert found[0]["skipped"] == 1
+        assert found[0]["untouched"]
+        assert "nan at step 1" in found[0]["said"]
+        assert "training rows 0 (counted" in found[0]["said"]
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("case", worker.CASES, ids=lambda case: case.name)
 def test_processes_equal_one(results: Path, case: worker.Case, processes: int) -> None:

@@ -24,6 +24,9 @@ from torch.utils.data import SequentialSampler
 import kdlosses
 from kdrun import DistillTrainer
 from kdrun.data.collate import Collator
+from kdrun.data.origins import Numbered
+from kdrun.errors import TrainingError
+from kdrun.loss_guard import LossGuard
 from kdrun.models.heads import causal_lm
 from kdrun.models.shard import shard
 
@@ -148,6 +151,55 @@ def step(case: Case, base: Path) -> tuple[dict[str, torch.Tensor], dict[str, flo
     return weights, logged
 
 
+def guarded(base: Path, fsdp: bool) -> dict[str, Any]:
+    """What one process sees of a step that is bad on the first one only: left out, then final.
+
+    The first process, and it alone, has a row whose hidden states are NaN.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    load = transformers.LlamaForCausalLM.from_pretrained
+    data = rows()
+    data[0] = {"input_ids": [1, 4, 5, 6], "labels": [-100, 4, 5, 6]}
+    found: dict[str, Any] = {}
+    for skip in (True, False):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(base / "unused"),
+            max_steps=1,
+            per_device_train_batch_size=ROWS // world,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            use_cpu=True,
+        )
+        student = load(base / "student-untied", dtype=torch.float32)
+        student.model.embed_tokens.weight.data[1] = float("nan")  # no other row has it
+        before = student.lm_head.weight.detach().clone()
+        if fsdp and world > 1:
+            shard(student)
+        trainer = InOrder(
+            model=student,
+            teacher=None,
+            kd_ratio=0.0,
+            loss=kdlosses.get_loss("forward_kl_chunked", compiled=False),
+            args=arguments,
+            data_collator=Collator(0),
+            train_dataset=Numbered(data),
+        )
+        trainer.guard = LossGuard(skip=skip)
+        try:
+            trainer.train()
+        except TrainingError as error:
+            found["said"] = str(error)
+            continue
+        found["skipped"] = trainer.guard.skipped
+        head = trainer.model.lm_head.weight
+        after = head.full_tensor() if hasattr(head, "full_tensor") else head
+        found["untouched"] = torch.equal(after.detach(), before)
+    return found
+
+
 def main(base: Path) -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -157,6 +209,10 @@ def main(base: Path) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             save_file(weights, base / f"{case.name}-{world}.safetensors")
             (base / f"{case.name}-{world}.json").write_text(json.dumps(logged), encoding="utf-8")
+    rank = os.environ.get("RANK", "0")
+    for kind in ("ddp", "fsdp"):
+        told = json.dumps(guarded(base, kind == "fsdp"))
+        (base / f"guard-{kind}-{world}-{rank}.json").write_text(told, encoding="utf-8")
 
 
 if __name__ == "__main__":
