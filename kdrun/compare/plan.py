@@ -19,6 +19,7 @@ Part = Literal["all", "validation", "test"]
 TUNING_FROM = 10**6
 """The first tuning seed, beyond every final one: more final seeds change nothing in the tuning."""
 DEFAULT_LOSSES = ("forward_kl_chunked", "reverse_kl_chunked", "generalized_jsd_chunked")
+_DEFAULTS = RunConfig().model_dump(mode="json")
 _VARIED = {
     "model": ("teacher", "student"),
     "loss": ("spec", "kd_ratio"),
@@ -301,8 +302,21 @@ def trained_on(yardstick: Yardstick, axes: Axes) -> list[str]:
 
 
 def setting(shared: Mapping[str, Any]) -> str:
-    """A hash of all that the trials of a comparison share, from :func:`shared_settings`."""
-    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
+    """A hash of all that the trials of a comparison share, from :func:`shared_settings`.
+
+    Keys at their defaults are left out, so that a key of a later version renames no earlier trial.
+    """
+    changed = {
+        section: {key: v for key, v in content.items() if v != default_of(section, key)}
+        for section, content in shared.items()
+    }
+    found = {section: content for section, content in changed.items() if content}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def default_of(section: str, key: str) -> Any:
+    """What a key is where nobody sets it."""
+    return _DEFAULTS.get(section, {}).get(key)
 
 
 def shared_settings(base: RunConfig) -> dict[str, dict[str, Any]]:

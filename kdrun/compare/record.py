@@ -68,8 +68,11 @@ class Trial(_Data):
     stage: Stage = "final"
 
     def identity(self, setting: str) -> str:
-        """A short name that follows from the trial and the setting that all trials share."""
-        content = json.dumps([self.model_dump(), setting], sort_keys=True)
+        """A short name that follows from the trial and the setting that all trials share.
+
+        Defaults are left out, so that an axis of a later version renames no earlier trial.
+        """
+        content = json.dumps([self.model_dump(exclude_defaults=True), setting], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
