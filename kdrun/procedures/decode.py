@@ -107,12 +107,12 @@ def decode(
         for step in range(max_new_tokens):
             scores = [voice.scores(batch) for voice in voices]
             mixed = _mix(scores, [writer.weight for writer in writers], draw.temperature)
-            tokens, drawn = _take(mixed, uniforms[batch.rows, step], draw)
-            kept = [drawn]
+            tokens, kept = _take(mixed, uniforms[batch.rows, step], draw)
+            columns = []
             if with_log_probs:
                 index = tokens.clamp_min(0).unsqueeze(1)
-                kept += [x.log_softmax(-1).gather(1, index).squeeze(1) for x in scores]
-            columns = torch.stack(kept).tolist() if with_log_probs else []
+                found_at = [x.log_softmax(-1).gather(1, index) for x in (kept, *scores)]
+                columns = torch.cat(found_at, 1).T.tolist()
             for place, token in enumerate(tokens.tolist()):
                 if batch.ended[place]:
                     continue
@@ -237,7 +237,7 @@ def _mix(scores: Sequence[Tensor], weights: Sequence[float], temperature: float)
 
     import torch
 
-    softened = [x / temperature if temperature > 0 else x for x in scores]
+    softened = [x if temperature in (0.0, 1.0) else x / temperature for x in scores]
     if len(softened) == 1:
         return softened[0]
     shares = [
@@ -249,21 +249,22 @@ def _mix(scores: Sequence[Tensor], weights: Sequence[float], temperature: float)
 
 
 def _take(scores: Tensor, uniforms: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-    """The drawn token of each row, -1 where its scores are NaN, and its log-probability."""
+    """The drawn token of each row, -1 where its scores are NaN, and the scores it was drawn by."""
     import torch
 
-    bad = scores.isnan().any(-1)
     if draw.temperature == 0:
-        return torch.where(bad, -1, scores.argmax(-1)), scores.new_zeros(len(scores))
-    log_probs = _truncate(scores, draw).log_softmax(-1)
-    heights = log_probs.exp().cumsum(-1)
+        tokens = scores.argmax(-1, keepdim=True)
+        bad = scores.gather(1, tokens).isnan()
+        return torch.where(bad, -1, tokens).squeeze(1), scores
+    kept = _truncate(scores, draw)
+    heights = kept.softmax(-1).cumsum(-1)
     total = heights[:, -1:]
     # Just below the total: a token of probability 0 at the end is never drawn.
     level = (uniforms.to(scores.dtype).unsqueeze(1) * total).minimum(
         torch.nextafter(total, torch.zeros_like(total))
     )
     tokens = torch.searchsorted(heights, level, right=True).clamp_max(scores.shape[1] - 1)
-    return torch.where(bad, -1, tokens.squeeze(1)), log_probs.gather(1, tokens).squeeze(1)
+    return torch.where(total.isnan(), -1, tokens).squeeze(1), kept
 
 
 def _truncate(scores: Tensor, draw: Draw) -> Tensor:
