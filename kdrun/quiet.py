@@ -8,12 +8,22 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# The latter two speak where torchao is installed, which transformers then imports: of CUDA libraries
+# that a CPU has no use for, and of what torchao has to change for later versions of torch.
+_NOISY = ("torch.distributed", "torchao", "torch.utils._pytree")
+
 
 def quiet_environment() -> None:
     """For a process that trains; before the libraries are imported."""
     # A tokenizer's threads and the forks of data loaders do not mix; silence its advice about it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # a run shows its own progress
+    _quiet_loggers()
+
+
+def _quiet_loggers() -> None:
+    for noisy in _NOISY:
+        logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 @contextmanager
@@ -23,7 +33,7 @@ def quiet_libraries() -> Iterator[None]:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    _quiet_loggers()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         # peft looks for the base model's config.json, which a GGUF file has not.

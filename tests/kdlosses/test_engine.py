@@ -156,7 +156,7 @@ def test_padded_heads_are_cut(how, student_vocab, teacher_vocab, form):
 
 
 @pytest.mark.parametrize("how", FORMS)
-def test_the_cut_is_before_the_softmax(how):
+def test_d1_the_cut_is_before_the_softmax(how):
     teacher, student = torch.tensor([[1.0, 0, -1, 3, 3]]), torch.tensor([[0.5, 0.5, 0]])
     labels = torch.zeros(1, dtype=torch.int64)
     assert loss_of("forward_kl", how)(student, teacher, labels).item() == pytest.approx(

@@ -218,7 +218,7 @@ def test_a_plugin_comes_in_by_the_same_door(install):
     "text",
     ["raise ImportError('no such thing')", "import absent_thing", "raise SystemExit(3)", "("],
 )
-def test_a_broken_plugin_breaks_only_itself(install, text):
+def test_r14_a_broken_plugin_breaks_only_itself(install, text):
     install("broken-plugin", {"broken": "broken_module:Loss"}, broken_module=text)
     assert "broken" in {ref.name for ref in available_losses()}
     get_loss("forward_kl")
@@ -255,7 +255,7 @@ def test_a_plugin_that_is_no_loss(install, text, message):
         get_loss("odd")
 
 
-def test_two_plugins_that_claim_one_name(install):
+def test_r15_two_plugins_that_claim_one_name(install):
     install("one", {"shared": "one_loss:Triangular"}, one_loss=LOSS)
     install("two", {"shared": "two_loss:Triangular"}, two_loss=LOSS)
     assert [ref.distribution for ref in available_losses() if ref.name == "shared"] == [

@@ -76,7 +76,7 @@ def test_a_run_leaves_the_folder_of_the_contract(finished: tuple[Path, str]) -> 
     assert "cross-entropy" in printed
 
 
-def test_the_student_loads_by_itself(finished: tuple[Path, str]) -> None:
+def test_r13_the_student_loads_by_itself(finished: tuple[Path, str]) -> None:
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

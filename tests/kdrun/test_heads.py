@@ -167,7 +167,7 @@ def test_install_changes_nothing_for_other_callers_and_can_be_undone() -> None:
     assert "forward" not in vars(model)
 
 
-def test_the_teacher_stays_in_eval_mode_and_gives_the_same_twice() -> None:
+def test_r8_the_teacher_stays_in_eval_mode_and_gives_the_same_twice() -> None:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**COMMON, attention_dropout=0.5)

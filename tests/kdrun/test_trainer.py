@@ -211,7 +211,7 @@ def test_without_a_teacher_cross_entropy_is_trained_and_the_other_measures_are_n
         train(tmp_path, rows(UNEVEN), with_teacher=False)
 
 
-def test_kd_falls_when_the_student_learns_from_another_teacher(tmp_path: Path) -> None:
+def test_d21_kd_falls_when_the_student_learns_from_another_teacher(tmp_path: Path) -> None:
     trainer = train(
         tmp_path, rows(UNEVEN), max_steps=20, kd_ratio=1.0, optim="adamw_torch", learning_rate=1e-2
     )

@@ -6,7 +6,7 @@ import torch
 from kdrun.data.collate import IGNORE_INDEX, Collator, shift_labels
 
 
-def test_padding_is_told_by_place_and_not_by_id() -> None:
+def test_d3_padding_is_told_by_place_and_not_by_id() -> None:
     batch = Collator(pad_token_id=2)(
         [
             {"input_ids": [5, 6, 2], "labels": [-100, 6, 2]},
@@ -39,7 +39,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return torch.nn.functional.cross_entropy(*flat, ignore_index=IGNORE_INDEX).item()
 
 
-def test_labels_are_shifted_once() -> None:
+def test_n16_labels_are_shifted_once() -> None:
     example = {"input_ids": [0, 1, 2, 3], "labels": [0, 1, 2, 3]}
     batch = Collator(pad_token_id=0)([example])
     logits = next_token_logits()

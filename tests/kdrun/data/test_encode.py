@@ -105,7 +105,7 @@ class TestTargets:
 
 
 class TestTemplates:
-    def test_one_begin_of_text(self, tiny_tokenizer: Any) -> None:
+    def test_d7_one_begin_of_text(self, tiny_tokenizer: Any) -> None:
         template = "{{ bos_token }}" + tiny_tokenizer.chat_template
         changed = with_template(with_bos(tiny_tokenizer), template)
         ids = encode_one(changed, chat("a?", "one", "b?", "two"))["input_ids"]
@@ -199,7 +199,7 @@ class TestLength:
     def rows(self, answers: Sequence[str]) -> list[ChatRow]:
         return [chat("?" * 100, answer, number=i) for i, answer in enumerate(answers, 1)]
 
-    def test_a_prompt_that_fills_the_length_is_skipped(self, tiny_tokenizer: Any) -> None:
+    def test_d4_a_prompt_that_fills_the_length_is_skipped(self, tiny_tokenizer: Any) -> None:
         rows = [*self.rows(["12345"]), chat("a?", "one", number=2)]
         encoded = encode_chats(rows, tiny_tokenizer, 64)
         assert encoded.report.kept == 1
@@ -208,7 +208,7 @@ class TestLength:
         assert "rows.jsonl: left out 1 of 2 rows: line 1" in warning
         assert "64" in warning
 
-    def test_all_skipped(self, tiny_tokenizer: Any) -> None:
+    def test_d4_all_skipped(self, tiny_tokenizer: Any) -> None:
         with pytest.raises(InputError, match=r"data\.max_length=64: all 2 rows are skipped"):
             encode_chats(self.rows(["1", "2"]), tiny_tokenizer, 64)
 

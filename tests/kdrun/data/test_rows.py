@@ -69,7 +69,7 @@ class TestFiles:
     def test_one_object_over_several_lines_is_one_row(self, write: Write) -> None:
         assert len(load_rows(write(json.dumps(PAIR, indent=2))).rows) == 1
 
-    def test_a_byte_order_mark_changes_nothing(self, write: Write) -> None:
+    def test_d11_a_byte_order_mark_changes_nothing(self, write: Write) -> None:
         line = b'{"prompt":"h\xc3\xa9","response":"\xe4\xbd\xa0"}\n'
         without = load_rows(write(line)).rows
         with_mark = load_rows(write(b"\xef\xbb\xbf" + line)).rows
@@ -171,14 +171,14 @@ class TestFormats:
 
     @pytest.mark.parametrize("user", ["human", "user", "Human"])
     @pytest.mark.parametrize("assistant", ["gpt", "assistant", "chatgpt", "bot"])
-    def test_role_aliases(self, write: Write, user: str, assistant: str) -> None:
+    def test_d15_role_aliases(self, write: Write, user: str, assistant: str) -> None:
         talk = [{"from": user, "value": "x"}, {"from": assistant, "value": "y"}]
         assert turns(load_rows(write([{"conversations": talk}])).rows[0]) == [
             ("user", "x"),
             ("assistant", "y"),
         ]
 
-    def test_an_odd_role_is_named_with_its_row(self, write: Write) -> None:
+    def test_d15_an_odd_role_is_named_with_its_row(self, write: Write) -> None:
         good = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]
         odd = [{"from": "human", "value": "x"}, {"from": "bing", "value": "y"}]
         message = error_of(write([{"conversations": good}, {"conversations": odd}]))
@@ -217,7 +217,7 @@ class TestBadRows:
         {"instruction": "a", "output": None},
     )
 
-    def test_they_are_counted_and_left_out(self, write: Write) -> None:
+    def test_d14_they_are_counted_and_left_out(self, write: Write) -> None:
         found = load_rows(write(list(self.ROWS)))
         assert len(found.rows) == 1
         assert [(bad.position.number, bad.reason) for bad in found.bad] == [
@@ -232,7 +232,7 @@ class TestBadRows:
         (warning,) = found.warnings()
         assert "left out 9 of 10 rows: lines 2, 3, 4, 5, 6 and 4 more" in warning
 
-    def test_strict_refuses_the_first(self, write: Write) -> None:
+    def test_d14_strict_refuses_the_first(self, write: Write) -> None:
         message = error_of(write(list(self.ROWS)), strict=True)
         assert "rows.jsonl, line 2" in message
         assert "'output'" in message
@@ -415,7 +415,7 @@ class TestHub:
         assert "no such file" in error_of(name)
 
 
-def test_the_platforms_encoding_has_no_say(write: Write) -> None:
+def test_d12_the_platforms_encoding_has_no_say(write: Write) -> None:
     path = write('{"prompt": "\u201d", "response": "\u2764"}\n')
     code = (
         "import sys\n"

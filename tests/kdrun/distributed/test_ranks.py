@@ -57,7 +57,7 @@ def test_all_processes_agree_on_a_step_whose_loss_is_not_finite_on_one(
 
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("case", worker.CASES, ids=lambda case: case.name)
-def test_processes_equal_one(results: Path, case: worker.Case, processes: int) -> None:
+def test_r3_processes_equal_one(results: Path, case: worker.Case, processes: int) -> None:
     one, several = (
         load_file(results / f"{case.name}-{number}.safetensors") for number in (1, processes)
     )
