@@ -21,6 +21,7 @@ _FLAGS: tuple[tuple[str, str, str, str], ...] = (
     ("--loss", "loss.spec", "SPEC", "Loss, such as generalized_jsd_chunked:beta=0.1."),
     ("--kd-ratio", "loss.kd_ratio", "R", "Weight of the loss; 1 - R weighs cross-entropy."),
     ("--temperature", "loss.temperature", "T", "Softens both sides of the loss."),
+    ("--procedure", "procedure.spec", "SPEC", "Whose text is learned from: gkd:lambda=0.5, ..."),
     ("--max-steps", "training.max_steps", "N", "Optimiser steps."),
     ("--batch-size", "training.batch_size", "B", "Rows per process and micro-batch."),
     ("--max-length", "data.max_length", "L", "Tokens a row."),
@@ -178,9 +179,10 @@ def _flag_value(key: str, text: str) -> Any:
 
     if key.startswith(("model.", "data.train", "data.eval", "output.")) or key in (
         "loss.spec",
+        "procedure.spec",
         "evaluation.answer_pattern",
     ):
-        return None if key == "model.teacher" and text == "none" else text
+        return None if key in ("model.teacher", "procedure.spec") and text == "none" else text
     return parse_value(text)
 
 
@@ -233,6 +235,38 @@ def new_loss(name: str, output: str | None) -> None:
 
     folder = write(name, output)
     click.echo(f"{folder}: cd there, then pip install -e '.[dev]' && pytest")
+
+
+@cli.group()
+def procedures() -> None:
+    """List, show and check procedures: whose text is learned from."""
+
+
+@procedures.command("list")
+def list_procedures() -> None:
+    """List the registered procedures."""
+    from kdrun.show_procedures import print_list
+
+    print_list()
+
+
+@procedures.command("show")
+@click.argument("name")
+def show_procedure(name: str) -> None:
+    """Show what a procedure does, its parameters and defaults."""
+    from kdrun.show_procedures import print_procedure
+
+    print_procedure(name)
+
+
+@procedures.command("check")
+@click.argument("name")
+def check_procedures(name: str) -> None:
+    """Run the conformance checks of a procedure; exit code 1 when one fails."""
+    from kdrun.show_procedures import print_checks
+
+    if not print_checks(name):
+        sys.exit(1)
 
 
 @cli.command("bench")
@@ -295,6 +329,13 @@ def bench(
 @click.option("--lr", "lrs", multiple=True, type=float, metavar="LR", help="Learning rate.")
 @click.option("--teacher", "teachers", multiple=True, metavar="MODEL", help="Teacher.")
 @click.option("--student", "students", multiple=True, metavar="MODEL", help="Initial student.")
+@click.option(
+    "--procedure",
+    "procedures",
+    multiple=True,
+    metavar="SPEC",
+    help="Whose text is learned from, with every loss; 'none' is the data's.",
+)
 @click.option(
     "--seeds",
     default=3,

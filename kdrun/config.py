@@ -252,6 +252,39 @@ class LoraConfig(_Section):
         return self
 
 
+class ProcedureConfig(_Section):
+    """Which text is learned from, and how answers are sampled."""
+
+    spec: str | None = Field(
+        None,
+        description="a registered procedure and its parameters, such as gkd:lambda=0.5; null "
+        "learns from the data",
+    )
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="where an answer is cut; null takes half of data.max_length"
+    )
+    sampling_temperature: float = Field(
+        1.0, ge=0, description="of the sampling alone; 0 takes the most likely token"
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample from the most likely tokens of this mass; 1 from all"
+    )
+    top_k: int = Field(0, ge=0, description="sample from so many likely tokens; 0 from all")
+    text: str | None = Field(
+        None,
+        description="plain text of minillm's cross-entropy, a file or hub id; null takes the "
+        "training rows",
+    )
+
+    @model_validator(mode="after")
+    def _need_a_spec(self) -> Self:
+        if self.spec is None:
+            for name, field in type(self).model_fields.items():
+                if getattr(self, name) != field.default:
+                    raise ValueError(f"procedure.{name} has no effect without procedure.spec")
+        return self
+
+
 class OutputConfig(_Section):
     """Where the run goes."""
 
@@ -264,6 +297,7 @@ class RunConfig(_Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
+    procedure: ProcedureConfig = ProcedureConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     lora: LoraConfig = LoraConfig()
@@ -307,11 +341,12 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
 
 
 def complete_pair(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in the teacher, and the built-in pair's own settings where that pair is trained.
+    """Fill in the teacher, and the settings of the built-in pair and of a procedure.
 
     Raises:
-        InputError: a student without a teacher or data, or the reverse.
+        InputError: a student without a teacher or data, or the reverse, or no such procedure.
     """
+    given = _with_procedure(given)
     model = dict(_section(given, "model"))
     data = _section(given, "data")
     loss = _section(given, "loss")
@@ -346,6 +381,20 @@ def complete_pair(given: Mapping[str, Any]) -> dict[str, Any]:
     if student in (None, BUILT_IN):
         for section, defaults in DEFAULTS.items():
             result[section] = {**defaults, **_section(given, section)}
+    return result
+
+
+def _with_procedure(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Fill in what a procedure wants of a run, where the user leaves it open."""
+    spec = _section(given, "procedure").get("spec")
+    if not isinstance(spec, str):
+        return given
+    from kdrun.procedures.registry import get_procedure
+
+    result = dict(given)
+    for key, value in get_procedure(spec).defaults.items():
+        section, _, name = key.partition(".")
+        result[section] = {name: value, **_section(result, section)}
     return result
 
 

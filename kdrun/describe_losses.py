@@ -106,7 +106,7 @@ def family(loss: Loss) -> str:
 def parameters(loss: Loss) -> list[Parameter]:
     """The hyper-parameters with their bounds."""
     return [
-        Parameter(name, str(getattr(loss, name)), _bounds(info.metadata), info.description or "")
+        Parameter(name, str(getattr(loss, name)), bounds(info.metadata), info.description or "")
         for name, info in type(loss).model_fields.items()
     ]
 
@@ -119,7 +119,8 @@ def traits(loss: Loss) -> dict[str, Any]:
     }
 
 
-def _bounds(metadata: list[Any]) -> str:
+def bounds(metadata: list[Any]) -> str:
+    """The bounds of a field in words, such as ``"> 0, < 1"``, or ``"-"``."""
     found = [
         f"{sign} {getattr(bound, name):g}"
         for bound in metadata

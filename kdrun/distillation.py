@@ -37,6 +37,7 @@ from kdrun.pairs import (
     load_student,
     locate_pair,
 )
+from kdrun.procedures.run import leave_room, procedure_of, read_text
 from kdrun.processes import World, check_deepspeed
 from kdrun.quiet import quiet_libraries
 from kdrun.trackers import check_tracker, place_logs
@@ -100,6 +101,7 @@ def distill(
     # What is cheap to check is checked before anything heavy is imported or written.
     check_name(config.loss.spec)
     check_peft(config.lora)
+    procedure_of(config)
     check_tracker(config.training.report_to)
     check_quantization(config)
     check_deepspeed(config.training.deepspeed)
@@ -192,12 +194,14 @@ def _run(
 ) -> RunResult:
     from kdrun.data.collate import Collator
     from kdrun.data.origins import Numbered
+    from kdrun.data.token_cache import TokenCache
     from kdrun.evaluation.answers import ask, choose_questions, mean_scores
     from kdrun.evaluation.measures import held_out_measures
     from kdrun.loss_guard import LossGuard
     from kdrun.models.heads import FrozenTeacher, causal_lm
     from kdrun.models.packing import check_packing
     from kdrun.models.shard import shard
+    from kdrun.procedures.sampling import Sampling
     from kdrun.progress import ShowProgress, WriteMetrics, before_after
     from kdrun.trainer import DistillTrainer, TokenRate
 
@@ -207,7 +211,12 @@ def _run(
     examples = encode_for(config, rows, pair.tokenizer, config.data.shift_windows)
     if config.data.packing:
         examples = pack_training(examples, config.data.max_length)
-    for note in (*pair.notes, *rows.notes, *examples.notes):
+    procedure, sampling = procedure_of(config), None
+    if procedure is not None:
+        sampling = Sampling.of(config)
+        examples = leave_room(examples, sampling, pair.tokenizer)
+    text, of_text = read_text(config, pair.tokenizer)
+    for note in (*pair.notes, *rows.notes, *examples.notes, *([of_text] if of_text else [])):
         console.print(note, markup=False)
     teacher = choose_teacher(config, pair, examples, build_loss(unchunked(config.loss), None))
     student = load_student(pair, config.model, config.training.seed)
@@ -250,9 +259,19 @@ def _run(
         train_dataset=Numbered(examples.train),
         eval_dataset=examples.held_out,
         processing_class=pair.tokenizer,
+        procedure=procedure,
+        sampling=sampling,
     )
     arguments.save_only_model = False  # DistillTrainer keeps the optimiser's parts as well
     trainer.eval_teacher = teacher.evaluation
+    if trainer.session is not None:
+        cache = TokenCache.at(config.data.cache_dir)
+        trainer.session.answers_folder = None if cache is None else cache.folder
+        trainer.session.text = text
+        trainer.session.say = lambda line: console.print(line, markup=False)
+        trainer.train_dataset = trainer.session.procedure.prepare(
+            trainer.train_dataset, trainer.session
+        )
     trainer.guard = LossGuard(
         skip=config.training.nan_loss == "skip",
         limit=config.training.max_skipped_steps,
@@ -293,10 +312,12 @@ def _run(
         answers = ask(causal_lm(student), pair.tokenizer, questions, config.evaluation)
         runs.write_lines(folder / runs.ANSWERS, [answer.line() for answer in answers])
         after |= {f"eval_{name}": value for name, value in mean_scores(answers).items()}
+    written = {} if trainer.session is None else trainer.session.figures()
     summary = {
         "before": before,
         "after": after,
         "steps": trainer.state.global_step,
+        **({"procedure": written} if written else {}),
         "skipped_steps": trainer.guard.skipped,
         "supervised_tokens_per_second": round(rate.rate * arguments.world_size, 1),
         "training_seconds": round(rate.seconds, 2),
@@ -315,6 +336,9 @@ def _run(
         f"({summary['supervised_tokens_per_second']:.0f} supervised tokens/s), "
         f"{summary['total_seconds']:.0f} s in all, peak memory {summary['peak_memory_mib']} MiB"
     )
+    if trainer.session is not None:
+        for line in trainer.session.remarks(written):
+            console.print(f"procedure {config.procedure.spec}: {line}", markup=False)
     console.print(f"student: {folder / runs.STUDENT}", markup=False)
     return RunResult(folder, summary)
 
@@ -411,6 +435,8 @@ def _before(trainer: DistillTrainer, folder: Path, resume: bool, world: World) -
     path = folder / runs.CHECKPOINTS / "before.json"
     if resume and path.is_file():
         before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if trainer.session is not None:
+            trainer.session.evaluated(before["eval_ce"])
         return before
     from kdrun.evaluation.measures import held_out_measures
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,17 @@ from kdrun.models.heads import (
     install,
 )
 from kdrun.models.shard import gather_trained, load_shards, save_shards
-from kdrun.runs import COMPLETE, SHARDS, write_json
+from kdrun.procedures.base import ROLLOUT, LossRows, Origin, Procedure
+from kdrun.procedures.registry import get_procedure
+from kdrun.procedures.sampling import Sampling
+from kdrun.procedures.session import Place, Session
+from kdrun.runs import COMPLETE, SHARDS, write_json, write_text
 
 _MEASURE_COMPILED_FROM = 16384
 _LABELS = ("labels", "shift_labels")
 _OBJECTIVE = "objective.json"
 _SCHEDULER = "scheduler.pt"  # as the Trainer calls it
+_PROCEDURE = "procedure.json"
 
 
 class DistillTrainer(Trainer):
@@ -60,6 +66,10 @@ class DistillTrainer(Trainer):
             optimiser or its checkpoints.
         loss: a spec such as ``"reverse_kl_chunked"`` or what :func:`kdlosses.get_loss` returns.
         kd_ratio: weight of the distillation loss, in [0, 1], or its schedule.
+        procedure: which text is learned from, a spec such as ``"gkd:lambda=0.5"`` or what
+            :func:`kdrun.procedures.get_procedure` returns; None learns from the data. It needs a
+            live teacher, and the tokenizer as ``processing_class``.
+        sampling: how the procedure's answers are sampled.
         args: as for Trainer. ``average_tokens_across_devices`` must be on, its default.
         **options: as for Trainer.
 
@@ -68,6 +78,7 @@ class DistillTrainer(Trainer):
         eval_teacher: what evaluation compares with, by default ``teacher``. It may be set to
             another or to None; measures that need a teacher are then None. It has to give full
             distributions.
+        session: the procedure at work; None without one.
         guard: what is done about a loss that is not finite; by default training stops.
 
     Raises:
@@ -84,6 +95,8 @@ class DistillTrainer(Trainer):
         loss: TokenLoss | str = "forward_kl_chunked",
         kd_ratio: float | Schedule = 0.5,
         args: TrainingArguments | None = None,
+        procedure: Procedure | str | None = None,
+        sampling: Sampling | None = None,
         **options: Any,
     ) -> None:
         objective = KDObjective(get_loss(loss) if isinstance(loss, str) else loss, kd_ratio)
@@ -115,14 +128,65 @@ class DistillTrainer(Trainer):
         self._step_terms = torch.zeros(terms, dtype=torch.float64, device=self.args.device)
         self._moving_values: dict[str, float] = {}
         self._logged_step = 0
+        self._origin_tokens = torch.zeros(len(Origin), dtype=torch.int64, device=self.args.device)
+        self.session: Session | None = None
+        if procedure is not None:
+            self.session = self._open_session(procedure, sampling or Sampling())
+            self.add_callback(_TellProcedure(self.session))
         self._before_step: tuple[Tensor, Tensor] | None = None
         self._left_out = False
+
+    def _open_session(self, procedure: Procedure | str, sampling: Sampling) -> Session:
+        teacher = self.teacher.model if isinstance(self.teacher, FrozenTeacher) else None
+        if teacher is None:
+            raise ValueError("procedure: needs a live teacher, got none")
+        if self.processing_class is None:
+            raise ValueError("procedure: needs the tokenizer as processing_class, got None")
+        student = causal_lm(self.model)
+        heads = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
+        given = self.objective.loss.vocab_size
+        return Session(
+            procedure=get_procedure(procedure) if isinstance(procedure, str) else procedure,
+            settings=sampling,
+            student=student,
+            teacher=teacher,
+            tokenizer=self.processing_class,
+            vocab_size=min([*heads, *([] if given is None else [given])]),
+            seed=self.args.seed,
+            place=Place(
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+                self.args.train_batch_size,
+            ),
+        )
 
     @property
     def splits(self) -> dict[str, HeadSplit]:
         """How the models were split into backbone and head, by ``student`` and ``teacher``."""
         splits = {"student": self.student_split}
         return splits if self.teacher is None else {**splits, "teacher": self.teacher.split}
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of a step, and their supervised tokens over all processes.
+
+        A procedure may put other rows in their place; tokens are counted on what is learned from.
+        """
+        session = self.session
+        if session is None:
+            found: tuple[list[Any], Tensor | int | None] = super().get_batch_samples(
+                epoch_iterator, num_batches, device
+            )
+            return found
+        batches = list(islice(epoch_iterator, num_batches))
+        if not batches:
+            return batches, None
+        session.step, session.steps = self.state.global_step, max(1, self.state.max_steps)
+        session.kd_ratio = self.objective.kd_ratio
+        batches = session.micro_batches(batches)
+        self._origin_tokens = self.accelerator.reduce(tokens_by_origin(batches).to(device))
+        return batches, self._origin_tokens.sum()
 
     def compute_loss(
         self,
@@ -132,14 +196,33 @@ class DistillTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective of a micro-batch, over the supervised tokens of the whole step."""
+        inputs = dict(inputs)
+        rollout = inputs.pop(ROLLOUT, None)
         labels, features = _split_inputs(inputs)
         ratio = self.objective.kd_ratio
         teacher = None
         if self.teacher is not None and ratio > 0:
             teacher = self.teacher.source(**features, shift_labels=labels)
 
+        def evaluate(student: Any) -> KDOutput:
+            if rollout is None or self.session is None:
+                out: KDOutput = self.objective(student, teacher, labels, num_items_in_batch)
+                return out
+            return self.session.procedure.loss(
+                LossRows(
+                    student=student,
+                    teacher=teacher,
+                    labels=labels,
+                    origins=rollout["origins"],
+                    values=rollout["values"],
+                    objective=self.objective,
+                    step_tokens=num_items_in_batch,
+                    origin_tokens=self._origin_tokens,
+                )
+            )
+
         def consume(student: Any) -> dict[str, Tensor]:
-            out = self.objective(student, teacher, labels, num_items_in_batch)
+            out = evaluate(student)
             zeros = out.class_loss.new_zeros(len(self.objective.loss.terms))
             self._watch(out, lambda only: self.objective(student, teacher, only), inputs)
             return {
@@ -235,6 +318,7 @@ class DistillTrainer(Trainer):
             "kd_loss": shares[1] if self.objective.needs_teacher else None,
             **self._named_terms("kd_loss", shares[2:]),
             **{key: x for key, x in self._moving_values.items() if math.isfinite(x)},
+            **({} if self.session is None else self.session.figures()),
             **logs,
         }
 
@@ -377,16 +461,29 @@ class DistillTrainer(Trainer):
         self._step_terms.zero_()
 
     def load_objective(self, checkpoint: str | Path) -> None:
-        """Take schedules and state back from a checkpoint.
+        """Take schedules, the loss's state and the procedure's back from a checkpoint.
 
         Raises:
-            TrainingError: it was saved for another loss.
+            TrainingError: it was saved for another loss or procedure.
         """
         saved = json.loads((Path(checkpoint) / _OBJECTIVE).read_text(encoding="utf-8"))
         try:
             self.objective.load_state_dict(saved["objective"])
             self.guard.restore(saved["guard"])
         except ValueError as error:
+            raise TrainingError(f"{checkpoint}: {error}") from error
+        path = Path(checkpoint) / _PROCEDURE
+        if self.session is None and not path.is_file():
+            return
+        if self.session is None or not path.is_file():
+            held, wanted = ("without", "has") if self.session else ("with", "has not")
+            raise TrainingError(
+                f"{checkpoint}: was saved by a run {held} a procedure, which this one {wanted}; "
+                "continue it as it was"
+            )
+        try:
+            self.session.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+        except TrainingError as error:
             raise TrainingError(f"{checkpoint}: {error}") from error
 
     def _save(
@@ -435,10 +532,13 @@ class DistillTrainer(Trainer):
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # each process has a file of its own in it
+        procedure = None if self.session is None else self.session.state_dict()
         if self.args.should_save and not self.args.save_only_model:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             saved = {"objective": self.objective.state_dict(), "guard": self.guard.state()}
             write_json(folder / _OBJECTIVE, saved)
+            if procedure is not None:
+                write_text(folder / _PROCEDURE, json.dumps(procedure))
             with open(folder / COMPLETE, "w", encoding="utf-8") as marker:
                 marker.write("\n")
                 marker.flush()
@@ -521,6 +621,20 @@ class _Advance(TrainerCallback):
         self._trainer.advance_objective()
 
 
+class _TellProcedure(TrainerCallback):
+    """Tells a procedure of each evaluation."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """The cross-entropy on held-out rows, which is the same on every process."""
+        if state.max_steps == 0 or state.global_step < state.max_steps:  # not after the training
+            self._session.evaluated(metrics["eval_ce"])
+
+
 class StopOnRequest(TrainerCallback):
     """Ends training after the current step, with a checkpoint, once ``requested`` is set."""
 
@@ -531,6 +645,17 @@ class StopOnRequest(TrainerCallback):
         if self.requested:
             control.should_save = True
             control.should_training_stop = True
+
+
+def tokens_by_origin(batches: list[dict[str, Any]]) -> Tensor:
+    """Supervised tokens of micro-batches by the origin of their rows, ``[len(Origin)]``."""
+    found = torch.zeros(len(Origin), dtype=torch.int64)
+    for batch in batches:
+        labels = batch["shift_labels"] if "shift_labels" in batch else shift_labels(batch["labels"])
+        rows = (labels != IGNORE_INDEX).sum(-1).cpu()
+        origins = batch.get(ROLLOUT, {}).get("origins", (Origin.DATA,) * len(rows))
+        found.index_add_(0, torch.tensor([int(origin) for origin in origins]), rows)
+    return found
 
 
 def _split_inputs(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

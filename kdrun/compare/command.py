@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from kdrun.compare.plan import (
     Axes,
     Plan,
     find_yardstick,
+    methods,
     setting,
     shared_settings,
     trained_on,
@@ -30,8 +31,9 @@ from kdrun.compare.references import measure_references
 from kdrun.compare.run import Comparison, check_pairs, run_comparison, watch_nothing
 from kdrun.compare.teachers import cache_teachers
 from kdrun.compare.trial import quiet_console
-from kdrun.config import BUILT_IN, RunConfig, load_config
+from kdrun.config import BUILT_IN, ProcedureConfig, RunConfig, load_config
 from kdrun.errors import InputError
+from kdrun.procedures.registry import get_procedure
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,6 +54,7 @@ class Options:
         lrs: ``--lr``.
         teachers: ``--teacher``.
         students: ``--student``.
+        procedures: ``--procedure``, at the end.
         seeds: ``--seeds``.
         tuning_seeds: ``--tuning-seeds``.
         yardstick: ``--yardstick``.
@@ -83,6 +86,7 @@ class Options:
     jobs: int
     cluster: Cluster | None
     dry_run: bool
+    procedures: tuple[str, ...] = ()
 
 
 def comparison_of(options: Options) -> Comparison:
@@ -96,7 +100,13 @@ def comparison_of(options: Options) -> Comparison:
         given.setdefault("model.student", options.students[0])
     if options.teachers:
         given.setdefault("model.teacher", options.teachers[0])
+    # How answers are sampled is the same for all procedures; which of them run is an axis.
+    sampled = {key: given.pop(key) for key in list(given) if key.startswith("procedure.")}
     base = load_config(options.config, list(given.items()))
+    procedures = tuple(None if spec == "none" else spec for spec in options.procedures) or (
+        base.procedure.spec,
+    )
+    base = base.model_copy(update={"procedure": _sampling(base, sampled, procedures)})
     if base.model.teacher_cache is not None and not options.teacher_cache:
         raise InputError(
             f"--no-teacher-cache, but model.teacher_cache={base.model.teacher_cache}: leave out one"
@@ -121,13 +131,17 @@ def comparison_of(options: Options) -> Comparison:
         }
     )
     axes = Axes(
-        losses=options.losses or DEFAULT_LOSSES,
+        losses=options.losses or (DEFAULT_LOSSES[:1] if options.procedures else DEFAULT_LOSSES),
         kd_ratios=options.kd_ratios or (base.loss.kd_ratio,),
         lrs=options.lrs or (base.optimizer.lr,),
         teachers=options.teachers or (str(base.model.teacher),),
         students=options.students or (base.model.student,),
         seeds=options.seeds,
         tuning_seeds=options.tuning_seeds,
+        procedures=procedures,
+        alone=tuple(
+            spec for spec in procedures if spec is not None and not get_procedure(spec).on_policy
+        ),
     )
     axes.check()
     yardstick = find_yardstick(options.yardstick)
@@ -136,6 +150,26 @@ def comparison_of(options: Options) -> Comparison:
         raise InputError(f"--difference {difference:g}: must be above 0")
     plan = Plan(axes, yardstick, difference, setting(shared_settings(base)))
     return Comparison(plan, base, options.keep_students, cached)
+
+
+def _sampling(
+    base: RunConfig, sampled: Mapping[str, Any], procedures: Sequence[str | None]
+) -> ProcedureConfig:
+    """The settings of all procedures, checked; each trial puts in its own spec.
+
+    Raises:
+        InputError: a wrong value, or settings that no procedure would look at.
+    """
+    overrides = [(key, value) for key, value in sampled.items() if key != "procedure.spec"]
+    first = next((spec for spec in procedures if spec is not None), None)
+    if first is None:
+        load_config(None, overrides)  # refuses them by name
+        return base.procedure
+    # What the first procedure would fill in is no part of it: the keys that were given are.
+    checked = load_config(None, [("procedure.spec", first), *overrides]).procedure
+    given = {key.partition(".")[2]: getattr(checked, key.partition(".")[2]) for key, _ in overrides}
+    kept = base.procedure.model_dump(exclude_unset=True)
+    return ProcedureConfig(**{**kept, **given, "spec": first})
 
 
 def _sets_answers(base: RunConfig) -> bool:
@@ -239,7 +273,7 @@ def _show_plan(comparison: Comparison, records: Sequence[Record], console: Conso
     axes = comparison.plan.axes
     total = list(planned)
     if axes.tuned:
-        count = axes.seeds * len(axes.teachers) * len(axes.students) * (1 + len(axes.losses))
+        count = axes.seeds * len(methods(axes))
         console.print(f"and {count} final trials of the arms that tuning chooses")
         total += planned[:1] * count
     keys = [(t.arm.kd_ratio > 0 and not comparison.cached, t.arm.pair) for t in total]

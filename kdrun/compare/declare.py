@@ -9,7 +9,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdrun.compare.ledger import COMPARISON, Ledger
-from kdrun.compare.plan import Axes, Plan, find_yardstick, merge, setting, shared_settings
+from kdrun.compare.plan import (
+    Axes,
+    Plan,
+    default_of,
+    find_yardstick,
+    merge,
+    setting,
+    shared_settings,
+)
 from kdrun.compare.run import Comparison
 from kdrun.config import DataConfig
 from kdrun.data.prepare import read_rows
@@ -99,7 +107,8 @@ def read_declaration(ledger: Ledger) -> Declaration | None:
 def _check_equal(found: Declaration, given: Declaration, place: str) -> None:
     for section, values in given.shared.items():
         for key, value in values.items():
-            before = found.shared.get(section, {}).get(key)
+            # A key that the folder lacks is younger than the folder.
+            before = found.shared.get(section, {}).get(key, default_of(section, key))
             if before != value:
                 raise InputError(
                     f"{place} holds a comparison with {section}.{key}={before!r}, now {value!r}; "

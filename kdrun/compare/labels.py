@@ -21,6 +21,8 @@ def label_arms(arms: Iterable[Arm]) -> dict[Arm, str]:
         parts = ["cross-entropy alone" if arm.loss is None else printable(arm.loss)]
         if ratios and arm.loss is not None:
             parts.append(f"ratio {arm.kd_ratio:g}")
+        if arm.procedure is not None:
+            parts.append(printable(arm.procedure))
         if varies("lr", listed):
             parts.append(f"lr {arm.lr:g}")
         parts += [

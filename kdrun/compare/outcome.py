@@ -42,13 +42,13 @@ def inputs(plan: Plan, ledger: Ledger) -> list[ReportInput]:
         )
     found = []
     for method in methods(plan.axes):
-        if method.loss is not None:
+        if method.loss is not None or method.procedure is not None:
             continue
         pair = (method.teacher, method.student)
         own = [record for record in records if record.trial.arm.pair == pair]
         trials = [trial for trial in planned if trial.arm.pair == pair]
         # Before the tuning has chosen a baseline its first arm stands for it; nothing is judged.
-        chosen = [t.arm for t in trials if t.stage == "final" and t.arm.loss is None]
+        chosen = [t.arm for t in trials if t.stage == "final" and t.arm.plain]
         found.append(
             ReportInput(
                 title=f"Losses compared: {method.teacher} to {method.student}",

@@ -19,9 +19,11 @@ Part = Literal["all", "validation", "test"]
 TUNING_FROM = 10**6
 """The first tuning seed, beyond every final one: more final seeds change nothing in the tuning."""
 DEFAULT_LOSSES = ("forward_kl_chunked", "reverse_kl_chunked", "generalized_jsd_chunked")
+_DEFAULTS = RunConfig().model_dump(mode="json")
 _VARIED = {
     "model": ("teacher", "student"),
     "loss": ("spec", "kd_ratio"),
+    "procedure": ("spec",),
     "optimizer": ("lr",),
     "training": ("seed",),
     "data": ("part",),
@@ -41,6 +43,9 @@ class Axes:
         students: likewise; the initial students.
         seeds: of the trials that are reported.
         tuning_seeds: of the trials that choose learning rate and ratio.
+        procedures: specs; None learns from the data.
+        alone: those of them that are tried with cross-entropy alone too, since they change the
+            data rather than the training.
     """
 
     losses: tuple[str, ...]
@@ -50,6 +55,8 @@ class Axes:
     students: tuple[str, ...]
     seeds: int
     tuning_seeds: int
+    procedures: tuple[str | None, ...] = (None,)
+    alone: tuple[str, ...] = ()
 
     @property
     def tuned(self) -> bool:
@@ -68,6 +75,7 @@ class Axes:
             ("--lr", self.lrs),
             ("--teacher", self.teachers),
             ("--student", self.students),
+            ("--procedure", tuple(spec or "none" for spec in self.procedures)),
         ):
             twice = next((value for value in values if values.count(value) > 1), None)
             if twice is not None:
@@ -89,8 +97,8 @@ class Axes:
 def merge(before: Axes, now: Axes) -> Axes:
     """The axes of a folder after another command on it.
 
-    Losses, models and seeds add up. Other learning rates, ratios or tuning seeds make another
-    comparison, which takes the place of the first.
+    Losses, procedures, models and seeds add up. Other learning rates, ratios or tuning seeds make
+    another comparison, which takes the place of the first.
     """
 
     def grid(axes: Axes) -> object:
@@ -107,6 +115,8 @@ def merge(before: Axes, now: Axes) -> Axes:
         students=tuple(dict.fromkeys((*before.students, *now.students))),
         seeds=max(before.seeds, now.seeds),
         tuning_seeds=now.tuning_seeds,
+        procedures=tuple(dict.fromkeys((*before.procedures, *now.procedures))),
+        alone=tuple(dict.fromkeys((*before.alone, *now.alone))),
     )
 
 
@@ -183,27 +193,40 @@ class Method:
         loss: the spec, None for cross-entropy alone.
         teacher: of the pair.
         student: of the pair.
+        procedure: the spec, None where the data are learned from.
     """
 
     loss: str | None
     teacher: str
     student: str
+    procedure: str | None = None
 
     def arms(self, axes: Axes) -> list[Arm]:
         """All ratios and learning rates of the method."""
         ratios = (0.0,) if self.loss is None else axes.kd_ratios
         return [
-            Arm(loss=self.loss, kd_ratio=ratio, lr=lr, teacher=self.teacher, student=self.student)
+            Arm(
+                loss=self.loss,
+                kd_ratio=ratio,
+                lr=lr,
+                teacher=self.teacher,
+                student=self.student,
+                procedure=self.procedure,
+            )
             for ratio, lr in product(ratios, axes.lrs)
         ]
 
 
 def methods(axes: Axes) -> list[Method]:
-    """The baseline of each pair first, then its losses."""
+    """The baseline of each pair first, then its losses with each procedure."""
+    kinds: list[tuple[str | None, str | None]] = [(None, None)]
+    for procedure in axes.procedures:
+        kinds += [(None, procedure)] if procedure in axes.alone else []
+        kinds += [(loss, procedure) for loss in axes.losses]
     return [
-        Method(loss, teacher, student)
+        Method(loss, teacher, student, procedure)
         for teacher, student in product(axes.teachers, axes.students)
-        for loss in (None, *axes.losses)
+        for loss, procedure in kinds
     ]
 
 
@@ -279,8 +302,21 @@ def trained_on(yardstick: Yardstick, axes: Axes) -> list[str]:
 
 
 def setting(shared: Mapping[str, Any]) -> str:
-    """A hash of all that the trials of a comparison share, from :func:`shared_settings`."""
-    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
+    """A hash of all that the trials of a comparison share, from :func:`shared_settings`.
+
+    Keys at their defaults are left out, so that a key of a later version renames no earlier trial.
+    """
+    changed = {
+        section: {key: v for key, v in content.items() if v != default_of(section, key)}
+        for section, content in shared.items()
+    }
+    found = {section: content for section, content in changed.items() if content}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def default_of(section: str, key: str) -> Any:
+    """What a key is where nobody sets it."""
+    return _DEFAULTS.get(section, {}).get(key)
 
 
 def shared_settings(base: RunConfig) -> dict[str, dict[str, Any]]:

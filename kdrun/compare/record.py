@@ -27,6 +27,7 @@ class Arm(_Data):
         lr: highest learning rate.
         teacher: folder, hub id, or ``"builtin"``.
         student: the initial student.
+        procedure: whose text is learned from; None is the data's.
     """
 
     loss: str | None
@@ -34,11 +35,17 @@ class Arm(_Data):
     lr: float
     teacher: str
     student: str
+    procedure: str | None = None
 
     @property
     def method(self) -> str:
         """The loss, or ``cross-entropy``."""
         return "cross-entropy" if self.loss is None else self.loss
+
+    @property
+    def plain(self) -> bool:
+        """Cross-entropy alone on the data: what everything is compared with."""
+        return self.loss is None and self.procedure is None
 
     @property
     def pair(self) -> Pair:
@@ -61,8 +68,11 @@ class Trial(_Data):
     stage: Stage = "final"
 
     def identity(self, setting: str) -> str:
-        """A short name that follows from the trial and the setting that all trials share."""
-        content = json.dumps([self.model_dump(), setting], sort_keys=True)
+        """A short name that follows from the trial and the setting that all trials share.
+
+        Defaults are left out, so that an axis of a later version renames no earlier trial.
+        """
+        content = json.dumps([self.model_dump(exclude_defaults=True), setting], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -80,6 +90,7 @@ class Record(_Data):
         supervised_tokens_per_second: of training alone.
         peak_memory_mib: of the process.
         seconds: of the whole trial.
+        generated_tokens: written by student and teacher in it.
         command: the command that repeats this trial alone.
         versions: of Python and packages.
         hardware: processor, cores, memory, accelerator.
@@ -94,6 +105,7 @@ class Record(_Data):
     supervised_tokens_per_second: float = 0.0
     peak_memory_mib: int = 0
     seconds: float = 0.0
+    generated_tokens: int = 0
     command: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
     hardware: dict[str, str] = Field(default_factory=dict)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdrun.compare.ledger import Ledger
-from kdrun.compare.plan import Plan, part_of
+from kdrun.compare.plan import Plan, methods, part_of
 from kdrun.compare.record import Pair, Record, Trial
 from kdrun.compare.trial import run_trial, trial_config
 from kdrun.config import RunConfig
@@ -83,24 +83,31 @@ def try_trial(
         watch(comparison.plan.planned(records), records, trial)
         folder = ledger.trial_folder(identity)
         part = part_of(trial, comparison.plan.axes.tuned)
-        config = trial_config(comparison.base, trial, folder, part, caches.get(trial.arm.pair))
+        # No cache knows what is written in a run.
+        cache = None if trial.arm.procedure is not None else caches.get(trial.arm.pair)
+        config = trial_config(comparison.base, trial, folder, part, cache)
         ledger.add(run_trial(trial, identity, config, comparison.keep_students))
         return True
 
 
 def check_pairs(comparison: Comparison) -> None:
-    """Refuse losses and pairs that cannot work, before anything starts.
+    """Refuse losses, procedures and pairs that cannot work, before anything starts.
 
     Raises:
-        InputError: naming the loss or the model.
+        InputError: naming the loss, the procedure or the model.
     """
     from kdrun.distillation import build_loss, check_name
     from kdrun.pairs import find_pair, locate_pair
+    from kdrun.procedures.run import procedure_of
 
     base = comparison.base
     for spec in comparison.plan.axes.losses:
         check_name(spec)
         build_loss(base.loss.model_copy(update={"spec": spec}), vocab_size=None)
+    for method in methods(comparison.plan.axes):
+        if method.procedure is not None:
+            trial = Trial(arm=method.arms(comparison.plan.axes)[0], seed=0)
+            procedure_of(trial_config(base, trial, Path("unused"), "all", None))
     for teacher in comparison.plan.axes.teachers:
         for student in comparison.plan.axes.students:
             model = base.model.model_copy(update={"teacher": teacher, "student": student})

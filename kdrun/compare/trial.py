@@ -16,7 +16,7 @@ from typing import Any
 from kdrun import runs
 from kdrun.compare.plan import Part
 from kdrun.compare.record import Record, Trial
-from kdrun.config import RunConfig
+from kdrun.config import ProcedureConfig, RunConfig
 from kdrun.errors import InputError, TrainingError
 
 _LARGE = (runs.STUDENT, runs.CHECKPOINTS, runs.ADAPTER, runs.BASE)
@@ -45,11 +45,26 @@ def trial_config(
         "training": {"seed": trial.seed},
         "data": {"part": part},
         "output": {"dir": str(folder)},
+        "procedure": {"spec": arm.procedure},
     }
+    if arm.procedure is None:
+        base = base.model_copy(update={"procedure": ProcedureConfig()})
+    else:
+        _fill_in(varied, arm.procedure, base)
     sections = {
         name: getattr(base, name).model_copy(update=values) for name, values in varied.items()
     }
     return base.model_copy(update=sections)
+
+
+def _fill_in(varied: dict[str, dict[str, Any]], spec: str, base: RunConfig) -> None:
+    """Add what a procedure wants of a run, where neither the axes nor the user say it."""
+    from kdrun.procedures.registry import get_procedure
+
+    for key, value in get_procedure(spec).defaults.items():
+        section, _, name = key.partition(".")
+        if section != "loss" and name not in getattr(base, section).model_fields_set:
+            varied.setdefault(section, {})[name] = value
 
 
 def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool) -> Record:
@@ -110,6 +125,7 @@ def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool
         supervised_tokens_per_second=summary["supervised_tokens_per_second"],
         peak_memory_mib=summary["peak_memory_mib"],
         seconds=round(time.monotonic() - started, 2),
+        generated_tokens=summary.get("procedure", {}).get("generated_tokens", 0),
         versions=summary["versions"],
     )
 

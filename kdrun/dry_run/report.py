@@ -25,6 +25,7 @@ from kdrun.models.adapters import check_peft
 from kdrun.models.context import load_model_config
 from kdrun.models.quantize import check_quantization
 from kdrun.pairs import check_context, find_pair, locate_pair
+from kdrun.procedures.run import leave_room, procedure_of
 from kdrun.processes import check_deepspeed
 from kdrun.quiet import quiet_libraries
 from kdrun.trackers import check_tracker
@@ -87,6 +88,7 @@ def dry_run(
     """
     check_name(config.loss.spec)
     check_peft(config.lora)
+    procedure = procedure_of(config)
     check_tracker(config.training.report_to)
     check_quantization(config)
     check_deepspeed(config.training.deepspeed)
@@ -107,6 +109,10 @@ def dry_run(
         examples = encode_for(config, rows, pair.tokenizer, config.data.shift_windows)
         if config.data.packing:
             examples = pack_training(examples, config.data.max_length)
+        if procedure is not None:
+            from kdrun.procedures.sampling import Sampling
+
+            examples = leave_room(examples, Sampling.of(config), pair.tokenizer)
         notes = [*pair.notes, *rows.notes, *examples.notes]
         if config.model.teacher_cache is not None:
             plain = build_loss(unchunked(config.loss), None)

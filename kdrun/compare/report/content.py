@@ -70,6 +70,8 @@ class ArmSummary:
         measures: over its finished trials, by name of the yardstick, where measured.
         speed: supervised tokens a second.
         memory: peak, MiB.
+        seconds: of a whole trial.
+        generated: tokens that student and teacher wrote in a trial.
         trained_on: the yardsticks that it trains on, with ``"wholly"`` or ``"partly"``.
         verdict: None for the baseline.
     """
@@ -81,6 +83,8 @@ class ArmSummary:
     measures: dict[str, Spread]
     speed: Spread | None
     memory: Spread | None
+    seconds: Spread | None
+    generated: Spread | None
     trained_on: dict[str, str]
     verdict: ArmVerdict | None
 
@@ -112,6 +116,11 @@ class Summary:
     missing: tuple[Trial, ...]
     labels: dict[Arm, str]
     tuned: tuple[tuple[str, Spread | None, bool], ...]
+
+    @property
+    def with_procedures(self) -> bool:
+        """Whether an arm learns from text that is written in the run."""
+        return any(arm.arm.procedure is not None for arm in self.arms)
 
     @property
     def judged(self) -> list[tuple[ArmSummary, ArmVerdict]]:
@@ -159,6 +168,11 @@ def summarise(given: ReportInput) -> Summary:
                 # 0 says that it was not recorded.
                 speed=_spread(record.supervised_tokens_per_second or None for record in done),
                 memory=_spread(record.peak_memory_mib or None for record in done),
+                seconds=_spread(record.seconds or None for record in done),
+                generated=_spread(
+                    record.generated_tokens if arm.procedure is not None else None
+                    for record in done
+                ),
                 trained_on=_trained_on(arm),
                 verdict=verdicts.get(arm),
             )

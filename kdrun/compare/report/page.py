@@ -52,6 +52,7 @@ def page(summary: Summary, drawings: Sequence[Drawing]) -> str:
         baseline=summary.arms[0],
         arms=summary.arms,
         any_trained=any(arm.trained_on for arm in summary.arms),
+        with_procedures=summary.with_procedures,
         yardsticks=summary.yardsticks,
         unwell=summary.unwell,
         missing=summary.missing,

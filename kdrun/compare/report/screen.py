@@ -49,6 +49,9 @@ def print_table(given: ReportInput, console: Console) -> None:
         measures.add_column(yardstick.title, justify="right", overflow="fold")
     measures.add_column("tokens/s", justify="right")
     measures.add_column("MiB", justify="right")
+    if summary.with_procedures:
+        measures.add_column("seconds", justify="right")
+        measures.add_column("generated tokens", justify="right")
     for arm in summary.arms:
         cells = []
         for yardstick in summary.yardsticks:
@@ -56,13 +59,16 @@ def print_table(given: ReportInput, console: Console) -> None:
             mark = "*" if found and yardstick.name in arm.trained_on else ""
             cells.append(mean(found, yardstick) + mark)
         speeds = [words.rounded(arm.speed), words.rounded(arm.memory)]
+        if summary.with_procedures:
+            speeds += [words.rounded(arm.seconds), words.rounded(arm.generated)]
         measures.add_row(escape(arm.label), *cells, *speeds)
     for name, values in given.references.items():
         cells = [
             mean(reference(values.get(yardstick.name)), yardstick)
             for yardstick in summary.yardsticks
         ]
-        measures.add_row(escape(name), *cells, "–", "–", style="dim")
+        dashes = ["–"] * (4 if summary.with_procedures else 2)
+        measures.add_row(escape(name), *cells, *dashes, style="dim")
     console.print(measures)
     if any(arm.trained_on for arm in summary.arms):
         console.print("* the arm trains on this yardstick, at least in part", style="dim")

@@ -41,9 +41,9 @@ def csv_text(summary: Summary) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(
         [
-            *("id", "stage", "loss", "kd_ratio", "lr", "teacher", "student", "seed"),
+            *("id", "stage", "loss", "procedure", "kd_ratio", "lr", "teacher", "student", "seed"),
             *("status", "reason", *names, "supervised_tokens_per_second"),
-            *("peak_memory_mib", "seconds", "command"),
+            *("peak_memory_mib", "seconds", "generated_tokens", "command"),
         ]
     )
     for record in summary.given.records:
@@ -55,11 +55,11 @@ def csv_text(summary: Summary) -> str:
                 *(record.status, _cell(record.reason or "")),
                 *(_number(record, name) for name in names),
                 *(speeds if done else ["", ""]),
-                *(record.seconds, _cell(record.command)),
+                *(record.seconds, record.generated_tokens, _cell(record.command)),
             ]
         )
     for trial in summary.missing:
-        writer.writerow(["", *_trial_cells(trial), "missing", *[""] * (len(names) + 5)])
+        writer.writerow(["", *_trial_cells(trial), "missing", *[""] * (len(names) + 6)])
     return stream.getvalue()
 
 
@@ -76,12 +76,15 @@ def latex_text(summary: Summary) -> str:
         ]
         for arm, verdict in words.ordered(summary)
     ]
+    written = summary.with_procedures
+    more = ["s", "generated tokens"] if written else []
     measures = [
         [
             _code(arm.label),
             *(_tex(words.spread(arm.measures.get(y.name), y)) for y in summary.yardsticks),
             _tex(words.rounded(arm.speed)),
             _tex(words.rounded(arm.memory)),
+            *(_tex(words.rounded(x)) for x in (arm.seconds, arm.generated) if written),
         ]
         for arm in summary.arms
     ]
@@ -89,7 +92,7 @@ def latex_text(summary: Summary) -> str:
         [
             _tex(name),
             *(_tex(words.spread(reference(values.get(y.name)), y)) for y in summary.yardsticks),
-            *("--", "--"),
+            *(["--"] * (4 if written else 2)),
         ]
         for name, values in summary.given.references.items()
     ]
@@ -103,8 +106,8 @@ def latex_text(summary: Summary) -> str:
     )
     second = _table(
         "Means over seeds, with standard deviations.",
-        "l" + "r" * (len(summary.yardsticks) + 2),
-        ["Arm", *(_tex(y.title) for y in summary.yardsticks), "tokens/s", "MiB"],
+        "l" + "r" * (len(summary.yardsticks) + 2 + len(more)),
+        ["Arm", *(_tex(y.title) for y in summary.yardsticks), "tokens/s", "MiB", *more],
         [measures, references],
     )
     warnings = [f"% {' '.join(line.split())}" for line in words.warnings(summary)]
@@ -119,7 +122,15 @@ def reference(value: float | None) -> Spread | None:
 def _trial_cells(trial: Trial) -> list[object]:
     arm = trial.arm
     names = [_cell(name) for name in (arm.teacher, arm.student)]
-    return [trial.stage, _cell(arm.method), arm.kd_ratio, arm.lr, *names, trial.seed]
+    return [
+        trial.stage,
+        _cell(arm.method),
+        _cell(arm.procedure or ""),
+        arm.kd_ratio,
+        arm.lr,
+        *names,
+        trial.seed,
+    ]
 
 
 def _number(record: Record, name: str) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from kdrun.compare.ledger import Ledger
 from kdrun.compare.plan import Plan
 from kdrun.compare.record import Record, Trial
 from kdrun.config import load_config
+from kdrun.errors import InputError
 
 for package in ("scipy", "matplotlib", "jinja2"):
     pytest.importorskip(package)
@@ -85,6 +87,28 @@ def test_losses_and_seeds_that_came_later_are_part_of_it(folder: Path) -> None:
     assert [row["loss"] for row in rows(folder) if row["status"] == "missing"] == [
         "forward_kl_chunked"
     ]
+
+
+def test_a_folder_older_than_a_key_of_the_configuration_goes_on(folder: Path) -> None:
+    file = folder / "comparison.yaml"
+    declared = yaml.safe_load(file.read_text(encoding="utf-8"))
+    del declared["shared"]["procedure"], declared["shared"]["training"]["nan_loss"]
+    del declared["axes"]["procedures"], declared["axes"]["alone"]
+    file.write_text(yaml.safe_dump(declared), encoding="utf-8")
+    older = [{**record, "trial": dict(record["trial"])} for record in records(folder).values()]
+    for record in older:
+        record["trial"]["arm"] = dict(record["trial"]["arm"])
+        record["trial"]["arm"].pop("procedure")
+        path = folder / "records" / f"{record['id']}.json"
+        path.write_text(json.dumps(record), encoding="utf-8")
+    ledger = Ledger(folder)
+    comparison = comparison_of(options(folder.parent / "rows.jsonl", seeds=3))
+    assert declare(comparison, ledger).open(ledger.records()) == []
+    assert "Unfinished" not in kdrun("report", folder).stderr
+    declared["shared"]["training"]["nan_loss"] = "skip"
+    file.write_text(yaml.safe_dump(declared), encoding="utf-8")
+    with pytest.raises(InputError, match=r"training\.nan_loss='skip', now 'stop'"):
+        declare(comparison, ledger)
 
 
 def test_a_tuning_that_is_not_finished_and_then_is(folder: Path) -> None:

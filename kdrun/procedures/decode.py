@@ -1,0 +1,293 @@
+"""Continuing prompts token by token, with one model or with a mixture of several.
+
+``model.generate`` draws from torch's global generator, runs rows that have ended on to the longest,
+and knows no mixture of two models. Here each row has random numbers of its own, so that its text
+depends neither on the batch it is in nor on the process; rows that have ended leave the batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kdrun.errors import TrainingError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model that takes part in writing.
+
+    Attributes:
+        model: a causal language model.
+        weight: its share of the mixture; the shares add up to 1.
+    """
+
+    model: Any
+    weight: float = 1.0
+
+
+@dataclass
+class Written:
+    """A continuation.
+
+    Attributes:
+        tokens: the new ids, the end token included where it was drawn.
+        drawn: log-probability of each under the distribution that it was drawn from.
+        log_probs: for each writer the log-probabilities of the tokens, at temperature 1.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    drawn: list[float] = field(default_factory=list)
+    log_probs: tuple[list[float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How a token is taken from a distribution.
+
+    Attributes:
+        temperature: of the softmax of each writer; 0 takes the most likely token.
+        top_p: the most likely tokens up to this mass are kept; 1 keeps all.
+        top_k: so many of the most likely tokens are kept; 0 keeps all.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+def decode(
+    writers: Sequence[Writer],
+    prompts: Sequence[Sequence[int]],
+    uniforms: Tensor,
+    *,
+    max_new_tokens: int,
+    draw: Draw,
+    stops: set[int],
+    pad: int,
+    vocab_size: int,
+    with_log_probs: bool = False,
+) -> list[Written]:
+    """Continue prompts; no gradient is recorded.
+
+    Args:
+        writers: on one device; in evaluation mode meanwhile.
+        prompts: token ids; none is empty.
+        uniforms: ``[prompts, max_new_tokens]`` in [0, 1), the random numbers of each row.
+        max_new_tokens: where a continuation is cut.
+        draw: how tokens are drawn.
+        stops: tokens that end a continuation.
+        pad: fills up shorter prompts on the left.
+        vocab_size: heads are cut to this many tokens.
+        with_log_probs: keep log-probabilities of the drawn tokens.
+
+    Returns:
+        A continuation for each prompt, in their order.
+
+    Raises:
+        TrainingError: a writer's probabilities are NaN.
+    """
+    import torch
+
+    found = [Written(log_probs=tuple([] for _ in writers)) for _ in prompts]
+    if not prompts:
+        return found
+    device = writers[0].model.device
+    uniforms = uniforms.to(device)
+    batch = _Batch.of(prompts, pad, device)
+    with _evaluation([writer.model for writer in writers]), torch.no_grad():
+        voices = [_Voice(writer, vocab_size) for writer in writers]
+        for step in range(max_new_tokens):
+            scores = [voice.scores(batch) for voice in voices]
+            mixed = _mix(scores, [writer.weight for writer in writers], draw.temperature)
+            tokens, kept = _take(mixed, uniforms[batch.rows, step], draw)
+            columns = []
+            if with_log_probs:
+                index = tokens.clamp_min(0).unsqueeze(1)
+                found_at = [x.log_softmax(-1).gather(1, index) for x in (kept, *scores)]
+                columns = torch.cat(found_at, 1).T.tolist()
+            for place, token in enumerate(tokens.tolist()):
+                if batch.ended[place]:
+                    continue
+                if token < 0:
+                    raise TrainingError(
+                        "the probabilities are NaN while an answer is sampled; lower optimizer.lr"
+                    )
+                written = found[batch.numbers[place]]
+                written.tokens.append(token)
+                if with_log_probs:
+                    written.drawn.append(columns[0][place])
+                    for own, column in zip(written.log_probs, columns[1:], strict=True):
+                        own.append(column[place])
+                batch.ended[place] = token in stops
+            left = batch.ended.count(False)
+            if left == 0:
+                break
+            batch.extend(tokens.clamp_min(0))
+            if left <= len(batch.ended) // 2:  # copying the caches pays off from here on
+                keep = batch.leave()
+                for voice in voices:
+                    voice.select(keep)
+    return found
+
+
+@dataclass
+class _Batch:
+    """The rows that are being written, what they are fed next, and where they belong."""
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    rows: Tensor
+    numbers: list[int]
+    ended: list[bool]
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> _Batch:
+        import torch
+
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        count = len(prompts)
+        return cls(
+            ids.to(device),
+            mask.to(device),
+            positions.to(device),
+            torch.arange(count, device=device),
+            list(range(count)),
+            [False] * count,
+        )
+
+    def extend(self, tokens: Tensor) -> None:
+        """Feed the new tokens next."""
+        import torch
+
+        self.ids = tokens.unsqueeze(1)
+        self.mask = torch.cat([self.mask, torch.ones_like(self.ids)], 1)
+        self.positions = self.positions[:, -1:] + 1
+
+    def leave(self) -> Tensor:
+        """Drop the rows that have ended; gives the places of the others."""
+        import torch
+
+        places = [place for place, ended in enumerate(self.ended) if not ended]
+        keep = torch.tensor(places, device=self.ids.device)
+        self.ids, self.mask = self.ids[keep], self.mask[keep]
+        self.positions, self.rows = self.positions[keep], self.rows[keep]
+        self.numbers = [self.numbers[place] for place in places]
+        self.ended = [False] * len(places)
+        return keep
+
+
+class _Voice:
+    """A writer with the cache of what it has read."""
+
+    def __init__(self, writer: Writer, vocab_size: int) -> None:
+        self._model = writer.model
+        self._vocab_size = vocab_size
+        self._cache: Any = None
+        accepted = inspect.signature(writer.model.forward).parameters
+        self._places = "position_ids" in accepted
+        self._last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        # transformers 5.24 renamed it; code that comes with a model may not have followed.
+        self._name = "cache" if "cache" in accepted else "past_key_values"
+
+    def scores(self, batch: _Batch) -> Tensor:
+        """Logits ``[rows, vocabulary]`` of the next token, float32 or wider."""
+        import torch
+
+        places = {"position_ids": batch.positions} if self._places else {}
+        past = {} if self._cache is None else {self._name: self._cache}
+        out = self._model(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            use_cache=True,
+            **places,
+            **past,
+            **self._last,
+        )
+        self._cache = getattr(out, self._name)
+        if not hasattr(self._cache, "batch_select_indices"):
+            raise TrainingError(
+                f"{type(self._model).__name__} keeps what it has read in a "
+                f"{type(self._cache).__name__}, which answers cannot be sampled with"
+            )
+        logits: Tensor = out.logits[:, -1, : self._vocab_size]
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def select(self, keep: Tensor) -> None:
+        self._cache.batch_select_indices(keep)
+
+
+def _mix(scores: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
+    """Scores of the mixture, up to a constant of each row."""
+    import math
+
+    import torch
+
+    softened = [x if temperature in (0.0, 1.0) else x / temperature for x in scores]
+    if len(softened) == 1:
+        return softened[0]
+    shares = [
+        x.log_softmax(-1) + math.log(weight)
+        for x, weight in zip(softened, weights, strict=True)
+        if weight > 0
+    ]
+    return torch.stack(shares).logsumexp(0)
+
+
+def _take(scores: Tensor, uniforms: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+    """The drawn token of each row, -1 where its scores are NaN, and the scores it was drawn by."""
+    import torch
+
+    if draw.temperature == 0:
+        tokens = scores.argmax(-1, keepdim=True)
+        bad = scores.gather(1, tokens).isnan()
+        return torch.where(bad, -1, tokens).squeeze(1), scores
+    kept = _truncate(scores, draw)
+    heights = kept.softmax(-1).cumsum(-1)
+    total = heights[:, -1:]
+    # Just below the total: a token of probability 0 at the end is never drawn.
+    level = (uniforms.to(scores.dtype).unsqueeze(1) * total).minimum(
+        torch.nextafter(total, torch.zeros_like(total))
+    )
+    tokens = torch.searchsorted(heights, level, right=True).clamp_max(scores.shape[1] - 1)
+    return torch.where(total.isnan(), -1, tokens).squeeze(1), kept
+
+
+def _truncate(scores: Tensor, draw: Draw) -> Tensor:
+    import torch
+
+    if 0 < draw.top_k < scores.shape[1]:
+        lowest = scores.topk(draw.top_k, -1).values[:, -1:]
+        scores = scores.masked_fill(scores < lowest, -torch.inf)
+    if draw.top_p < 1:
+        ordered, order = scores.softmax(-1).sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= draw.top_p
+        scores = scores.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+    return scores
+
+
+@contextmanager
+def _evaluation(models: Sequence[Any]) -> Iterator[None]:
+    """Evaluation mode for a while."""
+    training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, before in zip(models, training, strict=True):
+            model.train(before)

@@ -1,0 +1,111 @@
+"""Adaptive use of the student's own text, with a buffer of earlier samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from kdrun.procedures.base import MicroBatch, Origin, Procedure, State
+
+if TYPE_CHECKING:
+    from kdrun.procedures.session import Session
+
+Source = Literal["fresh", "buffer", "data"]
+
+
+class DistiLLM(Procedure):
+    """Adaptive student-generated text: it is used more while the held-out likelihood gets worse.
+
+    ``phi`` begins at 0. The reference is the held-out cross-entropy before training. An evaluation
+    at least ``margin`` above the reference raises phi by ``increase``, at most to 1, and becomes
+    the reference; no other does. In step t of T, with r uniform: for r < phi (1 - t / T), and for
+    r < phi while the buffer is not full, the student answers the prompts, and the answers are
+    learned from and kept in the buffer; else for r < phi, rows of the buffer are learned from;
+    else the data. The buffer drops its oldest rows.
+
+    Reference: Ko et al. 2024, arXiv:2402.03898.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {"loss.spec": "skew_forward_kl_chunked", "training.eval_steps": 100}
+    )
+
+    margin: float = Field(0.1, ge=0, description="rise of the held-out loss that phi answers to")
+    increase: float = Field(0.1, gt=0, le=1, description="what phi is raised by")
+    capacity: int = Field(1000, ge=1, description="rows of the buffer")
+
+    def initial_state(self) -> dict[str, Any]:
+        """Nothing is known and nothing kept."""
+        return {"phi": 0.0, "reference": None, "rises": 0, "buffer": []}
+
+    def evaluated(self, state: State, cross_entropy: float) -> None:
+        """Raise phi where the loss has risen by the margin."""
+        if state["reference"] is None:
+            state["reference"] = cross_entropy
+        elif cross_entropy >= state["reference"] + self.margin:
+            state["phi"] = min(1.0, round(state["phi"] + self.increase, 12))
+            state["reference"] = cross_entropy
+            state["rises"] += 1
+
+    def source(self, state: State, uniform: float, progress: float) -> Source:
+        """Where the rows of a step come from.
+
+        Args:
+            state: at that step.
+            uniform: r in [0, 1).
+            progress: t / T.
+        """
+        phi = state["phi"]
+        full = len(state["buffer"]) >= self.capacity
+        if uniform < phi * (1 - progress) or (uniform < phi and not full):
+            return "fresh"
+        return "buffer" if uniform < phi else "data"
+
+    def batches(self, given: Sequence[MicroBatch], session: Session) -> list[MicroBatch]:
+        """All micro-batches of a step come from one source."""
+        source = self.source(session.state, session.draw("source"), session.step / session.steps)
+        if source == "data":
+            return list(given)
+        return self._fresh(given, session) if source == "fresh" else self._stored(given, session)
+
+    def figures(self, state: State) -> dict[str, float]:
+        """Phi, and how full the buffer is."""
+        return {"phi": state["phi"], "buffer_rows": len(state["buffer"])}
+
+    def remarks(self, state: State) -> list[str]:
+        """Says where the student's text was never used."""
+        if state["rises"]:
+            return []
+        return [
+            "phi never rose: no evaluation was as much as "
+            f"{self.margin:g} above the one before training, so that every step learned from the "
+            "data; lower margin, or evaluate more often (training.eval_steps)"
+        ]
+
+    def _fresh(self, given: Sequence[MicroBatch], session: Session) -> list[MicroBatch]:
+        from kdrun.procedures.sampling import examples_of
+
+        made = []
+        for number, batch in enumerate(given):
+            samples = session.write(examples_of(batch), number)
+            made.append(session.collate(samples, batch))
+            # In the order of the step's rows, whichever process wrote them.
+            pairs = session.gather([[s.prompt, s.answer] for s in samples if s.answer])
+            session.state["buffer"] = [*session.state["buffer"], *pairs][-self.capacity :]
+        return made
+
+    def _stored(self, given: Sequence[MicroBatch], session: Session) -> list[MicroBatch]:
+        from kdrun.procedures.sampling import Sample
+
+        buffer = session.state["buffer"]
+        order = session.order(len(buffer), "buffer")
+        made = []
+        for number, batch in enumerate(given):
+            first = session.place.first_row(number)
+            places = [order[(first + row) % len(order)] for row in range(len(batch["input_ids"]))]
+            rows = [Sample(buffer[place][0], buffer[place][1], Origin.STUDENT) for place in places]
+            made.append(session.collate(rows, batch))
+        return made

@@ -1,0 +1,120 @@
+"""Contrastive distillation: one loss on the teacher's text, another on the student's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from kdrun.procedures.base import LossRows, MicroBatch, Origin, Procedure
+
+if TYPE_CHECKING:
+    from kdlosses import KDOutput, Term, TokenLoss
+    from kdrun.procedures.session import Session
+
+
+class DistiLLM2(Procedure):
+    """Contrastive distillation: skew KL on the teacher's answers, skew reverse KL on the student's.
+
+    The teacher answers all prompts once, before the first step. In each step the student answers
+    the prompts of the batch too. The run's loss, by default ``skew_forward_kl``, is taken on the
+    teacher's answers and pulls the student up there; ``student_loss`` is taken on the student's
+    answers and pushes it down where the teacher would not go. Each is a mean over its own tokens,
+    and ``student_weight`` weighs the second.
+
+    Reference: Ko et al. 2025, arXiv:2503.07067.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {"loss.spec": "skew_forward_kl_chunked", "loss.kd_ratio": 1.0}
+    )
+
+    student_loss: str = Field(
+        "skew_reverse_kl",
+        description="loss on the student's answers, such as skew_reverse_kl:alpha=0.2; it is "
+        "chunked where the run's loss is",
+    )
+    student_weight: float = Field(
+        0.5, ge=0, le=1, description="weight of the student's answers; the rest is the teacher's"
+    )
+
+    @field_validator("student_loss")
+    @classmethod
+    def _check_loss(cls, spec: str) -> str:
+        from kdlosses import LossSpecError, find_loss, parse_spec
+
+        try:
+            parsed = parse_spec(spec)
+            for term in parsed.terms:
+                find_loss(term.name)
+        except LossSpecError as error:
+            raise ValueError(str(error)) from error
+        if parsed.chunked:
+            raise ValueError("leave out _chunked; it is chunked where the run's loss is")
+        return spec
+
+    def prepare(self, rows: Sequence[Any], session: Session) -> Sequence[Any]:
+        """The rows with the teacher's answers."""
+        from kdrun.procedures.teacher_text import teacher_rows
+
+        return teacher_rows(rows, session)
+
+    def batches(self, given: Sequence[MicroBatch], session: Session) -> list[MicroBatch]:
+        """The teacher's answers, and the student's to the same prompts."""
+        from kdrun.procedures.sampling import examples_of, sample_of
+
+        made = []
+        for number, batch in enumerate(given):
+            examples = examples_of(batch)
+            theirs = [sample_of(example, Origin.TEACHER) for example in examples]
+            made.append(session.collate([*theirs, *session.write(examples, number)], batch))
+        return made
+
+    def loss(self, rows: LossRows) -> KDOutput:
+        """The run's objective on the teacher's answers, the other loss on the student's."""
+        of_student = _loss_like(self.student_loss, rows.objective.loss)
+        return rows.add(
+            _scaled(rows.objective_of(Origin.TEACHER, own_mean=True), 1 - self.student_weight),
+            _scaled(
+                rows.objective_of(Origin.STUDENT, class_loss=False, loss=of_student, own_mean=True),
+                self.student_weight,
+            ),
+        )
+
+
+def _scaled(out: KDOutput | None, factor: float) -> KDOutput | None:
+    if out is None:
+        return None
+    return replace(
+        out,
+        loss=factor * out.loss,
+        class_loss=factor * out.class_loss,
+        kd_loss=None if out.kd_loss is None else factor * out.kd_loss,
+        kd_terms=None if out.kd_terms is None else factor * out.kd_terms,
+    )
+
+
+def _loss_like(spec: str, run: TokenLoss) -> TokenLoss:
+    """A loss that is evaluated as the run's."""
+    from kdlosses import TokenLoss
+
+    return TokenLoss(
+        _terms(spec),
+        chunking=run.chunking,
+        temperature=run.temperature,
+        temperature_scaling=run.temperature_scaling,
+        ignore_index=run.ignore_index,
+        vocab_size=run.vocab_size,
+        match_curvature=run.match_curvature,
+    )
+
+
+@lru_cache
+def _terms(spec: str) -> tuple[Term, ...]:
+    from kdlosses import get_loss
+
+    return get_loss(spec).terms

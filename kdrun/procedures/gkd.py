@@ -1,0 +1,48 @@
+"""On-policy distillation: the student's own answers, with a probability."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from kdrun.procedures.base import LossRows, MicroBatch, Origin, Procedure
+
+if TYPE_CHECKING:
+    from kdlosses import KDOutput
+    from kdrun.procedures.session import Session
+
+
+class GKD(Procedure):
+    """Generalised knowledge distillation: with a probability a batch's answers are the student's.
+
+    For each micro-batch one number is drawn, the same on every process. Below lambda the student
+    answers the prompts, as it is at that step and without a gradient through the sampling, and the
+    loss compares teacher and student on those answers, end token included. Else the batch of the
+    data is learned from.
+
+    Reference: Agarwal et al. 2024, arXiv:2306.13649.
+    """
+
+    lambda_: float = Field(
+        0.5, ge=0, le=1, alias="lambda", description="share of batches that the student answers"
+    )
+    class_loss: bool = Field(
+        False, description="cross-entropy on the student's own answers too, as on the data's"
+    )
+
+    def batches(self, given: Sequence[MicroBatch], session: Session) -> list[MicroBatch]:
+        """Answers in the place of the data's, by the draw of each micro-batch."""
+        from kdrun.procedures.sampling import examples_of
+
+        return [
+            session.collate(session.write(examples_of(batch), number), batch)
+            if session.draw("gkd", number) < self.lambda_
+            else batch
+            for number, batch in enumerate(given)
+        ]
+
+    def loss(self, rows: LossRows) -> KDOutput:
+        """The run's objective; cross-entropy on the student's answers only where asked for."""
+        return rows.add(rows.objective_of(Origin.STUDENT, class_loss=self.class_loss))

@@ -1,0 +1,195 @@
+"""Reverse KL of whole answers, by its policy gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from kdrun.procedures.base import LossRows, MicroBatch, Origin, Procedure
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kdlosses import KDOutput
+    from kdrun.procedures.sampling import Sample
+    from kdrun.procedures.session import Session
+
+
+class MiniLLM(Procedure):
+    """Reverse KL of whole answers: a single-step part in closed form, and a long-term part.
+
+    Answers are sampled from a mixture of teacher and student. With r_t = log p(y_t) - log q(y_t),
+    the gradient of the reverse KL is that of each step's reverse KL over the vocabulary, and
+    -sum_t R_(t+1) grad log q(y_t), where R_(t+1) sums the r of later tokens. The first part is the
+    run's loss, by default ``reverse_kl``. The second goes through importance weights and a clipped
+    ratio. Cross-entropy on plain text (``procedure.text``; without one, on the training rows), with
+    weight 1 - kd_ratio, keeps the student a language model.
+
+    Reference: Gu et al. 2024, arXiv:2306.08543.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({"loss.spec": "reverse_kl_chunked"})
+    takes_text: ClassVar[bool] = True
+
+    teacher_mix: float = Field(
+        0.2, ge=0, lt=1, description="the teacher's share of the distribution that is sampled"
+    )
+    importance: Literal["token", "sequence"] = Field(
+        "token",
+        description="weight q / mixture of each token alone, or its product over the answer, which "
+        "is unbiased and varies more",
+    )
+    gamma: float = Field(1.0, ge=0, le=1, description="discount of later rewards")
+    length_normalised: bool = Field(True, description="divide returns by the tokens they sum over")
+    reward_clip: float = Field(10.0, ge=0, description="bound of each reward; 0 for none")
+    clip: float = Field(
+        0.2, ge=0, lt=1, description="how far the weighted ratio may leave 1; 0 for no bound"
+    )
+    whiten: bool = Field(
+        False, description="shift and scale the returns of a micro-batch to mean 0 and variance 1"
+    )
+    reuse: int = Field(1, ge=1, description="consecutive steps that learn from the same samples")
+
+    def initial_state(self) -> dict[str, Any]:
+        """No samples yet."""
+        return {"samples": []}
+
+    def batches(self, given: Sequence[MicroBatch], session: Session) -> list[MicroBatch]:
+        """Samples, and the rows of the data where cross-entropy takes part."""
+        from kdrun.procedures.sampling import examples_of
+
+        stored = session.state["samples"]
+        if session.step % self.reuse == 0 or len(stored) < len(given):
+            stored = [
+                session.gather(
+                    [
+                        [sample.prompt, sample.answer, dict(sample.values)]
+                        for sample in self._write(batch, number, session)
+                    ]
+                )
+                for number, batch in enumerate(given)
+            ]
+            session.state["samples"] = stored if self.reuse > 1 else []
+        made = []
+        for number, batch in enumerate(given):
+            share = len(stored[number]) // session.place.size
+            own = stored[number][session.place.rank * share :][:share]
+            rows = self._weighted(own)
+            data = []
+            if session.kd_ratio < 1:
+                count = len(batch["input_ids"])
+                plain = session.text is not None
+                data = session.text_rows(number, count) if plain else examples_of(batch)
+            made.append(session.collate([*data, *rows], batch))
+        return made
+
+    def loss(self, rows: LossRows) -> KDOutput:
+        """Both parts on the samples, and cross-entropy on the data, each a mean over its tokens."""
+        weights = rows.values.get("weight")
+        single = rows.objective_of(
+            Origin.STUDENT, class_loss=False, own_mean=True, token_weights=weights
+        )
+        if single is not None and weights is not None:
+            long_term = self.long_term(rows)
+            ratio = rows.objective.kd_ratio
+            assert single.kd_loss is not None
+            single = replace(
+                single,
+                loss=single.loss + ratio * long_term,
+                kd_loss=single.kd_loss + long_term.detach(),
+            )
+        return rows.add(single, rows.objective_of(Origin.DATA, kd_loss=False, own_mean=True))
+
+    def long_term(self, rows: LossRows) -> Tensor:
+        """The clipped surrogate of -sum R_(t+1) log q(y_t), a mean over the sampled tokens."""
+        from kdrun.procedures.likelihood import token_log_probs
+
+        labels = rows.labels_of(Origin.STUDENT)
+        run = rows.objective.loss
+        log_q = token_log_probs(rows.student, labels, run)
+        returns = rows.values["return"].to(log_q.dtype)
+        weight = rows.values["weight"].to(log_q.dtype)
+        ratio = (log_q - rows.values["old"].to(log_q.dtype)).exp() * weight
+        surrogate = ratio * returns
+        if self.clip > 0:
+            bounded = ratio.clamp(1 - self.clip, 1 + self.clip) * returns
+            surrogate = surrogate.minimum(bounded)
+        surrogate = surrogate.masked_fill(labels == run.ignore_index, 0.0)
+        count = rows.origin_tokens[int(Origin.STUDENT)].clamp_min(1)
+        return -surrogate.sum() / count
+
+    def _write(self, batch: MicroBatch, number: int, session: Session) -> list[Sample]:
+        from kdrun.procedures.sampling import examples_of
+
+        # The teacher takes part at a share of 0 too: its log-probabilities are the rewards.
+        writers = {Origin.STUDENT: 1 - self.teacher_mix, Origin.TEACHER: self.teacher_mix}
+        return session.write(examples_of(batch), number, writers, with_log_probs=True)
+
+    def _weighted(self, stored: Sequence[tuple[Any, Any, Any]]) -> list[Sample]:
+        """Samples with what the loss needs of each token: weight, return, old log-probability."""
+        from kdrun.procedures.sampling import Sample
+
+        found = []
+        for _, answer, values in stored:
+            old = values["student"] if answer else []
+            rewards = [
+                self._bounded(p - q)
+                for p, q in zip(values["teacher"] if answer else [], old, strict=True)
+            ]
+            found.append(
+                {
+                    "old": old,
+                    "weight": self._weights(old, values["drawn"] if answer else []),
+                    "return": later_returns(rewards, self.gamma, self.length_normalised),
+                }
+            )
+        if self.whiten:
+            whitened = iter(whiten([x for row in found for x in row["return"]]))
+            for row in found:
+                row["return"] = [next(whitened) for _ in row["return"]]
+        return [
+            Sample(prompt, answer, Origin.STUDENT, values if answer else {})
+            for (prompt, answer, _), values in zip(stored, found, strict=True)
+        ]
+
+    def _bounded(self, reward: float) -> float:
+        if self.reward_clip == 0:
+            return reward
+        return max(-self.reward_clip, min(self.reward_clip, reward))
+
+    def _weights(self, old: Sequence[float], drawn: Sequence[float]) -> list[float]:
+        logs = [q - mixture for q, mixture in zip(old, drawn, strict=True)]
+        if self.importance == "sequence":
+            logs = [sum(logs)] * len(logs)
+        return [math.exp(x) for x in logs]
+
+
+def later_returns(rewards: Sequence[float], gamma: float, normalised: bool) -> list[float]:
+    """For each token the discounted sum of the rewards after it.
+
+    Args:
+        rewards: of the tokens of an answer.
+        gamma: discount.
+        normalised: divide by the number of later tokens.
+    """
+    found = [0.0] * len(rewards)
+    total = 0.0
+    for place in range(len(rewards) - 2, -1, -1):
+        total = rewards[place + 1] + gamma * total
+        later = len(rewards) - 1 - place
+        found[place] = total / later if normalised else total
+    return found
+
+
+def whiten(values: Sequence[float]) -> list[float]:
+    """Values shifted to mean 0 and scaled to variance 1 (of the values themselves)."""
+    if not values:
+        return []
+    mean = sum(values) / len(values)
+    variance = sum((x - mean) ** 2 for x in values) / len(values)
+    return [(x - mean) / math.sqrt(variance + 1e-8) for x in values]

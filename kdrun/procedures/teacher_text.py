@@ -1,0 +1,120 @@
+"""Answers that the teacher writes once, kept for every run that asks the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from kdrun.data.encode import Example
+from kdrun.errors import InputError
+from kdrun.procedures.base import Origin
+from kdrun.procedures.sampling import Sample
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kdrun.procedures.session import Session
+
+_FORMAT = 1
+"""To be raised when the same prompts would get other answers."""
+
+
+def teacher_rows(rows: Sequence[Any], session: Session) -> list[Example]:
+    """The prompts of rows with the teacher's answers.
+
+    They are written in parts by all processes. A file of them is named by a hash of all that they
+    follow from: the teacher's weights, the prompts and the sampling.
+
+    Args:
+        rows: examples with ``input_ids`` and ``labels``; windows of text as they lie at the
+            moment.
+        session: has the teacher.
+
+    Returns:
+        The rows that were answered; empty answers are left out.
+
+    Raises:
+        InputError: no answer is left.
+    """
+    prompts = [session.settings.prompt_of(rows[number]) for number in range(len(rows))]
+    prompts = [prompt for prompt in prompts if prompt]
+    file = _file(prompts, session)
+    answers = None if file is None else _read(file, len(prompts))
+    # All processes have to go the same way, whatever each finds on its disk.
+    if not all(session.gather([answers is not None])):
+        session.say(f"procedure: the teacher answers {len(prompts)} prompts, once")
+        answers = _write_all(prompts, session)
+        if file is not None and session.place.rank == 0:
+            _save(file, answers)
+    else:
+        session.say(f"procedure: {len(prompts)} answers of the teacher, from {file}")
+    assert answers is not None
+    kept = [
+        Sample(prompt, answer, Origin.TEACHER).example()
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if not session.is_empty(answer)
+    ]
+    if len(kept) < len(prompts):
+        session.say(
+            f"procedure: {len(prompts) - len(kept)} of {len(prompts)} answers of the teacher are "
+            "empty; their rows are left out"
+        )
+    if not kept:
+        raise InputError(
+            "procedure: every answer of the teacher is empty; it ends before it says anything to "
+            "these prompts"
+        )
+    return kept
+
+
+def _write_all(prompts: Sequence[list[int]], session: Session) -> list[list[int]]:
+    rank, size = session.place.rank, session.place.size
+    # Prompts of like length together, which fills batches best.
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))[rank::size]
+    texts = session.continuations(
+        [prompts[number] for number in order], order, {Origin.TEACHER: 1.0}
+    )
+    pairs = zip(order, (text.tokens for text in texts), strict=True)
+    found: dict[int, list[int]] = dict(session.gather(list(pairs)))
+    return [found[number] for number in range(len(prompts))]
+
+
+def _file(prompts: Sequence[list[int]], session: Session) -> Path | None:
+    if session.answers_folder is None:
+        return None
+    from kdrun.cache.fingerprint import print_teacher
+
+    settings = session.settings
+    sampled = settings.temperature > 0
+    content = [
+        _FORMAT,
+        print_teacher(session.teacher).model_dump(),
+        [settings.max_new_tokens, settings.temperature],
+        [settings.top_p, settings.top_k, session.seed] if sampled else [],
+        [sorted(session.stops), session.vocab_size],
+        prompts,
+    ]
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:40]
+    return session.answers_folder / f"answers-{key}.json"
+
+
+def _read(file: Path, count: int) -> list[list[int]] | None:
+    """The answers of a file; None where it is absent or damaged."""
+    try:
+        answers: list[list[int]] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return answers if len(answers) == count else None
+
+
+def _save(file: Path, answers: Sequence[list[int]]) -> None:
+    """Write a file whole or not at all; without space or leave, nothing is kept."""
+    from contextlib import suppress
+
+    from kdrun.runs import write_text
+
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(answers))

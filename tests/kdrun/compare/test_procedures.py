@@ -1,0 +1,125 @@
+"""Procedures as an axis of a comparison."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small import compare, options, records, refused, rows_file
+
+from kdrun.compare.command import comparison_of
+from kdrun.compare.labels import label_arms
+from kdrun.compare.plan import methods
+from kdrun.compare.trial import trial_config
+
+for package in ("scipy", "matplotlib", "jinja2"):
+    pytest.importorskip(package)
+
+
+def test_procedures_go_with_every_loss_and_one_baseline(tmp_path: Path) -> None:
+    rows = rows_file(tmp_path)
+    comparison = comparison_of(
+        options(
+            rows,
+            losses=("forward_kl_chunked", "reverse_kl_chunked"),
+            procedures=("none", "gkd:lambda=1", "seqkd"),
+        )
+    )
+    axes = comparison.plan.axes
+    found = [(method.loss, method.procedure) for method in methods(axes)]
+    assert found == [
+        (None, None),
+        ("forward_kl_chunked", None),
+        ("reverse_kl_chunked", None),
+        ("forward_kl_chunked", "gkd:lambda=1"),
+        ("reverse_kl_chunked", "gkd:lambda=1"),
+        (None, "seqkd"),
+        ("forward_kl_chunked", "seqkd"),
+        ("reverse_kl_chunked", "seqkd"),
+    ]
+    trials = comparison.plan.planned([])
+    labels = label_arms(trial.arm for trial in trials)
+    assert len(set(labels.values())) == len(labels) == 8
+    configs: dict[Any, Any] = {
+        (trial.arm.loss, trial.arm.procedure): trial_config(
+            comparison.base, trial, tmp_path / "t", "all", None
+        )
+        for trial in trials
+    }
+    # Each has what its procedure wants, unless the axes say otherwise.
+    assert configs[None, "seqkd"].procedure.sampling_temperature == 0
+    assert configs["forward_kl_chunked", "gkd:lambda=1"].procedure.sampling_temperature == 1
+    assert configs["forward_kl_chunked", "seqkd"].loss.kd_ratio == 0.5
+    assert configs[None, None].procedure.spec is None
+    assert all(yaml.safe_load(config.to_yaml()) for config in configs.values())
+
+
+def test_how_answers_are_sampled_is_shared(tmp_path: Path) -> None:
+    rows = rows_file(tmp_path)
+    given = options(rows).overrides
+    made = comparison_of(
+        options(
+            rows,
+            procedures=("seqkd", "gkd"),
+            overrides=(*given, ("procedure.max_new_tokens", 5), ("procedure.top_k", 7)),
+        )
+    )
+    configs = [
+        trial_config(made.base, trial, tmp_path / "t", "all", None)
+        for trial in made.plan.planned([])
+        if trial.arm.procedure is not None
+    ]
+    assert {config.procedure.max_new_tokens for config in configs} == {5}
+    assert {config.procedure.top_k for config in configs} == {7}
+    assert {config.procedure.sampling_temperature for config in configs} == {0.0, 1.0}
+
+
+def test_a_comparison_tells_wall_time_and_generated_tokens(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    printed = compare(
+        *("--data", rows_file(tmp_path), "--loss", "forward_kl_chunked", "--seeds", 1),
+        *("--procedure", "none", "--procedure", "gkd:lambda=1", "--output", folder),
+        *("--set", "evaluation.answers=0", "--set", "procedure.max_new_tokens=4"),
+    )
+    assert "generated tokens" in printed
+    assert "forward_kl_chunked, gkd:lambda=1" in printed
+    written = {
+        (record["trial"]["arm"]["loss"], record["trial"]["arm"]["procedure"]): record[
+            "generated_tokens"
+        ]
+        for record in records(folder).values()
+    }
+    assert written.keys() == {
+        (None, None),
+        ("forward_kl_chunked", None),
+        ("forward_kl_chunked", "gkd:lambda=1"),
+    }
+    tokens = written["forward_kl_chunked", "gkd:lambda=1"]
+    assert 12 <= tokens <= 3 * 4 * 4
+    assert written[None, None] == 0
+    with open(folder / "results.csv", encoding="utf-8", newline="") as stream:
+        lines = {line["procedure"]: line for line in csv.DictReader(stream)}
+    assert int(lines["gkd:lambda=1"]["generated_tokens"]) == tokens
+    assert "generated tokens" in (folder / "results.tex").read_text(encoding="utf-8")
+    assert "wall time" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--procedure", "gdk"), "did you mean 'gkd'"),
+        (("--procedure", "gkd", "--procedure", "gkd"), "--procedure gkd is given twice"),
+        (("--set", "procedure.top_k=3"), "procedure.top_k has no effect without procedure.spec"),
+        (("--procedure", "gkd", "--set", "procedure.top_k=-3"), "procedure.top_k=-3"),
+        (("--procedure", "gkd", "--set", "procedure.max_new_tokens=600"), "leaves no room"),
+    ],
+)
+def test_wrong_procedures_are_refused_before_anything_runs(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    given = ("--data", rows_file(tmp_path), "--output", tmp_path / "c")
+    assert message in refused("compare-losses", *given, *arguments)
+    assert not (tmp_path / "c").exists()
