@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from kdrun.errors import TrainingError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_LOSS = "the loss"
 
 NameRows = Callable[[Sequence[int]], str]
 """From numbers of training rows to words for them, such as ``train.jsonl, lines 3, 9``."""
@@ -33,7 +36,7 @@ class BadLoss:
 
 
 class LossGuard:
-    """Watches the losses of each step, over all micro-batches and processes.
+    """Watches the losses and gradients of each step, over all micro-batches and processes.
 
     Args:
         skip: leave a bad step out, instead of stopping the run.
@@ -66,7 +69,16 @@ class LossGuard:
         rows = f", from {self._name_rows(bad.rows)}" if bad.rows else ""
         kd = "" if bad.kd_loss is None else f", KD loss {bad.kd_loss:.4g}"
         parts = f"class loss {bad.class_loss:.4g}{kd}"
-        self._found.append(f"{bad.value} at step N ({parts}){rows}")
+        self._found.append(f"{_LOSS} is {bad.value} at step N ({parts}){rows}")
+
+    def note_gradient(self, norm: float) -> None:
+        """Remember the norm of a step's gradients where it is not finite, though the losses may be.
+
+        Args:
+            norm: over all weights and processes.
+        """
+        if not math.isfinite(norm):
+            self._found.append(f"the norm of the gradients is {norm} at step N")
 
     def leaves_out(self, step: int, accelerator: Accelerator) -> bool:
         """Whether a step is left out, the same on all processes, which have to ask together.
@@ -76,13 +88,14 @@ class LossGuard:
             accelerator: the trainer's.
 
         Raises:
-            TrainingError: its loss is not finite, and the run is to stop.
+            TrainingError: loss or gradient is not finite, and the run is to stop.
         """
         found = self._on_all(accelerator)
         if not found:
             self._in_a_row = 0
             return False
-        said = f"the loss is {found[0].replace('step N', f'step {step}')}"
+        found.sort(key=lambda line: not line.startswith(_LOSS))  # it names rows
+        said = found[0].replace("step N", f"step {step}")
         if not self._skip:
             raise TrainingError(
                 f"{said}; lower optimizer.lr, take a loss that is finite for any pair of "

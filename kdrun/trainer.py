@@ -271,8 +271,13 @@ class DistillTrainer(Trainer):
         """Remember the sums of the log, which a step that is left out has no part in."""
         self._before_step = (self._tr_loss.clone(), self._shares.clone())
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.note_gradient(float(norm))
+        return norm
+
     def end_step(self) -> None:
-        """Leave the step out where its loss is not finite, before the optimiser sees it.
+        """Leave the step out where loss or gradient is not finite, before the optimiser sees it.
 
         Raises:
             TrainingError: it is not, and training is to stop.

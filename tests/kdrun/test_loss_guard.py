@@ -64,10 +64,19 @@ class InOrder(DistillTrainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
 
-def train(folder: Path, data: Any, guard: LossGuard, loss: str, **options: Any) -> InOrder:
+def train(
+    folder: Path,
+    data: Any,
+    guard: LossGuard,
+    loss: str,
+    model: Any = None,
+    callbacks: Any = None,
+    **options: Any,
+) -> InOrder:
     settings = {"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1, **options}
     trainer = InOrder(
-        model=student(1),
+        model=student(1) if model is None else model,
+        callbacks=callbacks,
         teacher=teacher(),
         loss=kdlosses.get_loss(loss, **({"compiled": False} if "chunked" in loss else {})),
         args=transformers.TrainingArguments(
@@ -146,6 +155,54 @@ def test_means_of_a_line_count_the_steps_that_were_kept(tmp_path: Path) -> None:
     assert ours["skipped_steps"] == 1
     for key in ("loss", "class_loss", "kd_loss"):
         assert ours[key] == pytest.approx(theirs[key], rel=1e-6)
+
+
+class SpoiledGradients(transformers.TrainerCallback):
+    """The loss of the second step is finite, and a gradient of it is not."""
+
+    step = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step + 1
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("inf") if self.step == 2 else gradient
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_is_no_step_either(
+    tmp_path: Path, max_grad_norm: float
+) -> None:
+    data = rows(poisoned=())
+
+    def run(guard: LossGuard) -> InOrder:
+        spoil = SpoiledGradients()
+        model = student(1)
+        model.lm_head.weight.register_hook(spoil)
+        return train(
+            tmp_path,
+            data,
+            guard,
+            "forward_kl_chunked",
+            model=model,
+            callbacks=[spoil],
+            max_grad_norm=max_grad_norm,
+        )
+
+    with pytest.raises(TrainingError, match=r"norm of the gradients is (inf|nan) at step 2"):
+        run(LossGuard())
+    trainer = run(LossGuard(skip=True))
+    without = train(
+        tmp_path,
+        data[:4] + data[8:],
+        LossGuard(),
+        "forward_kl_chunked",
+        max_steps=2,
+        max_grad_norm=max_grad_norm,
+    )
+    assert trainer.guard.skipped == 1
+    for ours, theirs in zip(state(trainer), state(without), strict=True):
+        assert torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
 
 
 def test_too_many_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
