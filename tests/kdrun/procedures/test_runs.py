@@ -320,6 +320,7 @@ def make_trainer(
         ({"model__teacher_cache": "somewhere"}, "leave out --teacher-cache and name the --teacher"),
         ({"data__packing": True}, "not with data.packing=true"),
         ({"training__fsdp": True}, "leave out training.fsdp=true"),
+        ({"procedure__spec": "distillm2:student_loss=taid"}, "student_loss=taid carries state"),
         ({"procedure__text": "text.txt"}, "leave out procedure.text"),
         ({"procedure__spec": "minillm", "procedure__text": "no.txt"}, "no.txt"),
         ({"procedure__max_new_tokens": 128}, "leaves no room for a prompt in data.max_length=128"),
@@ -371,6 +372,14 @@ def test_a_tokenizer_without_an_end_token_is_refused(
     endless.save_pretrained(student)
     with pytest.raises(InputError, match=r"no end-of-text token.*set its eos_token"):
         distil(tmp_path / "run", procedure__spec="gkd", model__student=str(student))
+
+
+def test_the_student_writes_with_its_adapters(distil: Run, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    options = {"procedure__spec": "gkd:lambda=1", "lora__rank": 2, "training__max_steps": 3}
+    folder = distil(tmp_path / "run", **options, **SHORT)
+    assert steps(folder)[-1]["student_share"] == 1.0
+    assert (folder / "student" / "adapter_model.safetensors").is_file()
 
 
 def test_empty_answers_are_counted_skipped_and_said(table: Callable[..., Any]) -> None:
