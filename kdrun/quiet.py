@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# The latter two speak where torchao is installed, which transformers then imports: of CUDA libraries
-# that a CPU has no use for, and of what torchao has to change for later versions of torch.
+# The latter two speak where torchao is installed, which transformers then imports: of CUDA
+# libraries that a CPU has no use for, and of what torchao has to change for later torch versions.
 _NOISY = ("torch.distributed", "torchao", "torch.utils._pytree")
 
 
