@@ -425,3 +425,14 @@ def test_a_trainer_of_ones_own_takes_a_procedure(tiny_pair: Any, tmp_path: Path)
     with pytest.raises(ValueError, match="procedure: needs a live teacher"):
         DistillTrainer(trainer.model, None, "forward_kl", 0.0, procedure="gkd")
     assert kdlosses.available_losses()
+
+
+def test_several_answers_to_a_row_are_told_apart(tiny_pair: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_pair, tmp_path, "gkd", Sampling(12, 64))
+    session, rows = trainer.session, trainer.train_dataset
+    assert session is not None
+    first, again, other = (
+        [sample.answer for sample in session.write(rows, 0, what=what)]
+        for what in ("answer", "answer", "other")
+    )
+    assert first == again != other
