@@ -117,6 +117,26 @@ def test_every_loss_is_one_file_registered_by_one_line():
         assert classes == [attribute]
 
 
+def test_every_procedure_is_one_file_registered_by_one_line_and_loads_without_torch():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    registered = project["entry-points"]["kdrun.procedures"]
+    assert {"gkd", "seqkd", "distillm", "minillm", "distillm2"} <= set(registered)
+    for name, target in registered.items():
+        module, _, attribute = target.partition(":")
+        assert module == f"kdrun.procedures.{name}"
+        tree = parse(RUNNER / "procedures" / f"{name}.py")
+        classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+        assert classes == [attribute]
+    names = ", ".join(f"'{name}'" for name in registered)
+    code = (
+        "import sys; from kdrun.procedures import get_procedure; "
+        f"[get_procedure(name) for name in ({names})]; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_kdrun_uses_only_the_public_names():
     wrong = []
     for path in sorted(RUNNER.rglob("*.py")):

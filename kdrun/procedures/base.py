@@ -91,7 +91,8 @@ class Procedure(BaseModel):
             raise InputError(
                 f"{name}: learns from no text beside its prompts; leave out procedure.text"
             )
-        if self.on_policy and config.loss.kd_ratio == 0 and not config.loss.schedules:
+        ratio_moves = "kd_ratio" in config.loss.schedules
+        if self.on_policy and config.loss.kd_ratio == 0 and not ratio_moves:
             raise InputError(
                 f"{name}: at --kd-ratio 0 nothing is learned from the student's own text; raise it"
             )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
 
+from kdrun.errors import InputError
 from kdrun.procedures.base import LossRows, MicroBatch, Origin, Procedure
 
 if TYPE_CHECKING:
@@ -58,9 +59,19 @@ class DistiLLM2(Procedure):
         return spec
 
     def prepare(self, rows: Sequence[Any], session: Session) -> Sequence[Any]:
-        """The rows with the teacher's answers."""
+        """The rows with the teacher's answers.
+
+        Raises:
+            InputError: a loss on the student's answers that carries state.
+        """
+        from kdlosses import TokenLoss
         from kdrun.procedures.teacher_text import teacher_rows
 
+        if TokenLoss(_terms(self.student_loss)).stateful:
+            raise InputError(
+                f"procedure: student_loss={self.student_loss} carries state from step to step, "
+                "which only the run's own loss can; take another"
+            )
         return teacher_rows(rows, session)
 
     def batches(self, given: Sequence[MicroBatch], session: Session) -> list[MicroBatch]:

@@ -149,6 +149,7 @@ class Session:
         number: int,
         writers: Mapping[Origin, float] | None = None,
         with_log_probs: bool = False,
+        what: str = "answer",
     ) -> list[Sample]:
         """Answers to what rows ask.
 
@@ -160,6 +161,7 @@ class Session:
             with_log_probs: give ``values``: ``drawn``, the log-probability of each token under the
                 distribution it was drawn from, and ``student`` and ``teacher``, those of the two
                 models at temperature 1.
+            what: tells several answers to the same row in one step apart.
 
         Returns:
             A sample for each row. An answer of an end token alone is empty, and counted.
@@ -175,6 +177,7 @@ class Session:
                 [first + place for place in asked],
                 writers,
                 with_log_probs,
+                what,
             )
         )
         samples = []
@@ -191,6 +194,7 @@ class Session:
         rows: Sequence[int],
         writers: Mapping[Origin, float],
         with_log_probs: bool = False,
+        what: str = "answer",
     ) -> list[Written]:
         """Continue prompts, in batches.
 
@@ -200,6 +204,7 @@ class Session:
                 written to a prompt follows from seed, step and this number.
             writers: as for :meth:`write`.
             with_log_probs: likewise.
+            what: likewise.
 
         Raises:
             TrainingError: probabilities are NaN; the message names the step.
@@ -215,7 +220,7 @@ class Session:
                     voices,
                     prompts[part],
                     sampling.uniforms(
-                        self.seed, self.step, rows[part], settings.max_new_tokens, "answer"
+                        self.seed, self.step, rows[part], settings.max_new_tokens, what
                     ),
                     max_new_tokens=settings.max_new_tokens,
                     draw=Draw(settings.temperature, settings.top_p, settings.top_k),

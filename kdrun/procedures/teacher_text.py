@@ -73,9 +73,8 @@ def _write_all(prompts: Sequence[list[int]], session: Session) -> list[list[int]
     rank, size = session.place.rank, session.place.size
     # Prompts of like length together, which fills batches best.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))[rank::size]
-    texts = session.continuations(
-        [prompts[number] for number in order], order, {Origin.TEACHER: 1.0}
-    )
+    chosen = [prompts[number] for number in order]
+    texts = session.continuations(chosen, order, {Origin.TEACHER: 1.0}, what="teacher")
     pairs = zip(order, (text.tokens for text in texts), strict=True)
     found: dict[int, list[int]] = dict(session.gather(list(pairs)))
     return [found[number] for number in range(len(prompts))]

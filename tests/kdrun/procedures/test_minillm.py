@@ -253,7 +253,7 @@ def test_sampled_answers_have_the_same_mean_within_monte_carlo_error(
     table: Callable[..., Any], options: dict[str, Any]
 ) -> None:
     now, _, teacher = tables(table)
-    count = 20000
+    count = 6000
     m = MiniLLM(teacher_mix=0.2, **{**PLAIN, **options})
     models = {"student": table(0), "teacher": table(1)}
     models["student"].logits.data, models["teacher"].logits.data = now, teacher

@@ -320,6 +320,7 @@ def make_trainer(
         ({"model__teacher_cache": "somewhere"}, "leave out --teacher-cache and name the --teacher"),
         ({"data__packing": True}, "not with data.packing=true"),
         ({"training__fsdp": True}, "leave out training.fsdp=true"),
+        ({"procedure__spec": "distillm2:student_loss=taid"}, "student_loss=taid carries state"),
         ({"procedure__text": "text.txt"}, "leave out procedure.text"),
         ({"procedure__spec": "minillm", "procedure__text": "no.txt"}, "no.txt"),
         ({"procedure__max_new_tokens": 128}, "leaves no room for a prompt in data.max_length=128"),
@@ -373,6 +374,14 @@ def test_a_tokenizer_without_an_end_token_is_refused(
         distil(tmp_path / "run", procedure__spec="gkd", model__student=str(student))
 
 
+def test_the_student_writes_with_its_adapters(distil: Run, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    options = {"procedure__spec": "gkd:lambda=1", "lora__rank": 2, "training__max_steps": 3}
+    folder = distil(tmp_path / "run", **options, **SHORT)
+    assert steps(folder)[-1]["student_share"] == 1.0
+    assert (folder / "student" / "adapter_model.safetensors").is_file()
+
+
 def test_empty_answers_are_counted_skipped_and_said(table: Callable[..., Any]) -> None:
     student = table(0)
     student.logits.data[:, 3] = torch.tensor([60.0, -60.0, 0.0, 0.0])
@@ -416,3 +425,14 @@ def test_a_trainer_of_ones_own_takes_a_procedure(tiny_pair: Any, tmp_path: Path)
     with pytest.raises(ValueError, match="procedure: needs a live teacher"):
         DistillTrainer(trainer.model, None, "forward_kl", 0.0, procedure="gkd")
     assert kdlosses.available_losses()
+
+
+def test_several_answers_to_a_row_are_told_apart(tiny_pair: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_pair, tmp_path, "gkd", Sampling(12, 64))
+    session, rows = trainer.session, trainer.train_dataset
+    assert session is not None
+    first, again, other = (
+        [sample.answer for sample in session.write(rows, 0, what=what)]
+        for what in ("answer", "answer", "other")
+    )
+    assert first == again != other

@@ -1,0 +1,154 @@
+r"""Procedures against plain distillation at equal wall time.
+
+Each arm first trains a few steps to tell how long one takes, its generation included; then it gets
+as many steps as fit the budget, so that its learning-rate schedule ends with it. What is written
+before the first step (``seqkd``, ``distillm2``) counts too, and is written anew for every run. Arms
+take turns, seed by seed, so that a change of the machine's speed meets all of them::
+
+    python docs/studies/procedures/run.py --seconds 120 --seeds 3 --output study
+    python docs/studies/procedures/run.py --seconds 900 --seeds 3 --output study-smollm2 \
+        --teacher TEACHER --student student-init --data rows.json --answers 50 \
+        --set optimizer.lr=3e-4
+
+It writes ``results.csv``, a line a run, and prints means with standard deviations over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from kdrun import distill
+from kdrun.config import RunConfig, load_config, parse_value
+
+ARMS: dict[str, dict[str, Any]] = {
+    "plain, cross-entropy alone": {"loss.kd_ratio": 0.0},
+    "plain, forward_kl": {"loss.spec": "forward_kl_chunked"},
+    "plain, skew_forward_kl": {"loss.spec": "skew_forward_kl_chunked"},
+    "gkd, lambda 0.5": {"procedure.spec": "gkd:lambda=0.5", "loss.spec": "forward_kl_chunked"},
+    "gkd, lambda 1": {"procedure.spec": "gkd:lambda=1", "loss.spec": "generalized_jsd_chunked"},
+    "seqkd": {"procedure.spec": "seqkd"},
+    "distillm": {"procedure.spec": "distillm"},
+    "minillm": {"procedure.spec": "minillm"},
+    "distillm2": {"procedure.spec": "distillm2"},
+}
+MEASURES = ("ce", "forward_kl", "reverse_kl", "top1_agreement", "rouge_l")
+CALIBRATION_STEPS = 12
+
+
+def config_of(
+    arm: str, given: argparse.Namespace, seed: int, steps: int, folder: Path
+) -> RunConfig:
+    """The run of an arm."""
+    settings: dict[str, Any] = {
+        "data.cache_dir": "none",
+        "evaluation.answers": given.answers,
+        "training.save_steps": 10**9,
+        # Chosen by the length of a run otherwise, which would change the speed between runs.
+        "loss.compiled": False,
+        **ARMS[arm],
+        "training.seed": seed,
+        "training.max_steps": steps,
+        "output.dir": str(folder),
+    }
+    for name in ("teacher", "student"):
+        if getattr(given, name):
+            settings[f"model.{name}"] = getattr(given, name)
+    if given.data:
+        settings["data.train"] = given.data
+    for setting in given.settings:
+        key, _, value = setting.partition("=")
+        settings[key] = parse_value(value)
+    return load_config(None, list(settings.items()))
+
+
+def run(config: RunConfig) -> tuple[dict[str, Any], float]:
+    """Train and measure; the summary, and the seconds that training and writing took."""
+    shutil.rmtree(str(config.output.dir), ignore_errors=True)
+    summary = dict(distill(config).summary)
+    shutil.rmtree(str(config.output.dir), ignore_errors=True)
+    written = summary.get("procedure", {})
+    return summary, summary["training_seconds"] + written.get("generation_seconds", 0.0)
+
+
+def steps_within(arm: str, given: argparse.Namespace) -> int:
+    """How many steps fit the budget, from two short runs: what is written once is told apart."""
+    folder = Path(given.output) / "calibration"
+    times = [
+        run(config_of(arm, given, 0, count, folder))[1]
+        for count in (CALIBRATION_STEPS, 3 * CALIBRATION_STEPS)
+    ]
+    each = (times[1] - times[0]) / (2 * CALIBRATION_STEPS)
+    once = max(0.0, times[0] - CALIBRATION_STEPS * each)
+    return max(1, int((given.seconds - once) / each))
+
+
+def main() -> None:
+    """Run the study."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--arm", dest="arms", action="append", choices=tuple(ARMS))
+    parser.add_argument("--teacher")
+    parser.add_argument("--student")
+    parser.add_argument("--data")
+    parser.add_argument("--answers", type=int, default=0)
+    parser.add_argument("--set", dest="settings", action="append", default=[])
+    given = parser.parse_args()
+    folder = Path(given.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    arms = given.arms or list(ARMS)
+    steps = {arm: steps_within(arm, given) for arm in arms}
+    rows: list[dict[str, Any]] = []
+    for seed in range(given.seeds):
+        for arm in arms:
+            began = time.strftime("%H:%M:%S")
+            summary, seconds = run(config_of(arm, given, seed, steps[arm], folder / "run"))
+            after, written = summary["after"], summary.get("procedure", {})
+            rows.append(
+                {
+                    "arm": arm,
+                    "seed": seed,
+                    "began": began,
+                    "steps": summary["steps"],
+                    "seconds": round(seconds, 1),
+                    "generation_seconds": written.get("generation_seconds", 0.0),
+                    "generated_tokens": written.get("generated_tokens", 0),
+                    "phi": written.get("phi", ""),
+                    **{name: after.get(f"eval_{name}") for name in MEASURES},
+                }
+            )
+            with open(folder / "results.csv", "w", encoding="utf-8", newline="") as stream:
+                writer = csv.DictWriter(stream, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+    show(rows, arms)
+
+
+def show(rows: list[dict[str, Any]], arms: list[str]) -> None:
+    """Print a Markdown table of means and standard deviations over seeds."""
+    columns = ("steps", "seconds", "generated_tokens", *MEASURES)
+    print("| arm |", " | ".join(columns), "|")
+    print("|---" * (len(columns) + 1) + "|")
+    for arm in arms:
+        cells = []
+        for column in columns:
+            found = [row[column] for row in rows if row["arm"] == arm and row[column] is not None]
+            if not found:
+                cells.append("-")
+                continue
+            spread = statistics.stdev(found) if len(found) > 1 else 0.0
+            whole = column in columns[:3]
+            mean = statistics.fmean(found)
+            cells.append(f"{mean:.0f}" if whole else f"{mean:.3f} ± {spread:.3f}")
+        print(f"| {arm} |", " | ".join(cells), "|")
+
+
+if __name__ == "__main__":
+    main()
