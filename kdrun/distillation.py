@@ -111,11 +111,6 @@ def distill(
     check_packed_rows(config.data, rows)
     build_loss(config.loss, vocab_size=None)
     world = World(config.training.fsdp)
-    if config.training.fsdp and resume:
-        raise InputError(
-            "--resume: runs with training.fsdp=true keep weights only; start anew from the "
-            "student of a checkpoint"
-        )
     if config.training.fsdp and config.lora.merge:
         raise InputError(
             "lora.merge=true: not with training.fsdp=true; leave it out and merge the saved adapter"
@@ -130,6 +125,7 @@ def distill(
     console = console or make_console()
     console.quiet = console.quiet or not world.is_main
     checkpoint = runs.newest_checkpoint(folder) if resume else None
+    _check_kind(checkpoint, config.training.fsdp)
     summary = folder / runs.SUMMARY
     trained = checkpoint is not None and runs.is_finished(checkpoint, config.training.max_steps)
     if trained and summary.is_file():
@@ -137,6 +133,15 @@ def distill(
         return RunResult(folder, json.loads(summary.read_text(encoding="utf-8")))
     with quiet_libraries(), runs.one_line_where_nothing_can_be_written(folder):
         return _run(config, rows, folder, resume, checkpoint, trained, console, world)
+
+
+def _check_kind(checkpoint: Path | None, fsdp: bool) -> None:
+    """Refuse to continue with models spread over processes what began otherwise, or the reverse."""
+    if checkpoint is not None and (checkpoint / runs.SHARDS).is_dir() != fsdp:
+        was = "without" if fsdp else "with"
+        raise InputError(
+            f"--resume: {checkpoint} was written {was} training.fsdp=true; continue it likewise"
+        )
 
 
 def check_name(spec: str) -> None:
@@ -257,6 +262,7 @@ def _run(
         procedure=procedure,
         sampling=sampling,
     )
+    arguments.save_only_model = False  # DistillTrainer keeps the optimiser's parts as well
     trainer.eval_teacher = teacher.evaluation
     if trainer.session is not None:
         cache = TokenCache.at(config.data.cache_dir)
@@ -366,7 +372,8 @@ def training_arguments(config: RunConfig, folder: Path) -> Any:
         save_strategy="steps",
         save_steps=training.save_steps,
         save_total_limit=training.save_total_limit,
-        save_only_model=training.fsdp,  # the Trainer keeps no optimiser that is spread out
+        # Of models that are spread out the Trainer would accept nothing else; see _run.
+        save_only_model=training.fsdp,
         seed=training.seed,
         data_seed=training.seed,
         report_to=training.report_to,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # The latter two speak where torchao is installed, which transformers then imports: of CUDA
-# libraries that a CPU has no use for, and of what torchao has to change for later torch versions.
+# libraries that a CPU has no use for, and of changes that later versions of torch will ask for.
 _NOISY = ("torch.distributed", "torchao", "torch.utils._pytree")
 
 

@@ -22,6 +22,8 @@ TENSORBOARD = "tensorboard"
 ADAPTER, BASE = "adapter", "base"
 """The adapter of a merged student; the initial weights of a built-in student with adapters."""
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+SHARDS = "shards"
+"""In a checkpoint of models that were spread over processes: weights and optimiser in parts."""
 COMPLETE = "complete"
 """A file that is written last into a checkpoint: without it the checkpoint is not whole."""
 

@@ -37,15 +37,17 @@ from kdrun.models.heads import (
     find_split,
     install,
 )
+from kdrun.models.shard import gather_trained, load_shards, save_shards
 from kdrun.procedures.base import ROLLOUT, LossRows, Origin, Procedure
 from kdrun.procedures.registry import get_procedure
 from kdrun.procedures.sampling import Sampling
 from kdrun.procedures.session import Place, Session
-from kdrun.runs import COMPLETE, write_json, write_text
+from kdrun.runs import COMPLETE, SHARDS, write_json, write_text
 
 _MEASURE_COMPILED_FROM = 16384
 _LABELS = ("labels", "shift_labels")
 _OBJECTIVE = "objective.json"
+_SCHEDULER = "scheduler.pt"  # as the Trainer calls it
 _PROCEDURE = "procedure.json"
 
 
@@ -484,10 +486,43 @@ class DistillTrainer(Trainer):
         except TrainingError as error:
             raise TrainingError(f"{checkpoint}: {error}") from error
 
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        # transformers gathers models that it sharded itself, and peft gathers none.
+        spread = self.is_distributed_loading_by_transformers
+        if spread and causal_lm(self.model) is not self.model:
+            state_dict = gather_trained(self.model)
+            if not self.args.should_save:
+                return
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        if self.is_distributed_loading_by_transformers:
+            load_shards(self.model, None, Path(resume_from_checkpoint) / SHARDS)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_distributed_loading_by_transformers:
+            folder = Path(checkpoint)
+            load_shards(self.model, self.optimizer.optimizer, folder / SHARDS)
+            self.lr_scheduler.load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.load_objective(checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_distributed_loading_by_transformers:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # The Trainer would save the part of the main process alone.
+        save_shards(self.model, self.optimizer.optimizer, Path(output_dir) / SHARDS)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Older checkpoints go only once the new one is complete.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,21 +42,87 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def save_shards(model: Any, optimizer: Any, folder: Path) -> None:
+    """Write trained weights and the optimiser's state, each process its part.
+
+    Args:
+        model: spread by :func:`shard`.
+        optimizer: torch's, of this model.
+        folder: is made; all processes have to call this.
+    """
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    save(_trained_state(model, optimizer), checkpoint_id=folder)
+
+
+def load_shards(model: Any, optimizer: Any, folder: Path) -> None:
+    """Take back what :func:`save_shards` wrote, also with another number of processes.
+
+    Args:
+        model: spread by :func:`shard`; changed in place.
+        optimizer: likewise; None takes weights alone.
+        folder: of the shards; all processes have to call this.
+    """
+    from torch.distributed.checkpoint.state_dict import (
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    state = _trained_state(model, optimizer)
+    load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state["model"], options=_options(strict=False))
+    if optimizer is not None:
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_options())
+
+
+def _trained_state(model: Any, optimizer: Any) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import (
+        get_model_state_dict,
+        get_optimizer_state_dict,
+    )
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # an evaluation leaves some weights whole
+    state: dict[str, Any] = {"model": get_model_state_dict(model, options=_options())}
+    if optimizer is not None:
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_options())
+    return state
+
+
+def _options(strict: bool = True) -> Any:
+    """Weights that are not trained, such as those below adapters, come with the model."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(ignore_frozen_params=True, strict=strict)
+
+
 def gather(model: Any) -> dict[str, Tensor]:
     """The whole weights of a model that :func:`shard` spread, on the CPU of every process.
 
     A tied weight appears once, as where nothing is spread. All processes have to call this; from
     then on transformers saves the model like any other.
     """
-    from torch.distributed.tensor import DTensor
-
     from kdrun.models.heads import causal_lm
 
     inner: Any = causal_lm(model)
     tied = set(getattr(inner, "all_tied_weights_keys", None) or ())
     inner.config.distributed_config = None
-    return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
-        for name, value in model.state_dict().items()
-        if name not in tied
-    }
+    return {name: _whole(value) for name, value in model.state_dict().items() if name not in tied}
+
+
+def gather_trained(model: Any) -> dict[str, Tensor]:
+    """The whole weights that are trained, such as those of adapters; the model stays spread.
+
+    All processes have to call this.
+    """
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    return {name: _whole(x) for name, x in model.state_dict().items() if name in trained}
+
+
+def _whole(value: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()

@@ -240,3 +240,35 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Pa
     )
     with pytest.raises(TrainingError, match="at step 1"):
         trainer.train()
+
+
+def peak_of_training(folder: Path, batch: int, accumulation: int) -> int:
+    """The most bytes that two steps take, from the allocator's own records."""
+    now, peak = 0, 0
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        train(
+            folder,
+            rows([120] * 8),
+            max_steps=2,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            optim="adamw_torch",
+        )
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def test_accumulating_eight_micro_batches_takes_no_more_memory_than_one(tmp_path: Path) -> None:
+    """What a second micro-batch at a time would take is the measure of it."""
+    one, eight, twice = (
+        peak_of_training(tmp_path, batch, accumulation)
+        for batch, accumulation in ((1, 1), (1, 8), (2, 1))
+    )
+    micro_batch = twice - one
+    assert micro_batch > 500_000
+    assert abs(eight - one) < 0.2 * micro_batch

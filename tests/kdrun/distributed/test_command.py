@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from kdrun.cli import cli
+from kdrun.errors import InputError
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -24,8 +25,8 @@ RUN = [
 ]
 
 
-def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def launch(*arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
         [sys.executable, *launcher, "-m", "kdrun", *RUN, *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -90,9 +91,36 @@ def test_two_processes_are_one_run_which_one_may_finish(one: Path, tmp_path: Pat
 
 def test_models_spread_over_two_processes_are_one_run(one: Path, tmp_path: Path) -> None:
     folder = tmp_path / "spread"
-    done = launch("--batch-size", 4, "--set", "training.fsdp=true", "--output", folder)
+    spread = ("--set", "training.fsdp=true", "--output", folder)
+    done = launch("--batch-size", 4, *spread)
     assert done.returncode == 0, done.stderr[-3000:]
     check_equal(one, folder)
+    with pytest.raises(InputError, match=r"written with training\.fsdp=true"):
+        alone("--batch-size", 8, "--output", folder, "--resume")
+    # As many processes go on bit for bit, and others with the same values.
+    weights = (folder / "student" / "model.safetensors").read_bytes()
+    for processes in (2, 4):
+        shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+        (folder / "summary.json").unlink()
+        done = launch("--batch-size", 8 // processes, *spread, "--resume", processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        check_equal(one, folder)
+        if processes == 2:
+            assert (folder / "student" / "model.safetensors").read_bytes() == weights
+
+
+def test_spread_adapters_and_the_state_of_a_loss_are_resumed_bit_for_bit(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments: list[object] = ["--loss", "taid_chunked", "--batch-size", 4, "--lora-rank", 4]
+    arguments += ["--set", "lora.dropout=0.1", "--set", "training.fsdp=true"]
+    arguments += ["--set", "training.eval_steps=4", "--output", folder]
+    assert launch(*arguments).returncode == 0
+    weights = (folder / "student" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+    shutil.rmtree(folder / "student")
+    (folder / "summary.json").unlink()
+    assert launch(*arguments, "--resume").returncode == 0
+    assert (folder / "student" / "adapter_model.safetensors").read_bytes() == weights
 
 
 @pytest.mark.parametrize(
@@ -110,8 +138,6 @@ def test_what_cannot_be_spread_is_refused_first(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from kdrun.errors import InputError
-
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=said):
