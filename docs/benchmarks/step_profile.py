@@ -55,6 +55,7 @@ class Watch(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Opens what the coming step is for."""
         if state.global_step == WARM_UP + TIMED:
+            torch.compiler.set_stance("force_eager")  # the counter sees no compiled operations
             self.counter.__enter__()
         elif state.global_step == WARM_UP + TIMED + 1:
             self.profile.__enter__()
@@ -67,6 +68,7 @@ class Watch(TrainerCallback):
             self.times.append(seconds)
         elif state.global_step == WARM_UP + TIMED + 1:
             self.counter.__exit__(None, None, None)
+            torch.compiler.set_stance("default")
         elif state.global_step == WARM_UP + TIMED + 2:
             self.profile.__exit__(None, None, None)
 
