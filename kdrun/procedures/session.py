@@ -269,6 +269,11 @@ class Session:
     def remarks(self, figures: Mapping[str, float]) -> list[str]:
         """What is to be said after training, a line each."""
         lines = []
+        if figures["generated_tokens"]:
+            lines.append(
+                f"{figures['generated_tokens']:,} tokens were written in "
+                f"{figures['generation_seconds']:.0f} s"
+            )
         if figures["empty_generations"]:
             lines.append(
                 f"{figures['empty_generations']} sampled answers were empty and were skipped"

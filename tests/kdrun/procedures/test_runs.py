@@ -400,7 +400,11 @@ def test_empty_answers_are_counted_skipped_and_said(table: Callable[..., Any]) -
     assert supervised[0] == supervised[2] == supervised[3] == 0 < supervised[1]
     figures = session.figures()
     assert figures["empty_generations"] == 3
-    assert session.remarks(figures) == ["3 sampled answers were empty and were skipped"]
+    assert figures["generated_tokens"] == 3 + 3  # three end tokens, and one answer to its limit
+    assert session.remarks(figures) == [
+        f"6 tokens were written in {figures['generation_seconds']:.0f} s",
+        "3 sampled answers were empty and were skipped",
+    ]
 
 
 def test_another_procedures_checkpoint_is_refused(distil: Run, tmp_path: Path) -> None:
