@@ -5,7 +5,6 @@ Log-probabilities that reach a loss are finite: an impossible token has ``LOG_ZE
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -60,7 +59,10 @@ def restore_infinity(values: Tensor) -> Tensor:
 
 
 def exp_remainder(x: Tensor) -> Tensor:
-    """``exp(x) - 1 - x`` as ``x^2/2! + x^3/3! + ...``, for ``|x| < 0.25`` only."""
+    """``exp(x) - 1 - x`` as ``x^2/2! + x^3/3! + ...``, for ``|x| < 0.25`` only.
+
+    Meant for :func:`choose_near`, which takes no gradient through it.
+    """
     highest = _TERMS[x.dtype]
     total = torch.full_like(x, 1.0 / math.factorial(highest))
     for power in range(highest - 1, 1, -1):
@@ -74,7 +76,7 @@ def expm1_minus_x(x: Tensor) -> Tensor:
     It stops growing at :data:`HIGHEST_EXPONENT`.
     """
     x = x.clamp_max(HIGHEST_EXPONENT)
-    return choose_near(x, _SMALL, exp_remainder, x.exp() - 1 - x)
+    return choose_near(x, exp_remainder(x), x.exp() - 1 - x)
 
 
 def bounded_exp(x: Tensor) -> Tensor:
@@ -106,13 +108,14 @@ def moves(parameter: object) -> bool:
     return isinstance(parameter, Tensor)
 
 
-def choose_near(x: Tensor, radius: float, near: Callable[[Tensor], Tensor], far: Tensor) -> Tensor:
-    """``near(x)`` where ``|x| < radius``, else ``far``.
+def choose_near(x: Tensor, near: Tensor, far: Tensor) -> Tensor:
+    """The value of ``near`` where ``|x| < 0.25``, else of ``far``; the gradient of ``far``.
 
-    The near form sees 0 elsewhere, so that what it does not select cannot poison the gradient.
+    Both are one function: ``near`` is a series, ``far`` cancels near 0 but its derivative does not,
+    and is shorter than the series': a tenth of the time of the row functions.
     """
-    small = x.abs() < radius
-    return torch.where(small, near(torch.where(small, x, 0.0)), far)
+    value = torch.where(x.abs() < _SMALL, near, far).detach()
+    return value + (far - far.detach())
 
 
 def kl_terms(log_p: Tensor, log_q: Tensor, q: Tensor | None = None) -> Tensor:
@@ -133,7 +136,7 @@ def kl_terms(log_p: Tensor, log_q: Tensor, q: Tensor | None = None) -> Tensor:
     x = log_q - log_p
     p = log_p.exp()
     far = (log_q.exp() if q is None else q) - p - p * x
-    return choose_near(x, _SMALL, lambda small: exp_remainder(small) * p, far)
+    return choose_near(x, exp_remainder(x) * p, far)
 
 
 def mix(log_a: Tensor, log_b: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:

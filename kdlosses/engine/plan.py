@@ -43,8 +43,7 @@ def automatic_chunk_size(vocab_size: int, head_width: int, device: torch.device)
     """
     budget = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ACCELERATOR)
     budget = max(budget, vocab_size * head_width)  # a quarter of the head's float32 gradient
-    rows = max(_LOWEST, min(_HIGHEST, budget // (4 * vocab_size)))
-    return 1 << (rows.bit_length() - 1)
+    return _power_of_two(max(_LOWEST, min(_HIGHEST, budget // (4 * vocab_size))))
 
 
 def tile_rows(vocab_size: int, device: torch.device) -> int | None:
@@ -54,7 +53,10 @@ def tile_rows(vocab_size: int, device: torch.device) -> int | None:
     tensors of chunk size (measured in docs/decisions/); an accelerator wants few large launches.
     """
     budget = _TILE_BYTES.get(device.type)
-    return None if budget is None else max(_FEWEST_TILE_ROWS, budget // (4 * vocab_size))
+    if budget is None:
+        return None
+    # A power of two divides a chunk evenly, and its rows evenly among threads.
+    return _power_of_two(max(_FEWEST_TILE_ROWS, budget // (4 * vocab_size)))
 
 
 def spans(start: int, stop: int, largest: int) -> Iterator[slice]:
@@ -68,3 +70,8 @@ def spans(start: int, stop: int, largest: int) -> Iterator[slice]:
 def compiles(vocab_size: int) -> bool:
     """Whether compiling pays for a vocabulary of this size by default."""
     return vocab_size >= _COMPILE_FROM_VOCABULARY
+
+
+def _power_of_two(rows: int) -> int:
+    """The largest one that is not above."""
+    return 1 << (rows.bit_length() - 1)

@@ -87,19 +87,16 @@ def _terms(
     With 1 - large/total - small/total = 0 the sum is p^total times a difference of exp(x) - 1 - x,
     which does not cancel near equality as the smaller exponent stands in it.
     """
-
     exponents = (total * log_p, total * log_q, large * log_p + small * log_q)
     p, q, both = joint_exp(*exponents) if bounded else [x.exp() for x in exponents]
     weigh = bounded_exp(total * log_p) if bounded else p
-
-    def near(x: Tensor) -> Tensor:
-        bracket = small / total * exp_remainder(total * x) - exp_remainder(small * x)
-        return weigh * bracket / (large * small)
-
+    x = log_q - log_p
+    bracket = small / total * exp_remainder(total * x) - exp_remainder(small * x)
+    near = weigh * bracket / (large * small)
     far = ((large / total) * p + (small / total) * q - both) / (large * small)
     # |total| is at most twice the larger exponent and may be below the smaller one.
     reach = abs(small) + abs(total)
-    return choose_near(log_q - log_p, 0.25 / reach, near, far)
+    return choose_near(reach * x, near, far)
 
 
 def _moving_terms(alpha: float, beta: float, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -130,8 +127,5 @@ def _power_terms(power: float, log_p: Tensor, log_q: Tensor) -> Tensor:
     x = log_q - log_p
     p, q = joint_exp(log_p, log_q)
     far = q - p - p * x.clamp_min(_STEEPEST)  # p is beyond all bounds where the clamp acts
-
-    def near(small: Tensor) -> Tensor:
-        return bounded_exp(log_p) * expm1_minus_x(small)
-
-    return choose_near(x, 0.25, near, far) / (power * power)
+    near = bounded_exp(log_p) * expm1_minus_x(x)
+    return choose_near(x, near, far) / (power * power)

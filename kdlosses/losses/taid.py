@@ -20,7 +20,8 @@ class TAID(RowLoss):
     t <- min(t_end, max(t_start + (t_end - t_start) progress, t + 5e-4 sigmoid(m) (1 - t))).
 
     Not to compare the training losses of two runs: the target differs from step to step. Not with
-    ``match_curvature``, as the strength follows t.
+    ``match_curvature``, as the strength follows t. Not where teacher and student may have no
+    possible token in common: such a row has no target, and its value means nothing.
 
     Reference: Shing et al. 2025 (TAID), arXiv:2501.16937.
     """
