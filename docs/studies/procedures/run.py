@@ -38,7 +38,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "distillm2": {"procedure.spec": "distillm2"},
 }
 MEASURES = ("ce", "forward_kl", "reverse_kl", "top1_agreement", "rouge_l")
-CALIBRATION_STEPS = 12
+CALIBRATION_STEPS = (6, 18)
 
 
 def config_of(
@@ -77,15 +77,27 @@ def run(config: RunConfig) -> tuple[dict[str, Any], float]:
 
 
 def steps_within(arm: str, given: argparse.Namespace) -> int:
-    """How many steps fit the budget, from two short runs: what is written once is told apart."""
-    folder = Path(given.output) / "calibration"
-    times = [
-        run(config_of(arm, given, 0, count, folder))[1]
-        for count in (CALIBRATION_STEPS, 3 * CALIBRATION_STEPS)
-    ]
-    each = (times[1] - times[0]) / (2 * CALIBRATION_STEPS)
-    once = max(0.0, times[0] - CALIBRATION_STEPS * each)
-    return max(1, int((given.seconds - once) / each))
+    """How many steps fit the budget, what is written once told apart from what a step takes.
+
+    Two short runs tell roughly, then one of a third of the length tells better: a student that
+    learns writes longer or shorter answers than at first.
+    """
+    counts = list(CALIBRATION_STEPS)
+    times = [calibrate(arm, given, count) for count in counts]
+    counts.append(max(2 * counts[-1], fitting(counts, times, given.seconds) // 3))
+    times.append(calibrate(arm, given, counts[-1]))
+    return fitting(counts[-2:], times[-2:], given.seconds)
+
+
+def calibrate(arm: str, given: argparse.Namespace, steps: int) -> float:
+    """The seconds of a run of so many steps."""
+    return run(config_of(arm, given, 1000, steps, Path(given.output) / "run"))[1]
+
+
+def fitting(counts: list[int], times: list[float], budget: float) -> int:
+    """The steps on the line through two runs that take the budget."""
+    each = max(1e-6, (times[1] - times[0]) / (counts[1] - counts[0]))
+    return max(1, round(counts[1] + (budget - times[1]) / each))
 
 
 def main() -> None:
