@@ -321,6 +321,14 @@ def make_trainer(
         ({"data__packing": True}, "not with data.packing=true"),
         ({"training__fsdp": True}, "leave out training.fsdp=true"),
         ({"procedure__spec": "distillm2:student_loss=taid"}, "student_loss=taid carries state"),
+        (
+            {"procedure__spec": "distillm2:student_loss=skew_reverse_kl:alpha=3"},
+            "student_loss=skew_reverse_kl:alpha=3: .* less than 1",
+        ),
+        (
+            {"procedure__spec": "minillm", "procedure__text": "x.txt", "loss__kd_ratio": 1.0},
+            "text: has no effect at --kd-ratio 1",
+        ),
         ({"procedure__text": "text.txt"}, "leave out procedure.text"),
         ({"procedure__spec": "minillm", "procedure__text": "no.txt"}, "no.txt"),
         ({"procedure__max_new_tokens": 128}, "leaves no room for a prompt in data.max_length=128"),
