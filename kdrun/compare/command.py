@@ -31,7 +31,7 @@ from kdrun.compare.plan import (
 from kdrun.compare.record import Record, Trial
 from kdrun.compare.references import measure_references
 from kdrun.compare.run import Comparison, check_pairs, run_comparison, watch_nothing
-from kdrun.compare.teachers import cache_teachers
+from kdrun.compare.teachers import cache_teachers, check_named_cache
 from kdrun.compare.trial import quiet_console
 from kdrun.config import BUILT_IN, ProcedureConfig, RunConfig, load_config
 from kdrun.data.prepare import read_rows
@@ -232,6 +232,7 @@ def compare_losses(options: Options, console: Console) -> None:
     with quiet_libraries():
         check_pairs(comparison)
         _check_rows(comparison)
+        check_named_cache(comparison)
         if options.dry_run:
             _show_plan(comparison, [], console)
             return

@@ -9,12 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small import QUICK, compare, kdrun, refused, rows_file
+from small import QUICK, compare, kdrun, options, refused, rows_file
 
+from kdrun.compare.command import comparison_of
+from kdrun.compare.teachers import check_named_cache
 from kdrun.compare.trial import forget_peak_memory
+from kdrun.errors import InputError
 
 for package in ("scipy", "matplotlib", "jinja2"):
     pytest.importorskip(package)
@@ -141,6 +145,21 @@ def test_wrong_input_is_refused_before_anything_starts(
 ) -> None:
     assert message in refused("compare-losses", *QUICK, *given, *arguments)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_named_cache_is_checked_with_every_loss(tmp_path: Path, given: tuple[str, ...]) -> None:
+    cache, rows = tmp_path / "cache", given[1]
+    kdrun("cache-teacher", "--data", rows, "--max-length", 32, "--kind", "top-k", "--output", cache)
+    named = ("--teacher", "builtin", "--set", f"model.teacher_cache={cache}", "--dry-run")
+    losses = ("--loss", "forward_kl_chunked", "--loss", "adaptive_kl_chunked")
+    line = refused("compare-losses", *QUICK, *given, *named, *losses)
+    assert "needs the teacher's whole row" in line
+    shorter = (*QUICK, "--max-length", "24", *given, *named, *losses[:2])
+    assert "lacks the row" in refused("compare-losses", *shorter)
+    two = options(Path(rows), teachers=("builtin", "other"))
+    overrides = (*two.overrides, ("model.teacher_cache", str(cache)))
+    with pytest.raises(InputError, match="holds one teacher"):
+        check_named_cache(comparison_of(replace(two, overrides=overrides)))
 
 
 def test_a_dry_run_refuses_rows_that_are_not_there(tmp_path: Path) -> None:
