@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from kdlosses.objective import KDObjective as KDObjective
     from kdlosses.objective import KDOutput as KDOutput
     from kdlosses.objective import TokenLoss as TokenLoss
+    from kdlosses.plugins import PluginGroup as PluginGroup
+    from kdlosses.plugins import PluginRef as PluginRef
     from kdlosses.registry import BrokenLossError as BrokenLossError
     from kdlosses.registry import LossRef as LossRef
     from kdlosses.registry import LossSpecError as LossSpecError
@@ -51,6 +53,8 @@ _HOME = {
     "LossRef": "registry",
     "LossSpecError": "registry",
     "Measures": "measures",
+    "PluginGroup": "plugins",
+    "PluginRef": "plugins",
     "Projected": "sources",
     "RowLoss": "divergence",
     "Sampled": "sources",

@@ -1,30 +1,20 @@
-"""The entry-point registry: names, specs, and losses that are imported only when asked for.
+"""The registry of losses, the entry-point group ``kdlosses.losses``: names, specs and classes."""
 
-Built-in losses and plugins come in by the same door, the entry-point group ``kdlosses.losses``.
-Listing reads metadata only; a plugin that cannot be imported breaks nothing but itself.
-"""
-
-import difflib
-import inspect
 import math
-import os
 import re
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
+
+from kdlosses.plugins import PluginGroup, PluginRef
 
 if TYPE_CHECKING:
     from kdlosses.divergence import Loss
     from kdlosses.objective import TokenLoss
     from kdlosses.schedules import Schedule
 
-GROUP = "kdlosses.losses"
 CHUNKED = "_chunked"
-BUILT_IN = "kdlosses"
-DEBUG_VARIABLE = "KDLOSSES_DEBUG"
 
 _TERM = re.compile(
     r"\s*(?:(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*)?"
@@ -42,19 +32,13 @@ class BrokenLossError(ImportError):
     """A registered loss that cannot be imported; the message names its distribution."""
 
 
-@dataclass(frozen=True)
-class LossRef:
-    """A registered loss, not yet imported.
+class LossRef(PluginRef):
+    """A registered loss, not yet imported."""
 
-    Attributes:
-        name: the name on the command line.
-        distribution: the installed distribution that registers it.
-        module: ``package.module:Class``.
-    """
 
-    name: str
-    distribution: str
-    module: str
+_GROUP = PluginGroup(
+    "kdlosses.losses", "loss", "kdrun losses list", LossRef, LossSpecError, BrokenLossError
+)
 
 
 @dataclass(frozen=True)
@@ -97,12 +81,7 @@ def available_losses() -> tuple[LossRef, ...]:
     Names that two distributions claim are listed once for each of them; using such a name is an
     error (the built-in losses excepted, which cannot be replaced).
     """
-    return tuple(
-        sorted(
-            (LossRef(entry.name, _distribution(entry), entry.value) for entry in _entries()),
-            key=lambda ref: (ref.name, ref.distribution),
-        )
-    )
+    return _GROUP.available()
 
 
 def parse_spec(spec: str) -> LossSpec:
@@ -149,8 +128,8 @@ def find_loss(name: str) -> LossRef:
     Raises:
         LossSpecError: an unknown name, with a close one, or a name that two distributions claim.
     """
-    entry = _find(name)
-    return LossRef(entry.name, _distribution(entry), entry.value)
+    _check_suffix(name)
+    return _GROUP.find(name)
 
 
 def load_loss(name: str) -> "type[Loss]":
@@ -162,27 +141,10 @@ def load_loss(name: str) -> "type[Loss]":
         BrokenLossError: the import failed. With the environment variable ``KDLOSSES_DEBUG`` set,
             the message holds the traceback.
     """
-    entry = _find(name)
-    origin = f"loss {name!r} of distribution {_distribution(entry)!r} ({entry.value})"
-    try:
-        loaded = entry.load()
-    # SystemExit too: a plugin that calls sys.exit() on import must not end the command line.
-    except (Exception, SystemExit) as error:
-        detail = f"{type(error).__name__}: {error}"
-        if os.environ.get(DEBUG_VARIABLE):
-            detail = traceback.format_exc()
-        raise BrokenLossError(
-            f"{origin} cannot be imported: {detail}"
-            + ("" if os.environ.get(DEBUG_VARIABLE) else f" (set {DEBUG_VARIABLE}=1 for more)")
-        ) from error
+    find_loss(name)  # before torch is loaded
     from kdlosses.divergence import Divergence, RowLoss
 
-    if not (isinstance(loaded, type) and issubclass(loaded, Divergence | RowLoss)):
-        raise LossSpecError(f"{origin} is not a subclass of kdlosses.Divergence or RowLoss")
-    if inspect.isabstract(loaded):
-        missing = ", ".join(sorted(loaded.__abstractmethods__))
-        raise LossSpecError(f"{origin} does not define {missing}")
-    return loaded
+    return _GROUP.load(name, (Divergence, RowLoss), "kdlosses.Divergence or RowLoss")
 
 
 def build_loss(spec: TermSpec) -> "Loss":
@@ -192,24 +154,9 @@ def build_loss(spec: TermSpec) -> "Loss":
         LossSpecError: unknown parameter (with a suggestion) or a value out of bounds.
         BrokenLossError: see :func:`load_loss`.
     """
-    from pydantic import ValidationError
-
     loss_class = load_loss(spec.name)
-    known = list(loss_class.model_fields)
-    for key in spec.parameters:
-        if key not in known:
-            takes = f"it takes {', '.join(known)}" if known else "it takes no parameters"
-            raise LossSpecError(
-                f"loss {spec.name!r} has no parameter {key!r}{_did_you_mean(key, known)}; {takes}"
-            )
-    try:
-        return loss_class(**spec.parameters)
-    except ValidationError as error:
-        first: Any = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "parameters"
-        raise LossSpecError(
-            f"loss {spec.name!r}: {where}={first['input']!r}: {first['msg']}"
-        ) from error
+    built = _GROUP.build(spec.name, loss_class, loss_class.model_fields, spec.parameters)
+    return cast("Loss", built)
 
 
 def get_loss(
@@ -283,41 +230,12 @@ def get_loss(
         raise LossSpecError(f"loss {spec!r}: {error}") from error
 
 
-def _entries() -> list[EntryPoint]:
-    return list(entry_points(group=GROUP))
-
-
-def _distribution(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist is not None else "unknown"
-
-
-def _find(name: str) -> EntryPoint:
-    entries = _entries()
-    matches = [entry for entry in entries if entry.name == name]
-    twins = [entry for entry in entries if entry.name == name + CHUNKED]
-    reserved = matches if name.endswith(CHUNKED) else [] if matches else twins
-    if reserved:
+def _check_suffix(name: str) -> None:
+    """Refuse a loss that is registered under the name of another one's chunked twin."""
+    registered = {ref.name: ref for ref in available_losses()}
+    reserved = registered.get(name if name.endswith(CHUNKED) else name + CHUNKED)
+    if reserved is not None and (reserved.name == name or name not in registered):
         raise LossSpecError(
-            f"loss {reserved[0].name!r} of {_distribution(reserved[0])} ends in the reserved "
-            f"suffix {CHUNKED!r}; its author must rename it"
+            f"loss {reserved.name!r} of {reserved.distribution} ends in the reserved suffix "
+            f"{CHUNKED!r}; its author must rename it"
         )
-    if not matches:
-        names = sorted({entry.name for entry in entries})
-        hint = _did_you_mean(name, names)
-        raise LossSpecError(
-            f"unknown loss {name!r}{hint}; 'kdrun losses list' shows all {len(names)}"
-        )
-    distributions = sorted({_distribution(entry) for entry in matches})
-    if len(distributions) > 1 or len({entry.value for entry in matches}) > 1:
-        built_in = [entry for entry in matches if _distribution(entry) == BUILT_IN]
-        if built_in:
-            return built_in[0]
-        raise LossSpecError(
-            f"loss {name!r} is registered by {' and '.join(distributions)}; uninstall all but one"
-        )
-    return matches[0]
-
-
-def _did_you_mean(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""

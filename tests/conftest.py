@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +96,26 @@ def tiny_tokenizer() -> Any:
     )
     tokenizer.chat_template = CHATML
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Starts gloo processes: ``torchrun(2, "-m", "kdrun", ...)``."""
+
+    def run(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        outside = {k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE"}}
+        return subprocess.run(
+            [sys.executable, "-m", *launcher, *map(str, arguments)],
+            env=outside | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=400,
+            check=False,
+        )
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

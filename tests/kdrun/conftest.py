@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # the modules beside the tests
 
 WORDS = "the user asks the assistant a question and the assistant gives an answer"
 
@@ -55,6 +58,15 @@ def tiny_pair(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> 
             prompt, response = WORDS[: 8 + i % 40], WORDS[i % 50 :]
             stream.write(json.dumps({"prompt": f"{i} {prompt}", "response": response}) + "\n")
     return TinyPair(folder / "teacher", folder / "student", rows)
+
+
+@pytest.fixture
+def still_student(tiny_tokenizer: Any, tmp_path: Path) -> Path:
+    """A student without dropout, whose draws would be others in a compiled graph."""
+    folder = tmp_path / "still"
+    tiny_llama(len(tiny_tokenizer), 16, 1).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from bare import bare_arguments
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -163,17 +164,11 @@ def train(folder: Path, student: Any, loss: str = "forward_kl_chunked", **option
         model=student,
         teacher=tiny(0, 32),
         loss=kdlosses.get_loss(loss, compiled=False) if loss.endswith("_chunked") else loss,
-        args=transformers.TrainingArguments(
-            output_dir=str(folder),
+        args=bare_arguments(
+            folder,
             max_steps=3,
             per_device_train_batch_size=4,
             learning_rate=1e-2,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            use_cpu=True,
             **options,
         ),
         data_collator=Collator(0),

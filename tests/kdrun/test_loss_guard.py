@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from bare import bare_arguments
 
 import kdlosses
 from kdrun import DistillTrainer
@@ -79,18 +80,12 @@ def train(
         callbacks=callbacks,
         teacher=teacher(),
         loss=kdlosses.get_loss(loss, **({"compiled": False} if "chunked" in loss else {})),
-        args=transformers.TrainingArguments(
-            output_dir=str(folder),
+        args=bare_arguments(
+            folder,
             learning_rate=1e-2,
             weight_decay=0.1,
             lr_scheduler_type="constant",
             gradient_accumulation_steps=2,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            use_cpu=True,
             **settings,
         ),
         data_collator=Collator(0),

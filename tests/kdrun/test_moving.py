@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from bare import bare_arguments
 
 from kdlosses import Linear, Step, get_loss
 from kdrun import DistillTrainer
@@ -51,19 +52,14 @@ def trainer(folder: Path, spec: str = SPEC, **options: Any) -> DistillTrainer:
         teacher=make(0),
         loss=loss,
         kd_ratio=Linear(start=0.2, end=0.8),
-        args=transformers.TrainingArguments(
-            output_dir=str(folder),
+        args=bare_arguments(
+            folder,
             max_steps=6,
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2,
             save_steps=3,
             logging_steps=1,
-            report_to="none",
-            disable_tqdm=True,
             learning_rate=1e-2,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            use_cpu=True,
             **options,
         ),
         data_collator=Collator(0),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from bare import bare_arguments
 
 import kdlosses
 from kdrun import DistillTrainer
@@ -114,8 +115,8 @@ def train(
         model=make(seed=1),
         teacher=make(seed=0) if teacher is None else teacher,
         loss=kdlosses.get_loss(loss, **plain),
-        args=transformers.TrainingArguments(
-            output_dir=str(folder),
+        args=bare_arguments(
+            folder,
             max_steps=1,
             per_device_train_batch_size=len(rows),
             learning_rate=1e-1,
@@ -123,12 +124,6 @@ def train(
             lr_scheduler_type="constant",
             max_grad_norm=0.0,
             logging_steps=1,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            use_cpu=True,
         ),
         data_collator=Collator(0),
         train_dataset=rows,

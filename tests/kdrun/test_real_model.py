@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from bare import bare_arguments
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -88,7 +89,7 @@ class Watch(TorchDispatchMode):
 def test_no_tensor_of_supervised_rows_by_vocabulary_is_made(
     loss: str, wide: bool, smollm2_folder: Path, student_folder: Path, tmp_path: Path
 ) -> None:
-    from transformers import AutoModelForCausalLM, TrainingArguments
+    from transformers import AutoModelForCausalLM
 
     import kdlosses
     from kdrun import DistillTrainer
@@ -105,16 +106,10 @@ def test_no_tensor_of_supervised_rows_by_vocabulary_is_made(
         model=student,
         teacher=teacher,
         loss=kdlosses.get_loss(loss, **options),
-        args=TrainingArguments(
-            output_dir=str(tmp_path),
+        args=bare_arguments(
+            tmp_path,
             max_steps=1,
             per_device_train_batch_size=4,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            use_cpu=True,
         ),
         data_collator=Collator(2),
         train_dataset=rows,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from bare import bare_arguments
 
 from kdrun import DistillTrainer
 from kdrun.data.collate import Collator
@@ -25,18 +26,13 @@ def trainer(folder: Path, steps: int) -> DistillTrainer:
         model=transformers.LlamaForCausalLM(config),
         teacher=transformers.LlamaForCausalLM(config),
         loss="forward_kl",
-        args=transformers.TrainingArguments(
-            output_dir=str(folder),
+        args=bare_arguments(
+            folder,
             max_steps=steps,
             per_device_train_batch_size=2,
             save_steps=5,
-            report_to="none",
-            disable_tqdm=True,
             lr_scheduler_type="constant",
             learning_rate=1e-2,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            use_cpu=True,
         ),
         data_collator=Collator(0),
         train_dataset=TextWindows(tokens, 8, seed=3),

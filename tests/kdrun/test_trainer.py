@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from bare import bare_arguments
 
 import kdlosses
 from kdrun import DistillTrainer
@@ -67,14 +68,8 @@ def train(
         teacher=make(0, dropout=0.5) if with_teacher else None,
         loss=kdlosses.get_loss(loss, compiled=False) if loss.endswith("_chunked") else loss,
         kd_ratio=kd_ratio,
-        args=transformers.TrainingArguments(
-            output_dir=str(folder),
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            use_cpu=True,
+        args=bare_arguments(
+            folder,
             **settings,
         ),
         data_collator=Collator(0),
@@ -226,14 +221,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Pa
         model=broken,
         teacher=make(0),
         loss=kdlosses.get_loss("forward_kl_chunked", compiled=False),
-        args=transformers.TrainingArguments(
-            output_dir=str(tmp_path),
+        args=bare_arguments(
+            tmp_path,
             max_steps=1,
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            use_cpu=True,
         ),
         data_collator=Collator(0),
         train_dataset=rows([9]),

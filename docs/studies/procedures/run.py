@@ -10,16 +10,19 @@ take turns, seed by seed, so that a change of the machine's speed meets all of t
         --teacher TEACHER --student student-init --data rows.json --answers 50 \
         --set optimizer.lr=3e-4
 
-It writes ``results.csv``, a line a run, and prints means with standard deviations over seeds.
+It writes ``steps.json``, the steps of each arm, which a second start takes as they are, and
+``results.csv``, a line a run; and prints means with standard deviations over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import shutil
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "distillm2": {"procedure.spec": "distillm2"},
 }
 MEASURES = ("ce", "forward_kl", "reverse_kl", "top1_agreement", "rouge_l")
-CALIBRATION_STEPS = 12
 
 
 def config_of(
@@ -67,25 +69,64 @@ def config_of(
     return load_config(None, list(settings.items()))
 
 
-def run(config: RunConfig) -> tuple[dict[str, Any], float]:
-    """Train and measure; the summary, and the seconds that training and writing took."""
+@dataclass(frozen=True)
+class Cost:
+    """What a run of some steps took.
+
+    Attributes:
+        steps: how many.
+        training: seconds of the steps without what they wrote.
+        writing: seconds of writing answers, before and in the steps.
+        tokens: of these answers.
+    """
+
+    steps: int
+    training: float
+    writing: float
+    tokens: int
+
+
+def run(config: RunConfig) -> tuple[dict[str, Any], Cost]:
+    """Train and measure; the summary, and what it took."""
     shutil.rmtree(str(config.output.dir), ignore_errors=True)
     summary = dict(distill(config).summary)
     shutil.rmtree(str(config.output.dir), ignore_errors=True)
     written = summary.get("procedure", {})
-    return summary, summary["training_seconds"] + written.get("generation_seconds", 0.0)
+    return summary, Cost(
+        summary["steps"],
+        summary["training_seconds"],
+        written.get("generation_seconds", 0.0),
+        written.get("generated_tokens", 0),
+    )
 
 
 def steps_within(arm: str, given: argparse.Namespace) -> int:
-    """How many steps fit the budget, from two short runs: what is written once is told apart."""
-    folder = Path(given.output) / "calibration"
-    times = [
-        run(config_of(arm, given, 0, count, folder))[1]
-        for count in (CALIBRATION_STEPS, 3 * CALIBRATION_STEPS)
-    ]
-    each = (times[1] - times[0]) / (2 * CALIBRATION_STEPS)
-    once = max(0.0, times[0] - CALIBRATION_STEPS * each)
-    return max(1, int((given.seconds - once) / each))
+    """How many steps fit the budget, what is written once told apart from what a step takes.
+
+    Two short runs tell roughly; where they were shorter than a third of the length, one of a third
+    tells better: a student that learns writes longer or shorter answers than at first.
+    """
+    costs = [calibrate(arm, given, count) for count in given.calibrate]
+    third = fitting(*costs, given.seconds) // 3
+    if third > costs[-1].steps:
+        costs.append(calibrate(arm, given, third))
+    return fitting(*costs[-2:], given.seconds)
+
+
+def calibrate(arm: str, given: argparse.Namespace, steps: int) -> Cost:
+    """What a run of so many steps takes."""
+    return run(config_of(arm, given, 1000, steps, Path(given.output) / "run"))[1]
+
+
+def fitting(short: Cost, long: Cost, budget: float) -> int:
+    """The steps that take the budget, if all that two runs differ in grows with the steps.
+
+    Writing is judged by its tokens, as its seconds would mistake noise for growth.
+    """
+    more = long.steps - short.steps
+    writing = long.writing / long.tokens * (long.tokens - short.tokens) if long.tokens else 0.0
+    each = (long.training - short.training + writing) / more
+    return max(1, round(long.steps + (budget - long.training - long.writing) / each))
 
 
 def main() -> None:
@@ -98,18 +139,24 @@ def main() -> None:
     parser.add_argument("--teacher")
     parser.add_argument("--student")
     parser.add_argument("--data")
+    parser.add_argument("--calibrate", type=int, nargs=2, default=(6, 18), metavar="STEPS")
     parser.add_argument("--answers", type=int, default=0)
     parser.add_argument("--set", dest="settings", action="append", default=[])
     given = parser.parse_args()
     folder = Path(given.output)
     folder.mkdir(parents=True, exist_ok=True)
     arms = given.arms or list(ARMS)
-    steps = {arm: steps_within(arm, given) for arm in arms}
+    kept = folder / "steps.json"
+    steps: dict[str, int] = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
+    for arm in arms:
+        if arm not in steps:
+            steps[arm] = steps_within(arm, given)
+            kept.write_text(json.dumps(steps, indent=1), encoding="utf-8")
     rows: list[dict[str, Any]] = []
     for seed in range(given.seeds):
         for arm in arms:
             began = time.strftime("%H:%M:%S")
-            summary, seconds = run(config_of(arm, given, seed, steps[arm], folder / "run"))
+            summary, cost = run(config_of(arm, given, seed, steps[arm], folder / "run"))
             after, written = summary["after"], summary.get("procedure", {})
             rows.append(
                 {
@@ -117,9 +164,9 @@ def main() -> None:
                     "seed": seed,
                     "began": began,
                     "steps": summary["steps"],
-                    "seconds": round(seconds, 1),
-                    "generation_seconds": written.get("generation_seconds", 0.0),
-                    "generated_tokens": written.get("generated_tokens", 0),
+                    "seconds": round(cost.training + cost.writing, 1),
+                    "generation_seconds": round(cost.writing, 1),
+                    "generated_tokens": cost.tokens,
                     "phi": written.get("phi", ""),
                     **{name: after.get(f"eval_{name}") for name in MEASURES},
                 }

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from bare import bare_arguments
 
 import kdlosses
 from kdrun import DistillTrainer
@@ -443,18 +444,12 @@ def train(setting: Setting, teacher: Any, folder: Path, batch: int, steps: int =
         model=model(1, len(setting.tokenizer)),
         teacher=teacher,
         loss=kdlosses.get_loss("forward_kl_chunked", compiled=False),
-        args=transformers.TrainingArguments(
-            output_dir=str(folder),
+        args=bare_arguments(
+            folder,
             max_steps=steps,
             per_device_train_batch_size=batch,
             learning_rate=1e-3,
             logging_steps=1,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            use_cpu=True,
         ),
         data_collator=Collator(0),
         train_dataset=setting.examples,

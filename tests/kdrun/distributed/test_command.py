@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -25,17 +25,15 @@ RUN = [
 ]
 
 
-def launch(*arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run(
-        [sys.executable, *launcher, "-m", "kdrun", *RUN, *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=400,
-        check=False,
-    )
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def launch(torchrun: Any) -> Launch:
+    def run(*arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+        return torchrun(processes, "-m", "kdrun", *RUN, *arguments)  # type: ignore[no-any-return]
+
+    return run
 
 
 def alone(*arguments: object) -> None:
@@ -72,7 +70,9 @@ def check_equal(one: Path, other: Path) -> None:
             assert same["kd_loss"] == pytest.approx(line["kd_loss"], rel=1e-5)
 
 
-def test_two_processes_are_one_run_which_one_may_finish(one: Path, tmp_path: Path) -> None:
+def test_two_processes_are_one_run_which_one_may_finish(
+    one: Path, launch: Launch, tmp_path: Path
+) -> None:
     folder = tmp_path / "two"
     done = launch("--batch-size", 4, "--output", folder)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -89,7 +89,9 @@ def test_two_processes_are_one_run_which_one_may_finish(one: Path, tmp_path: Pat
     check_equal(one, folder)
 
 
-def test_models_spread_over_two_processes_are_one_run(one: Path, tmp_path: Path) -> None:
+def test_models_spread_over_two_processes_are_one_run(
+    one: Path, launch: Launch, tmp_path: Path
+) -> None:
     folder = tmp_path / "spread"
     spread = ("--set", "training.fsdp=true", "--output", folder)
     done = launch("--batch-size", 4, *spread)
@@ -109,7 +111,9 @@ def test_models_spread_over_two_processes_are_one_run(one: Path, tmp_path: Path)
             assert (folder / "student" / "model.safetensors").read_bytes() == weights
 
 
-def test_spread_adapters_and_the_state_of_a_loss_are_resumed_bit_for_bit(tmp_path: Path) -> None:
+def test_spread_adapters_and_the_state_of_a_loss_are_resumed_bit_for_bit(
+    launch: Launch, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     arguments: list[object] = ["--loss", "taid_chunked", "--batch-size", 4, "--lora-rank", 4]
     arguments += ["--set", "lora.dropout=0.1", "--set", "training.fsdp=true"]

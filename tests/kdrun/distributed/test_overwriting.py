@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,9 @@ import transformers
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
-def test_r1_r4_four_processes_replace_a_run_twenty_times(tiny_pair: Any, tmp_path: Path) -> None:
+def test_r1_r4_four_processes_replace_a_run_twenty_times(
+    tiny_pair: Any, torchrun: Any, tmp_path: Path
+) -> None:
     """The teacher's weights lie on the device of the process's rows in all of them."""
     folder = tmp_path / "run"
     config = {
@@ -28,16 +27,7 @@ def test_r1_r4_four_processes_replace_a_run_twenty_times(tiny_pair: Any, tmp_pat
     }
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps(config), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    done = subprocess.run(
-        [sys.executable, *launcher, overwriter.__file__, str(settings), "20"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=400,
-        check=False,
-    )
+    done = torchrun(4, overwriter.__file__, settings, 20)
     assert done.returncode == 0, done.stderr[-4000:]
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert summary["steps"] == 2

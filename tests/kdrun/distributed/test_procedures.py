@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -26,23 +24,14 @@ RUN = [
 
 
 @pytest.mark.parametrize("spec", ["gkd:lambda=0.5", "distillm:margin=0,increase=0.9,capacity=8"])
-def test_two_processes_draw_and_write_what_one_would(spec: str, tmp_path: Path) -> None:
+def test_two_processes_draw_and_write_what_one_would(
+    spec: str, torchrun: Any, tmp_path: Path
+) -> None:
     arguments = ["--procedure", spec, *RUN]
     if spec.startswith("distillm"):  # a loss that rises
         arguments += ["--lr", "0.2"]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", "-m", "kdrun", *arguments),
-            *("--batch-size", "4", "--output", str(tmp_path / "two")),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=400,
-        check=False,
-    )
+    two = ["--batch-size", "4", "--output", tmp_path / "two"]
+    done = torchrun(2, "-m", "kdrun", *arguments, *two)
     assert done.returncode == 0, done.stderr[-3000:]
     one = [*arguments, "--batch-size", "8", "--output", str(tmp_path / "one")]
     assert CliRunner().invoke(cli, one, catch_exceptions=False).exit_code == 0

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import worker
@@ -15,29 +13,15 @@ from safetensors.torch import load_file
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
-def launch(folder: Path, processes: int) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, *launcher, worker.__file__, str(folder)],
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(torchrun: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     worker.make(folder / "student-tied", True, 1)
     worker.make(folder / "student-untied", False, 2)
     worker.make(folder / "teacher", True, 3)
     for processes in (1, 2, 4):
-        launch(folder, processes)
+        done = torchrun(processes, worker.__file__, folder)
+        assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 

@@ -21,6 +21,9 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import SequentialSampler
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bare import bare_arguments
+
 import kdlosses
 from kdrun import DistillTrainer
 from kdrun.data.collate import Collator
@@ -93,8 +96,8 @@ def step(case: Case, base: Path) -> tuple[dict[str, torch.Tensor], dict[str, flo
     world = int(os.environ.get("WORLD_SIZE", "1"))
     heads = "tied" if case.tied else "untied"
     load = transformers.LlamaForCausalLM.from_pretrained
-    arguments = transformers.TrainingArguments(
-        output_dir=str(base / "unused"),
+    arguments = bare_arguments(
+        base / "unused",
         max_steps=STEPS,
         per_device_train_batch_size=ROWS // world // case.accumulation,
         gradient_accumulation_steps=case.accumulation,
@@ -104,12 +107,6 @@ def step(case: Case, base: Path) -> tuple[dict[str, torch.Tensor], dict[str, flo
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
         logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        use_cpu=True,
     )
     # After the arguments, which start the process group.
     student = load(base / f"student-{heads}", dtype=torch.float32)
@@ -162,16 +159,8 @@ def guarded(base: Path, fsdp: bool) -> dict[str, Any]:
     data[0] = {"input_ids": [1, 4, 5, 6], "labels": [-100, 4, 5, 6]}
     found: dict[str, Any] = {}
     for skip in (True, False):
-        arguments = transformers.TrainingArguments(
-            output_dir=str(base / "unused"),
-            max_steps=1,
-            per_device_train_batch_size=ROWS // world,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            use_cpu=True,
+        arguments = bare_arguments(
+            base / "unused", max_steps=1, per_device_train_batch_size=ROWS // world
         )
         student = load(base / "student-untied", dtype=torch.float32)
         student.model.embed_tokens.weight.data[1] = float("nan")  # no other row has it

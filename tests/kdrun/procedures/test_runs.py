@@ -277,25 +277,6 @@ def test_plain_text_is_continued_from_the_first_half_of_its_windows(
     assert 0 < tokens <= 4 * 16
 
 
-@pytest.fixture
-def still_student(tiny_tokenizer: Any, tmp_path: Path) -> Path:
-    """A student without dropout."""
-    torch.manual_seed(1)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-    )
-    folder = tmp_path / "still"
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
 def tokens(batch: dict[str, Any]) -> torch.Tensor:
     from kdrun.trainer import tokens_by_origin
 

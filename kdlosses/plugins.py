@@ -1,0 +1,171 @@
+"""Groups of entry points: named classes of any installed distribution, imported only when used.
+
+Built-in members and plugins come in by the same door. Listing reads metadata only; a plugin that
+cannot be imported breaks nothing but itself.
+"""
+
+import difflib
+import inspect
+import os
+import traceback
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+DEBUG_VARIABLE = "KDLOSSES_DEBUG"
+_BUILT_IN = "kdlosses"
+
+R = TypeVar("R", bound="PluginRef")
+
+
+@dataclass(frozen=True)
+class PluginRef:
+    """A registered class, not yet imported.
+
+    Attributes:
+        name: the name on the command line.
+        distribution: the installed distribution that registers it.
+        module: ``package.module:Class``.
+    """
+
+    name: str
+    distribution: str
+    module: str
+
+
+@dataclass(frozen=True)
+class PluginGroup(Generic[R]):
+    """One group of entry points.
+
+    Attributes:
+        group: its name in ``[project.entry-points]``.
+        kind: what a member is called in messages, such as "loss".
+        listing: the command that lists the members.
+        ref: the class of the references it gives.
+        wrong: raised for what the user or a plugin's author has to mend.
+        broken: raised where a member cannot be imported.
+    """
+
+    group: str
+    kind: str
+    listing: str
+    ref: type[R]
+    wrong: type[Exception]
+    broken: type[Exception]
+
+    def available(self) -> tuple[R, ...]:
+        """Every member by name; imports none.
+
+        Names that two distributions claim are listed once for each of them.
+        """
+        refs = (self._ref(entry) for entry in self._entries())
+        return tuple(sorted(refs, key=lambda ref: (ref.name, ref.distribution)))
+
+    def find(self, name: str) -> R:
+        """The member of a name; imports nothing.
+
+        Built-in members cannot be replaced: they win over others of their name.
+
+        Raises:
+            Exception: of type ``wrong``: an unknown name, with a close one, or a name that two
+                distributions claim.
+        """
+        return self._ref(self._find(name))
+
+    def load(self, name: str, bases: tuple[type, ...], expected: str) -> type[Any]:
+        """Import the class of a name.
+
+        Args:
+            name: of the member.
+            bases: the class must derive from one of them, and define what is abstract there.
+            expected: how messages name the bases.
+
+        Raises:
+            Exception: of type ``wrong``: as for :meth:`find`, or no such class; of type
+                ``broken``: the import failed. With the environment variable ``KDLOSSES_DEBUG``
+                set, the message holds the traceback.
+        """
+        entry = self._find(name)
+        origin = f"{self.kind} {name!r} of distribution {_distribution(entry)!r} ({entry.value})"
+        try:
+            loaded = entry.load()
+        # SystemExit too: a plugin that calls sys.exit() on import must not end the command line.
+        except (Exception, SystemExit) as error:
+            detail = f"{type(error).__name__}: {error} (set {DEBUG_VARIABLE}=1 for more)"
+            if os.environ.get(DEBUG_VARIABLE):
+                detail = traceback.format_exc()
+            raise self.broken(f"{origin} cannot be imported: {detail}") from error
+        if not (isinstance(loaded, type) and issubclass(loaded, bases)):
+            raise self.wrong(f"{origin} is not a subclass of {expected}")
+        found: type[Any] = loaded
+        if inspect.isabstract(found):
+            missing = ", ".join(sorted(found.__abstractmethods__))
+            raise self.wrong(f"{origin} does not define {missing}")
+        return found
+
+    def build(
+        self, name: str, kind: type[Any], known: Collection[str], given: Mapping[str, str]
+    ) -> Any:
+        """Construct a pydantic class from parameters that are still text.
+
+        Args:
+            name: of the member, for messages.
+            kind: its class.
+            known: the names of its parameters.
+            given: the parameters.
+
+        Raises:
+            Exception: of type ``wrong``: an unknown parameter, with a close one, or a value out of
+                bounds.
+        """
+        from pydantic import ValidationError
+
+        for key in given:
+            if key not in known:
+                takes = f"it takes {', '.join(known)}" if known else "it takes no parameters"
+                hint = _did_you_mean(key, known)
+                raise self.wrong(f"{self.kind} {name!r} has no parameter {key!r}{hint}; {takes}")
+        try:
+            return kind(**given)
+        except ValidationError as error:
+            first: Any = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "parameters"
+            raise self.wrong(
+                f"{self.kind} {name!r}: {where}={first['input']!r}: {first['msg']}"
+            ) from error
+
+    def _entries(self) -> list[EntryPoint]:
+        return list(entry_points(group=self.group))
+
+    def _ref(self, entry: EntryPoint) -> R:
+        return self.ref(entry.name, _distribution(entry), entry.value)
+
+    def _find(self, name: str) -> EntryPoint:
+        entries = self._entries()
+        matches = [entry for entry in entries if entry.name == name]
+        if not matches:
+            names = sorted({entry.name for entry in entries})
+            hint = _did_you_mean(name, names)
+            raise self.wrong(
+                f"unknown {self.kind} {name!r}{hint}; {self.listing!r} shows all {len(names)}"
+            )
+        distributions = sorted({_distribution(entry) for entry in matches})
+        if len(distributions) > 1 or len({entry.value for entry in matches}) > 1:
+            built_in = [entry for entry in matches if _distribution(entry) == _BUILT_IN]
+            if built_in:
+                return built_in[0]
+            raise self.wrong(
+                f"{self.kind} {name!r} is registered by {' and '.join(distributions)}; uninstall "
+                "all but one"
+            )
+        return matches[0]
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else "unknown"
+
+
+def _did_you_mean(word: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
