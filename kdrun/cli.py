@@ -119,13 +119,15 @@ def cli(
     from kdrun.distillation import distill
 
     overrides = _overrides(settings, given)
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
+    folder = dict(overrides).get("output.dir")
+    if resume and config is None and folder is not None:
+        # A run goes on as it was; flags change it.
+        config = _config_in(Path(str(folder)).expanduser())
     run_config = load_config(config, overrides)
     if resume and run_config.output.dir is None:
         raise InputError("--resume needs --output, the folder of the run to continue")
-    if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other")
-    if resume and config is None and not given_beyond(overrides, "output.dir"):
-        run_config = _config_of(Path(str(run_config.output.dir)))
     for option, value in (("--device", device), ("--processes", processes)):
         if value is not None and not dry_run:
             raise click.UsageError(f"{option} goes with --dry-run")
@@ -158,19 +160,13 @@ def _overrides(
     return overrides + [(key, _flag_value(key, text)) for key, text in given if text is not None]
 
 
-def given_beyond(overrides: Sequence[tuple[str, Any]], key: str) -> bool:
-    """Whether anything but one key was given."""
-    return any(name != key for name, _ in overrides)
-
-
-def _config_of(folder: Path) -> Any:
+def _config_in(folder: Path) -> Path:
     """The configuration that a run wrote, so that ``--resume --output DIR`` is enough."""
-    from kdrun.config import load_config
     from kdrun.runs import CONFIG
 
     if not (folder / CONFIG).is_file():
         raise InputError(f"--resume: {folder} holds no run to continue")
-    return load_config(folder / CONFIG, [("output.dir", str(folder))])
+    return folder / CONFIG
 
 
 def _flag_value(key: str, text: str) -> Any:

@@ -337,7 +337,8 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{key}={first['input']!r}: {first['msg']}") from error
+        reason = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{key}={first['input']!r}: {reason}") from error
 
 
 def complete_pair(given: Mapping[str, Any]) -> dict[str, Any]:

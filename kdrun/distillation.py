@@ -292,6 +292,9 @@ def _run(
     _replace_callbacks(trainer, rate, show)
     place_logs(trainer, folder / runs.TENSORBOARD)
     if world.is_main:
+        if not resume:
+            adapted = config.lora.rank is not None and pair.fresh_student
+            runs.clear(folder, keep_base=adapted)
         runs.write_text(folder / runs.CONFIG, config.to_yaml())
         metrics = runs.MetricsFile(folder / runs.METRICS, first_step)
         trainer.add_callback(WriteMetrics(metrics))

@@ -45,7 +45,7 @@ def choose_folder(given: str | None, loss: str) -> Path:
 
 
 def prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Create the folder of a run, or refuse one that holds something else.
+    """Create the folder of a run, or refuse one that holds something else; removes nothing.
 
     Raises:
         InputError: it holds another run or foreign files, or cannot be written.
@@ -55,7 +55,7 @@ def prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     holds_run = (folder / CONFIG).is_file()
     if resume and not holds_run:
         raise InputError(f"--resume: {folder} holds no run to continue")
-    if folder.is_dir() and any(folder.iterdir()) and not resume:
+    if folder.is_dir() and not resume and _holds_anything(folder):
         if not holds_run:
             raise InputError(
                 f"--output {folder} is not empty and holds no run; name another folder"
@@ -65,7 +65,6 @@ def prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:
                 f"--output {folder} holds a run; add --resume to continue it, --overwrite to "
                 "replace it, or name another folder"
             )
-        _clear(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,11 +73,28 @@ def prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         raise InputError(f"--output {folder} cannot be written; name another folder")
 
 
-def _clear(folder: Path) -> None:
-    """Remove what a run wrote, and nothing else."""
+def _holds_anything(folder: Path) -> bool:
+    """Whether there is more in a folder than a start that was refused leaves."""
+    left = folder / CHECKPOINTS
+    return any(entry != left or not _is_empty(entry) for entry in folder.iterdir())
+
+
+def _is_empty(entry: Path) -> bool:
+    return entry.is_dir() and not any(entry.iterdir())
+
+
+def clear(folder: Path, keep_base: bool) -> None:
+    """Remove what an earlier run wrote, and nothing else.
+
+    Called only once nothing can be refused any more: wrong input costs no finished run.
+
+    Args:
+        folder: of the run.
+        keep_base: leave :data:`BASE` as it is, which the new run has just written.
+    """
     for name in (CONFIG, METRICS, SUMMARY, ANSWERS):
         (folder / name).unlink(missing_ok=True)
-    for name in (STUDENT, CHECKPOINTS, ADAPTER, BASE, TENSORBOARD):
+    for name in (STUDENT, CHECKPOINTS, ADAPTER, TENSORBOARD, *(() if keep_base else (BASE,))):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -25,7 +25,7 @@ from kdlosses import (
     measure,
 )
 from kdrun.data.collate import IGNORE_INDEX, ROW, shift_labels
-from kdrun.errors import TrainingError
+from kdrun.errors import InputError, TrainingError
 from kdrun.loss_guard import BadLoss, LossGuard
 from kdrun.models.heads import (
     Consumer,
@@ -507,8 +507,16 @@ class DistillTrainer(Trainer):
     ) -> None:
         if self.is_distributed_loading_by_transformers:
             load_shards(self.model, None, Path(resume_from_checkpoint) / SHARDS)
-        else:
+            return
+        try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise InputError(
+                f"{resume_from_checkpoint}: has weights of other sizes than the student; continue "
+                "the run with the model that it began with"
+            ) from error
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.is_distributed_loading_by_transformers:

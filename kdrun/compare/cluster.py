@@ -22,6 +22,7 @@ _RETRIES = 3
 """A trial whose worker is lost runs again so many times before it counts as failed."""
 
 _POLL_SECONDS = 1.0
+_CONNECT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    if address is not None:
+        check_address(address)
     try:
         ray.init(
             address,
@@ -153,6 +156,24 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """Refuse a ``HOST:PORT`` that nothing answers at, where Ray would try for minutes.
+
+    Raises:
+        InputError: naming the address.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto" and the like, which Ray itself understands or refuses
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"--ray-address {address}: nothing answers there ({error}); start one with ray start "
+            "--head"
+        ) from error
 
 
 def check_room(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float) -> None:

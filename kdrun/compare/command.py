@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -22,16 +23,19 @@ from kdrun.compare.plan import (
     Plan,
     find_yardstick,
     methods,
+    parts_of,
     setting,
     shared_settings,
     trained_on,
 )
-from kdrun.compare.record import Record
+from kdrun.compare.record import Record, Trial
 from kdrun.compare.references import measure_references
 from kdrun.compare.run import Comparison, check_pairs, run_comparison, watch_nothing
-from kdrun.compare.teachers import cache_teachers
+from kdrun.compare.teachers import cache_teachers, check_named_cache
 from kdrun.compare.trial import quiet_console
 from kdrun.config import BUILT_IN, ProcedureConfig, RunConfig, load_config
+from kdrun.data.prepare import read_rows
+from kdrun.data.rows import TextRow
 from kdrun.errors import InputError
 from kdrun.procedures.registry import get_procedure
 
@@ -42,6 +46,13 @@ if TYPE_CHECKING:
 _BUILT_IN_STEPS = 400
 _ANSWERS = 50
 _NEVER = 10**9
+_AXIS_OF = {
+    "loss.spec": "--loss",
+    "procedure.spec": "--procedure",
+    "training.seed": "--seeds",
+    "output.dir": "--output",
+}
+"""Keys that trials vary, and the option that says how."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,11 @@ def comparison_of(options: Options) -> Comparison:
         InputError: wrong options, unknown losses, models that are not there.
     """
     given = dict(options.overrides)
+    for key, option in _AXIS_OF.items():
+        if key in given:
+            raise InputError(f"--set {key}: is varied in a comparison; give {option} instead")
+    if "none" in options.teachers:
+        raise InputError("--teacher none: a comparison has a teacher; name one")
     if options.students:
         given.setdefault("model.student", options.students[0])
     if options.teachers:
@@ -146,8 +162,8 @@ def comparison_of(options: Options) -> Comparison:
     axes.check()
     yardstick = find_yardstick(options.yardstick)
     difference = yardstick.difference if options.difference is None else options.difference
-    if not difference > 0:
-        raise InputError(f"--difference {difference:g}: must be above 0")
+    if not 0 < difference < math.inf:
+        raise InputError(f"--difference {difference:g}: must be above 0, and finite")
     plan = Plan(axes, yardstick, difference, setting(shared_settings(base)))
     return Comparison(plan, base, options.keep_students, cached)
 
@@ -172,6 +188,31 @@ def _sampling(
     return ProcedureConfig(**{**kept, **given, "spec": first})
 
 
+def _check_rows(comparison: Comparison) -> None:
+    """Refuse rows that trials cannot be trained or measured on.
+
+    Raises:
+        InputError: naming the file, or what the primary yardstick lacks.
+    """
+    plan, base = comparison.plan, comparison.base
+    asks, evaluation = plan.yardstick.asks, base.evaluation
+    name = f"--yardstick {plan.yardstick.name}"
+    if asks and evaluation.answers == 0:
+        raise InputError(f"{name}: scores answers, and evaluation.answers is 0; raise it")
+    if plan.yardstick.name == "exact_match" and evaluation.answer_pattern is None:
+        raise InputError(
+            f"{name}: set evaluation.answer_pattern, which finds the final answer, such as "
+            "'#### *(.+)'"
+        )
+    for part in parts_of(plan.axes.tuned):
+        rows = read_rows(base.data.model_copy(update={"part": part})).held_out
+        if asks and all(isinstance(row, TextRow) for row in rows):
+            raise InputError(
+                f"{name}: the held-out rows are plain text, which asks nothing; take another "
+                "yardstick, or rows of prompts and answers"
+            )
+
+
 def _sets_answers(base: RunConfig) -> bool:
     """Whether the user said how many prompts are answered, 0 included."""
     return "answers" in base.evaluation.model_fields_set
@@ -190,6 +231,8 @@ def compare_losses(options: Options, console: Console) -> None:
         import_ray()
     with quiet_libraries():
         check_pairs(comparison)
+        _check_rows(comparison)
+        check_named_cache(comparison)
         if options.dry_run:
             _show_plan(comparison, [], console)
             return
@@ -273,17 +316,19 @@ def _show_plan(comparison: Comparison, records: Sequence[Record], console: Conso
     axes = comparison.plan.axes
     total = list(planned)
     if axes.tuned:
-        count = axes.seeds * len(methods(axes))
-        console.print(f"and {count} final trials of the arms that tuning chooses")
-        total += planned[:1] * count
-    keys = [(t.arm.kd_ratio > 0 and not comparison.cached, t.arm.pair) for t in total]
+        chosen = [method.arms(axes)[0] for method in methods(axes) for _ in range(axes.seeds)]
+        console.print(f"and {len(chosen)} final trials of the arms that tuning chooses")
+        total += [Trial(arm=arm, seed=0) for arm in chosen]
     times = {
-        key: trial_seconds(comparison.base, trial, live=key[0])
-        for key, trial in dict(zip(keys, total, strict=True)).items()
+        arm: trial_seconds(comparison.base, trial, comparison.cached)
+        for arm, trial in {trial.arm: trial for trial in total}.items()
     }
-    seconds = [times[key] for key in keys]
+    seconds = [times[trial.arm] for trial in total]
     if None in seconds:
         console.print("time: give --max-steps for an estimate")
         return
     once = ", and each teacher once over all rows" if comparison.cached else ""
+    procedures = [get_procedure(spec) for spec in axes.procedures if spec is not None]
+    if any(procedure.cost(comparison.base).teacher_answers_once for procedure in procedures):
+        once += ", and the teacher's answers to all prompts once"
     console.print(f"time: about {sum(s or 0 for s in seconds) / 60:.0f} min (rough){once}")

@@ -3,55 +3,74 @@
 from __future__ import annotations
 
 import time
+from functools import lru_cache
 from pathlib import Path
 
 from kdrun.compare.record import Trial
+from kdrun.compare.trial import trial_config
 from kdrun.config import RunConfig
+from kdrun.models.context import load_model_config
+from kdrun.models.locate import ModelSource
 from kdrun.pairs import locate_pair
+from kdrun.procedures.base import Cost
+from kdrun.procedures.run import procedure_of
+from kdrun.procedures.sampling import Sampling
 
 _SHARE_OF_PRODUCTS = 0.35  # of the rate of a bare product, reached by a whole step (measured)
 _START_SECONDS = 15.0  # imports, loading, two evaluations
+# Of one more token to a batch of answers, whatever the width (measured on small models).
+_TOKEN_SECONDS, _LAYER_SECONDS = 2e-3, 1e-3
 
 
-def trial_seconds(base: RunConfig, trial: Trial, live: bool) -> float | None:
+def trial_seconds(base: RunConfig, trial: Trial, cached: bool) -> float | None:
     """Seconds of a trial, or None where the number of steps follows from the data only.
 
     Args:
         base: what all trials share.
         trial: the trial.
-        live: whether it runs its teacher in training.
+        cached: whether a cache of the teacher serves trials that learn from the data.
     """
     steps = base.training.max_steps
     if steps is None:
         return None
-    model = base.model.model_copy(
-        update={"teacher": trial.arm.teacher, "student": trial.arm.student}
-    )
-    teacher, student = locate_pair(model)
-    rows = base.training.batch_size * base.training.gradient_accumulation_steps
-    tokens = steps * rows * base.data.max_length
-    forward = 0.0
-    if live and teacher is not None:
-        forward = 2.0 * _parameters(Path(teacher.path))
-    operations = tokens * (6.0 * _parameters(Path(student.path)) + forward)
-    return _START_SECONDS + operations / (_SHARE_OF_PRODUCTS * _product_rate())
+    config = trial_config(base, trial, Path("unused"), "all", None)
+    procedure = procedure_of(config)
+    live = trial.arm.kd_ratio > 0 and not (cached and procedure is None)
+    cost = Cost() if procedure is None else procedure.cost(config)
+    batches = steps * base.training.gradient_accumulation_steps
+    tokens = batches * base.training.batch_size * base.data.max_length
+    trust = base.model.trust_remote_code
+    waits, operations = 0.0, 0.0
+    teacher, student = locate_pair(config.model)
+    for source, trained, written in (
+        (student, True, cost.student_answers),
+        (teacher, False, cost.teacher_answers),
+    ):
+        if source is None:
+            continue
+        parameters, layers = _size(source, trust)
+        forward = 2.0 * tokens * parameters
+        passes = cost.rows * (3.0 if trained else float(live)) + written
+        operations += passes * forward
+        if written > 0:
+            new = batches * Sampling.of(config).max_new_tokens
+            waits += written * new * (_TOKEN_SECONDS + _LAYER_SECONDS * layers)
+    return _START_SECONDS + waits + operations / (_SHARE_OF_PRODUCTS * _product_rate())
 
 
-def _parameters(path: Path) -> float:
-    """About how many parameters a model has, from the size of its files."""
-    if path.is_file():
-        return float(path.stat().st_size)  # GGUF: about a byte each
-    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    if size:
-        return size / 4.0
+@lru_cache
+def _size(source: ModelSource, trust_remote_code: bool) -> tuple[int, int]:
+    """Parameters and layers of a model; no weights are read."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    shape = load_model_config(source, trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    return float(sum(p.numel() for p in model.parameters()))
+        model = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust_remote_code)
+    return sum(p.numel() for p in model.parameters()), shape.get_text_config().num_hidden_layers
 
 
+@lru_cache
 def _product_rate() -> float:
     """Floating-point operations a second of a matrix product here."""
     import torch

@@ -88,8 +88,7 @@ class Ledger:
         """All records, in the order of their names.
 
         Raises:
-            InputError: a record was edited into something that is none, or belongs to another
-                trial than its name says.
+            InputError: a record was edited, or belongs to another trial than its name says.
         """
         return [self._read(path) for path in sorted((self.folder / RECORDS).glob("*.json"))]
 
@@ -98,8 +97,9 @@ class Ledger:
         return self._path(identity).is_file()
 
     def add(self, record: Record) -> None:
-        """Write a record, whole or not at all."""
-        write_text(self._path(record.id), record.model_dump_json(indent=1) + "\n")
+        """Write a record with its checksum, whole or not at all."""
+        sealed = record.model_copy(update={"checksum": record.digest()})
+        write_text(self._path(record.id), sealed.model_dump_json(indent=1) + "\n")
 
     def trial_folder(self, identity: str) -> Path:
         """Where a trial's run goes."""
@@ -142,6 +142,11 @@ class Ledger:
             raise InputError(
                 f"{path}: holds the record of {record.id}; restore it, or delete it to have the "
                 "trial run again"
+            )
+        if record.checksum not in (None, record.digest()):
+            raise InputError(
+                f"{path}: was edited: its checksum is that of other content; restore it, or delete "
+                "it to have the trial run again"
             )
         return record
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -86,8 +87,8 @@ class Axes:
                     f"--kd-ratio {ratio:g}: must lie in (0, 1]; the baseline at 0 is always there"
                 )
         for lr in self.lrs:
-            if not lr > 0:
-                raise InputError(f"--lr {lr:g}: must be above 0")
+            if not 0 < lr < math.inf:
+                raise InputError(f"--lr {lr:g}: must be above 0, and finite")
         if self.seeds < 1:
             raise InputError("--seeds: at least one is needed, two for any verdict")
         if self.tuned and self.tuning_seeds < 1:
@@ -140,6 +141,12 @@ class Plan:
         """The name of a trial's record."""
         return trial.identity(f"{self.setting} {part_of(trial, self.axes.tuned)}")
 
+    def _names(self, trial: Trial) -> set[str]:
+        """Those that a trial can have in this folder."""
+        return {
+            trial.identity(f"{self.setting} {part_of(trial, tuned)}") for tuned in (True, False)
+        }
+
     def planned(self, records: Sequence[Record]) -> list[Trial]:
         """All trials that can be named so far; the final ones follow from the tuning."""
         return [
@@ -158,16 +165,17 @@ class Plan:
         Raises:
             InputError: a record is of a trial that its name does not belong to.
         """
-        for record in records:
-            names = {
-                record.trial.identity(f"{self.setting} {part_of(record.trial, tuned)}")
-                for tuned in (True, False)
-            }
-            if record.id not in names:
-                raise InputError(
-                    f"records/{record.id}.json: was edited: its trial is another than the one "
-                    "that was run; restore it, or delete it to have the trial run again"
-                )
+        strange = [record for record in records if record.id not in self._names(record.trial)]
+        if len(strange) > 1 and len(strange) == len(records):
+            raise InputError(
+                "comparison.yaml: was edited: no record is of a trial with its shared settings; "
+                "restore it"
+            )
+        if strange:
+            raise InputError(
+                f"records/{strange[0].id}.json: was edited: its trial is another than the one "
+                "that was run; restore it, or delete it to have the trial run again"
+            )
         known = [record for record in records if self.identity(record.trial) == record.id]
         wanted = {self.identity(trial) for trial in self.planned(known)}
         return [record for record in known if record.id in wanted]

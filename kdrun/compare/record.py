@@ -94,6 +94,7 @@ class Record(_Data):
         command: the command that repeats this trial alone.
         versions: of Python and packages.
         hardware: processor, cores, memory, accelerator.
+        checksum: of all the rest, from the ledger; None in folders of earlier versions.
     """
 
     id: str
@@ -109,3 +110,14 @@ class Record(_Data):
     command: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
     hardware: dict[str, str] = Field(default_factory=dict)
+    checksum: str | None = None
+
+    def digest(self) -> str:
+        """What :attr:`checksum` has to be.
+
+        Defaults are left out, so that a field of a later version changes no earlier record.
+        """
+        # Through JSON, which has no NaN: a record that was read is the one that was written.
+        text = self.model_dump_json(exclude={"checksum"}, exclude_defaults=True)
+        content = json.dumps(json.loads(text), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()

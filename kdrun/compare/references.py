@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from kdrun.compare.ledger import Ledger
 from kdrun.compare.plan import part_of
@@ -24,6 +25,19 @@ FILE = "references.json"
 TEACHER, UNTRAINED = "teacher", "untrained student"
 
 References = dict[str, dict[str, float | None]]
+
+
+class _Entry(BaseModel):
+    """What ``references.json`` holds of one model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    teacher: str
+    student: str
+    role: Literal["teacher", "untrained student"]
+    measures: dict[str, float | None]
+
+
+_ENTRIES = TypeAdapter(list[_Entry])
 
 
 def read_references(ledger: Ledger, teacher: str, student: str) -> References:
@@ -92,9 +106,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if all({"teacher", "student", "role", "measures"} <= set(entry) for entry in found):
-            return list(found)
-    except (TypeError, ValueError):
-        pass
-    raise InputError(f"{path}: not the file that was written; delete it to have it measured again")
+        entries = _ENTRIES.validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: not the file that was written; delete it to have it measured again"
+        ) from error
+    return [entry.model_dump() for entry in entries]

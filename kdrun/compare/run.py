@@ -97,7 +97,7 @@ def check_pairs(comparison: Comparison) -> None:
         InputError: naming the loss, the procedure or the model.
     """
     from kdrun.distillation import build_loss, check_name
-    from kdrun.pairs import find_pair, locate_pair
+    from kdrun.pairs import check_context, find_pair, locate_pair
     from kdrun.procedures.run import procedure_of
 
     base = comparison.base
@@ -112,4 +112,4 @@ def check_pairs(comparison: Comparison) -> None:
         for student in comparison.plan.axes.students:
             model = base.model.model_copy(update={"teacher": teacher, "student": student})
             locate_pair(model)
-            find_pair(model)
+            check_context(base.model_copy(update={"model": model}), find_pair(model))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdrun.cache.choose import check_cache
 from kdrun.cache.manifest import Manifest, read_manifest
 from kdrun.compare.ledger import Ledger
 from kdrun.compare.plan import Part, parts_of
@@ -74,6 +75,33 @@ def cache_teachers(
         if folder is not None:
             found[pair] = folder
     return found
+
+
+def check_named_cache(comparison: Comparison) -> None:
+    """Refuse a cache that the user names where it cannot serve every trial.
+
+    Raises:
+        InputError: naming the loss, the row or the teacher that it is not made for.
+    """
+    from kdrun.distillation import build_loss, unchunked
+
+    base, axes = comparison.base, comparison.plan.axes
+    if base.model.teacher_cache is None:
+        return
+    if len(axes.teachers) > 1:
+        raise InputError(
+            f"model.teacher_cache={base.model.teacher_cache}: holds one teacher, and --teacher is "
+            "given several times; leave the cache out"
+        )
+    for student in axes.students:
+        model = base.model.model_copy(update={"teacher": axes.teachers[0], "student": student})
+        loss = base.loss.model_copy(update={"kd_ratio": axes.kd_ratios[0]})
+        config = base.model_copy(update={"model": model, "loss": loss})
+        models = find_pair(model)
+        examples = encode_for(config, read_rows(base.data), models.tokenizer, shift_windows=False)
+        for spec in axes.losses:
+            plain = build_loss(unchunked(loss.model_copy(update={"spec": spec})), None)
+            check_cache(config, models, examples, plain)
 
 
 def _find_or_build(

@@ -25,7 +25,7 @@ from kdrun.models.adapters import check_peft
 from kdrun.models.context import load_model_config
 from kdrun.models.quantize import check_quantization
 from kdrun.pairs import check_context, find_pair, locate_pair
-from kdrun.procedures.run import leave_room, procedure_of
+from kdrun.procedures.run import leave_room, procedure_of, read_text
 from kdrun.processes import check_deepspeed
 from kdrun.quiet import quiet_libraries
 from kdrun.trackers import check_tracker
@@ -50,7 +50,7 @@ class DryRun:
         notes: on rows, tokenizers and cache, a line each.
         steps: optimiser steps.
         processes: that share the work.
-        rows_per_step: over all micro-batches and processes.
+        rows_per_step: over all micro-batches and processes, with those that a procedure adds.
         longest: tokens of the longest training row.
         memory: bytes by part on the device of one process; None where a part cannot be told.
         device: where.
@@ -88,7 +88,7 @@ def dry_run(
     """
     check_name(config.loss.spec)
     check_peft(config.lora)
-    procedure = procedure_of(config)
+    procedure, made = procedure_of(config), 1
     check_tracker(config.training.report_to)
     check_quantization(config)
     check_deepspeed(config.training.deepspeed)
@@ -110,16 +110,22 @@ def dry_run(
         if config.data.packing:
             examples = pack_training(examples, config.data.max_length)
         if procedure is not None:
-            from kdrun.procedures.sampling import Sampling
+            from kdrun.procedures.sampling import Sampling, longest_written
 
-            examples = leave_room(examples, Sampling.of(config), pair.tokenizer)
-        notes = [*pair.notes, *rows.notes, *examples.notes]
+            sampling = Sampling.of(config)
+            examples = leave_room(examples, sampling, pair.tokenizer)
+            made = procedure.cost(config).rows
+        _, of_text = read_text(config, pair.tokenizer)
+        notes = [*pair.notes, *rows.notes, *examples.notes, *([of_text] if of_text else [])]
         if config.model.teacher_cache is not None:
             plain = build_loss(unchunked(config.loss), None)
             notes.append(f"teacher: {check_cache(config, pair, examples, plain)}")
         count = len(examples.train)  # type: ignore[arg-type]
         longest = max(len(example["input_ids"]) for example in examples_in(examples.train))
-        student, teacher, memory = _memory(config, pair, longest, count, device)
+        if procedure is not None:
+            longest = max(longest, longest_written(examples_in(examples.train), sampling))
+        batch = made * min(config.training.batch_size, count)
+        student, teacher, memory = _memory(config, pair, longest, count, batch, device)
         if processes > 1:
             memory = _on_one_of(processes, config.training.fsdp, student, teacher, memory)
     return DryRun(
@@ -129,6 +135,7 @@ def dry_run(
         steps=_steps(config, count, processes),
         processes=processes,
         rows_per_step=processes
+        * made
         * config.training.batch_size
         * config.training.gradient_accumulation_steps,
         longest=longest,
@@ -154,7 +161,7 @@ def _steps(config: RunConfig, rows: int, processes: int) -> int:
 
 
 def _memory(
-    config: RunConfig, pair: Pair, longest: int, rows: int, device: Device
+    config: RunConfig, pair: Pair, longest: int, rows: int, batch: int, device: Device
 ) -> tuple[ModelSize, ModelSize | None, dict[str, int | None]]:
     import torch
 
@@ -176,7 +183,6 @@ def _memory(
         manifest = read_manifest(Path(config.model.teacher_cache).expanduser())
         teacher_weights += 0 if manifest.head is None else manifest.head.bytes
         width = manifest.entries
-    batch = min(config.training.batch_size, rows)
     tokens = batch * longest
     kept = 0  # of the teacher for the loss: its last hidden states, or what a cache holds
     if config.loss.kd_ratio > 0 or KD_RATIO in config.loss.schedules:

@@ -15,6 +15,7 @@ class Yardstick(BaseModel):
         lower_is_better: its direction.
         difference: the smallest difference of interest.
         trained_on_by: registered losses whose value is this yardstick.
+        asks: it scores answers to prompts.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -25,6 +26,7 @@ class Yardstick(BaseModel):
     lower_is_better: bool
     difference: float
     trained_on_by: tuple[str, ...] = ()
+    asks: bool = False
 
     @property
     def explained(self) -> str:
@@ -77,6 +79,7 @@ YARDSTICKS = (
         unit="0 to 1",
         lower_is_better=False,
         difference=0.01,
+        asks=True,
     ),
     Yardstick(
         name="exact_match",
@@ -84,5 +87,6 @@ YARDSTICKS = (
         unit="share of answers",
         lower_is_better=False,
         difference=0.02,
+        asks=True,
     ),
 )

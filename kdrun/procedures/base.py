@@ -35,6 +35,23 @@ class Origin(IntEnum):
     TEACHER = 2
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a procedure takes for each row of the data in a step, at most; for estimates.
+
+    Attributes:
+        rows: that are learned from.
+        student_answers: that the student writes.
+        teacher_answers: that the teacher writes, or takes part in writing.
+        teacher_answers_once: whether the teacher answers every prompt before the first step.
+    """
+
+    rows: int = 1
+    student_answers: float = 0.0
+    teacher_answers: float = 0.0
+    teacher_answers_once: bool = False
+
+
 class Procedure(BaseModel):
     """Which text is learned from, and how the losses on it are weighed.
 
@@ -96,6 +113,10 @@ class Procedure(BaseModel):
             raise InputError(
                 f"{name}: at --kd-ratio 0 nothing is learned from the student's own text; raise it"
             )
+
+    def cost(self, config: RunConfig) -> Cost:
+        """What the procedure takes in a run: by default an answer of the student to each row."""
+        return Cost(student_answers=1.0 if self.on_policy else 0.0)
 
     def initial_state(self) -> dict[str, Any]:
         """The state before the first step."""

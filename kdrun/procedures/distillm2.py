@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, field_validator
 
 from kdrun.errors import InputError
-from kdrun.procedures.base import LossRows, MicroBatch, Origin, Procedure
+from kdrun.procedures.base import Cost, LossRows, MicroBatch, Origin, Procedure
 
 if TYPE_CHECKING:
     from kdlosses import KDOutput, Term, TokenLoss
+    from kdrun.config import RunConfig
     from kdrun.procedures.session import Session
 
 
@@ -58,21 +59,29 @@ class DistiLLM2(Procedure):
             raise ValueError("leave out _chunked; it is chunked where the run's loss is")
         return spec
 
+    def check(self, config: RunConfig) -> None:
+        """As every procedure, and the loss on the student's answers too.
+
+        Raises:
+            InputError: that loss cannot be built, or carries state.
+        """
+        super().check(config)
+        _check_buildable(self.student_loss)
+
     def prepare(self, rows: Sequence[Any], session: Session) -> Sequence[Any]:
         """The rows with the teacher's answers.
 
         Raises:
-            InputError: a loss on the student's answers that carries state.
+            InputError: as :meth:`check`, for trainers that check no configuration.
         """
-        from kdlosses import TokenLoss
         from kdrun.procedures.teacher_text import teacher_rows
 
-        if TokenLoss(_terms(self.student_loss)).stateful:
-            raise InputError(
-                f"procedure: student_loss={self.student_loss} carries state from step to step, "
-                "which only the run's own loss can; take another"
-            )
+        _check_buildable(self.student_loss)
         return teacher_rows(rows, session)
+
+    def cost(self, config: RunConfig) -> Cost:
+        """Each prompt has the teacher's answer, written once, and the student's."""
+        return Cost(rows=2, student_answers=1.0, teacher_answers_once=True)
 
     def batches(self, given: Sequence[MicroBatch], session: Session) -> list[MicroBatch]:
         """The teacher's answers, and the student's to the same prompts."""
@@ -94,6 +103,21 @@ class DistiLLM2(Procedure):
                 rows.objective_of(Origin.STUDENT, class_loss=False, loss=of_student, own_mean=True),
                 self.student_weight,
             ),
+        )
+
+
+def _check_buildable(spec: str) -> None:
+    from kdlosses import BrokenLossError, LossSpecError, TokenLoss
+
+    name = f"procedure distillm2: student_loss={spec}"
+    try:
+        loss = TokenLoss(_terms(spec))
+    except (LossSpecError, BrokenLossError) as error:
+        raise InputError(f"{name}: {error}") from error
+    if loss.stateful:
+        raise InputError(
+            f"{name} carries state from step to step, which only the run's own loss can; take "
+            "another"
         )
 
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from kdrun.procedures.base import LossRows, MicroBatch, Origin, Procedure
+from kdrun.procedures.base import Cost, LossRows, MicroBatch, Origin, Procedure
 
 if TYPE_CHECKING:
     from kdlosses import KDOutput
+    from kdrun.config import RunConfig
     from kdrun.procedures.session import Session
 
 
@@ -31,6 +32,10 @@ class GKD(Procedure):
     class_loss: bool = Field(
         False, description="cross-entropy on the student's own answers too, as on the data's"
     )
+
+    def cost(self, config: RunConfig) -> Cost:
+        """A share of the batches is answered."""
+        return Cost(student_answers=self.lambda_)
 
     def batches(self, given: Sequence[MicroBatch], session: Session) -> list[MicroBatch]:
         """Answers in the place of the data's, by the draw of each micro-batch."""

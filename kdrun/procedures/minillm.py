@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from kdrun.procedures.base import LossRows, MicroBatch, Origin, Procedure
+from kdrun.config import KD_RATIO
+from kdrun.errors import InputError
+from kdrun.procedures.base import Cost, LossRows, MicroBatch, Origin, Procedure
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kdlosses import KDOutput
+    from kdrun.config import RunConfig
     from kdrun.procedures.sampling import Sample
     from kdrun.procedures.session import Session
 
@@ -54,6 +57,24 @@ class MiniLLM(Procedure):
         False, description="shift and scale the returns of a micro-batch to mean 0 and variance 1"
     )
     reuse: int = Field(1, ge=1, description="consecutive steps that learn from the same samples")
+
+    def check(self, config: RunConfig) -> None:
+        """As every procedure; and plain text needs a weight.
+
+        Raises:
+            InputError: text that nothing would be learned from.
+        """
+        super().check(config)
+        if config.procedure.text is not None and not _takes_data(config):
+            raise InputError(
+                "procedure.text: has no effect at --kd-ratio 1, which leaves no weight to "
+                "cross-entropy on it; lower the ratio, or leave it out"
+            )
+
+    def cost(self, config: RunConfig) -> Cost:
+        """Both models read every answer; the rows of the data come on top where they count."""
+        written = 1.0 / self.reuse
+        return Cost(1 + _takes_data(config), student_answers=written, teacher_answers=written)
 
     def initial_state(self) -> dict[str, Any]:
         """No samples yet."""
@@ -167,6 +188,11 @@ class MiniLLM(Procedure):
         if self.importance == "sequence":
             logs = [sum(logs)] * len(logs)
         return [math.exp(x) for x in logs]
+
+
+def _takes_data(config: RunConfig) -> bool:
+    """Whether cross-entropy takes part at some step."""
+    return config.loss.kd_ratio < 1 or KD_RATIO in config.loss.schedules
 
 
 def later_returns(rewards: Sequence[float], gamma: float, normalised: bool) -> list[float]:

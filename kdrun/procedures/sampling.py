@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,12 @@ class Sample:
         """As a row whose targets are the answer, its end token included, and nothing else."""
         labels = [IGNORE_INDEX] * len(self.prompt) + self.answer
         return Example(input_ids=self.prompt + self.answer, labels=labels)
+
+
+def longest_written(examples: Iterable[Any], sampling: Sampling) -> int:
+    """Tokens of the longest row that an answer to one of the prompts can make."""
+    prompts = (sampling.prompt_of(example) for example in examples)
+    return max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
 
 
 def sample_of(example: Example, origin: Origin) -> Sample:

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kdrun.procedures.base import Procedure
+from kdrun.procedures.base import Cost, Procedure
 
 if TYPE_CHECKING:
+    from kdrun.config import RunConfig
     from kdrun.procedures.session import Session
 
 
@@ -27,6 +28,10 @@ class SeqKD(Procedure):
         {"loss.kd_ratio": 0.0, "procedure.sampling_temperature": 0.0}
     )
     on_policy: ClassVar[bool] = False
+
+    def cost(self, config: RunConfig) -> Cost:
+        """All is written before training."""
+        return Cost(teacher_answers_once=True)
 
     def prepare(self, rows: Sequence[Any], session: Session) -> Sequence[Any]:
         """The rows with the teacher's answers."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from kdrun.data.encode import Example
 from kdrun.errors import InputError
@@ -41,7 +43,7 @@ def teacher_rows(rows: Sequence[Any], session: Session) -> list[Example]:
     prompts = [session.settings.prompt_of(rows[number]) for number in range(len(rows))]
     prompts = [prompt for prompt in prompts if prompt]
     file = _file(prompts, session)
-    answers = None if file is None else _read(file, len(prompts))
+    answers = None if file is None else _read(file, len(prompts), session.vocab_size)
     # All processes have to go the same way, whatever each finds on its disk.
     if not all(session.gather([answers is not None])):
         session.say(f"procedure: the teacher answers {len(prompts)} prompts, once")
@@ -99,11 +101,12 @@ def _file(prompts: Sequence[list[int]], session: Session) -> Path | None:
     return session.answers_folder / f"answers-{key}.json"
 
 
-def _read(file: Path, count: int) -> list[list[int]] | None:
+def _read(file: Path, count: int, vocab_size: int) -> list[list[int]] | None:
     """The answers of a file; None where it is absent or damaged."""
+    token = Annotated[int, Field(ge=0, lt=vocab_size)]
     try:
-        answers: list[list[int]] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        answers = TypeAdapter(list[list[token]]).validate_json(file.read_bytes())
+    except (OSError, ValidationError):
         return None
     return answers if len(answers) == count else None
 

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kdrun.errors import InputError
+from kdrun.runs import prepare_folder
+
 KDRUN = Path(sys.executable).with_name("kdrun")
 
 
@@ -99,6 +102,25 @@ def test_a_folder_that_holds_a_run_is_refused_and_untouched(finished: tuple[Path
     assert "holds a run" in line
     assert "--overwrite" in line
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_wrong_input_found_late_costs_no_finished_run(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    before = sorted(folder.rglob("*"))
+    line = refused("--output", folder, "--overwrite", "--max-length", 100_000)
+    assert "data.max_length" in line
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_what_a_refused_start_leaves_is_no_foreign_folder(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    prepare_folder(tmp_path, resume=False, overwrite=False)
+    (tmp_path / "checkpoints" / "mine").touch()
+    with pytest.raises(InputError, match="holds no run"):
+        prepare_folder(tmp_path, resume=False, overwrite=True)
 
 
 def test_the_written_configuration_repeats_the_run(

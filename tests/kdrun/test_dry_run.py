@@ -19,7 +19,7 @@ from kdrun.cli import cli
 from kdrun.config import KD_RATIO, RunConfig, load_config
 from kdrun.data.collate import Collator
 from kdrun.data.prepare import encode_for, read_rows
-from kdrun.distillation import build_loss, training_arguments
+from kdrun.distillation import build_loss, distill, training_arguments
 from kdrun.dry_run.devices import find_device
 from kdrun.dry_run.models import Shadow
 from kdrun.dry_run.report import dry_run
@@ -27,6 +27,7 @@ from kdrun.errors import InputError
 from kdrun.models.adapters import add_adapters
 from kdrun.models.context import load_model_config
 from kdrun.pairs import find_pair, load_student, load_teacher
+from kdrun.procedures import Session
 
 
 def config_of(pair: Any, **given: Any) -> RunConfig:
@@ -163,6 +164,48 @@ def test_steps_and_rows_are_those_of_the_run(tiny_pair: Any, distil: Any, tmp_pa
     assert json.loads((run / "summary.json").read_text())["steps"] == found.steps
     assert found.rows_per_step == 12
     assert found.longest <= 128
+
+
+@pytest.mark.parametrize(
+    ("procedure", "ratio", "rows"),
+    [
+        ("gkd:lambda=1", 0.5, 4),
+        ("distillm2", 1, 8),
+        ("minillm", 0.5, 8),
+        ("minillm", 1, 4),
+    ],
+)
+def test_rows_that_a_procedure_writes_are_counted(
+    tiny_pair: Any, tmp_path: Path, procedure: str, ratio: float, rows: int
+) -> None:
+    given = {"procedure__max_new_tokens": 100, "loss__kd_ratio": ratio, "loss__compiled": False}
+    config = config_of(tiny_pair, procedure__spec=procedure, **given)
+    plain, found = dry_run(config_of(tiny_pair, loss__kd_ratio=ratio)), dry_run(config)
+    assert found.rows_per_step == rows
+    assert plain.longest < found.longest <= 128
+    shares = [x.memory["activations"] or 0 for x in (found, plain)]
+    assert shares[0] / shares[1] > 0.9 * (rows / 4) * (found.longest / plain.longest)
+    # What a run's own step makes of its rows.
+    widths = []
+    ordinary = Session.micro_batches
+
+    def watched(self: Session, given: Any) -> Any:
+        made = ordinary(self, given)
+        widths.extend(len(batch["input_ids"]) for batch in made)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "micro_batches", watched)
+        overrides = {"training": {"max_steps": 1}, "output": {"dir": str(tmp_path / "run")}}
+        values = config.model_dump()
+        distill({**values, **{key: {**values[key], **new} for key, new in overrides.items()}})
+    assert widths == [rows]
+
+
+def test_the_plain_text_of_a_procedure_is_checked(tiny_pair: Any, tmp_path: Path) -> None:
+    given = {"procedure__spec": "minillm", "procedure__text": str(tmp_path / "none.txt")}
+    with pytest.raises(InputError, match=r"none\.txt: no such file"):
+        dry_run(config_of(tiny_pair, **given))
 
 
 def test_no_weights_are_read_and_nothing_is_written(

@@ -9,12 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small import QUICK, compare, kdrun, refused, rows_file
+from small import QUICK, compare, kdrun, options, refused, rows_file
 
+from kdrun.compare.command import comparison_of
+from kdrun.compare.teachers import check_named_cache
 from kdrun.compare.trial import forget_peak_memory
+from kdrun.errors import InputError
 
 for package in ("scipy", "matplotlib", "jinja2"):
     pytest.importorskip(package)
@@ -121,7 +125,17 @@ def test_the_peak_memory_of_a_trial_is_not_that_of_an_earlier_one() -> None:
         (("--loss", "skew_forward_kl:alpha=2"), "alpha"),
         (("--yardstick", "bleu"), "no such measure"),
         (("--difference", "0"), "must be above 0"),
+        (("--difference", "inf"), "must be above 0, and finite"),
+        (("--lr", "inf"), "must be above 0, and finite"),
         (("--kd-ratio", "0"), "the baseline at 0 is always there"),
+        (("--teacher", "none"), "a comparison has a teacher"),
+        (("--set", "loss.spec=reverse_kl"), "give --loss instead"),
+        (("--set", "procedure.spec=gkd"), "give --procedure instead"),
+        (("--set", "training.seed=3"), "give --seeds instead"),
+        (("--yardstick", "rouge_l", "--set", "evaluation.answers=0"), "answers is 0; raise it"),
+        (("--yardstick", "exact_match"), "set evaluation.answer_pattern"),
+        (("--yardstick", "rouge_l", "--data", "builtin"), "are plain text, which asks nothing"),
+        (("--max-length", "100000"), "holds 1024 tokens"),
         (("--no-teacher-cache", "--set", "model.teacher_cache=c"), "leave out one"),
         (("--student", "nowhere/at/all", "--teacher", "nowhere/at/all"), "nowhere"),
     ],
@@ -131,6 +145,26 @@ def test_wrong_input_is_refused_before_anything_starts(
 ) -> None:
     assert message in refused("compare-losses", *QUICK, *given, *arguments)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_named_cache_is_checked_with_every_loss(tmp_path: Path, given: tuple[str, ...]) -> None:
+    cache, rows = tmp_path / "cache", given[1]
+    kdrun("cache-teacher", "--data", rows, "--max-length", 32, "--kind", "top-k", "--output", cache)
+    named = ("--teacher", "builtin", "--set", f"model.teacher_cache={cache}", "--dry-run")
+    losses = ("--loss", "forward_kl_chunked", "--loss", "adaptive_kl_chunked")
+    line = refused("compare-losses", *QUICK, *given, *named, *losses)
+    assert "needs the teacher's whole row" in line
+    shorter = (*QUICK, "--max-length", "24", *given, *named, *losses[:2])
+    assert "lacks the row" in refused("compare-losses", *shorter)
+    two = options(Path(rows), teachers=("builtin", "other"))
+    overrides = (*two.overrides, ("model.teacher_cache", str(cache)))
+    with pytest.raises(InputError, match="holds one teacher"):
+        check_named_cache(comparison_of(replace(two, overrides=overrides)))
+
+
+def test_a_dry_run_refuses_rows_that_are_not_there(tmp_path: Path) -> None:
+    arguments = ("--data", tmp_path / "rows.json", "--dry-run")
+    assert "no such file" in refused("compare-losses", *QUICK, *arguments)
 
 
 def test_a_dry_run_shows_trials_and_time_and_writes_nothing(

@@ -41,6 +41,17 @@ def test_an_edited_record_is_named(tmp_path: Path, text: str) -> None:
         ledger.records()
 
 
+def test_a_record_with_nan_in_its_curves_comes_back(tmp_path: Path) -> None:
+    diverged = record(0).model_copy(
+        update={"status": "diverged", "curves": [{"step": 1, "loss": float("nan")}]}
+    )
+    ledger = Ledger(tmp_path)
+    ledger.add(diverged)
+    (found,) = ledger.records()
+    assert found.checksum == found.digest()
+    assert found.curves == [{"step": 1, "loss": None}]
+
+
 def test_a_record_under_another_name_is_refused(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     ledger.add(record(0))

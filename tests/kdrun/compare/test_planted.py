@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from click import UsageError
 from small import compare, records, refused, rows_file
 
-from kdrun.compare.cluster import check_room
+from kdrun.compare.cluster import check_address, check_room
 from kdrun.compare.plan import find_yardstick
 from kdrun.compare.record import Record
 from kdrun.errors import InputError
@@ -121,6 +122,16 @@ def test_without_ray_one_line_says_what_to_install(
     line = refused("compare-losses", "--launcher", "ray", "--output", tmp_path / "c")
     assert line == "--launcher ray needs Ray, which is not installed: pip install 'kdlosses[ray]'"
     assert not (tmp_path / "c").exists()
+
+
+def test_an_address_that_nothing_answers_at_is_refused_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        check_address(f"127.0.0.1:{port}")
+        check_address(f"ray://127.0.0.1:{port}")
+    with pytest.raises(InputError, match=f"127.0.0.1:{port}: nothing answers there"):
+        check_address(f"127.0.0.1:{port}")
+    check_address("auto")
 
 
 @pytest.mark.parametrize(

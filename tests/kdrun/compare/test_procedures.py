@@ -10,6 +10,7 @@ import pytest
 import yaml
 from small import compare, options, records, refused, rows_file
 
+from kdrun.compare import estimate
 from kdrun.compare.command import comparison_of
 from kdrun.compare.labels import label_arms
 from kdrun.compare.plan import methods
@@ -105,6 +106,27 @@ def test_a_comparison_tells_wall_time_and_generated_tokens(tmp_path: Path) -> No
     assert int(lines["gkd:lambda=1"]["generated_tokens"]) == tokens
     assert "generated tokens" in (folder / "results.tex").read_text(encoding="utf-8")
     assert "wall time" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_estimate_counts_what_is_written(
+    tiny_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "_product_rate", lambda: 1e13)
+    specs = ("gkd:lambda=0.5", "gkd:lambda=1", "minillm", "minillm:reuse=2", "seqkd")
+    pair = {"teachers": (str(tiny_pair.teacher),), "students": (str(tiny_pair.student),)}
+    comparison = comparison_of(options(tiny_pair.rows, procedures=("none", *specs), **pair))
+    seconds = {
+        trial.arm.procedure: estimate.trial_seconds(comparison.base, trial, cached=True)
+        for trial in comparison.plan.planned([])
+        if trial.arm.loss is not None
+    }
+    waits = {spec: seconds[spec] - seconds["seqkd"] for spec in specs}  # type: ignore[operator]
+    token = estimate._TOKEN_SECONDS + 2 * estimate._LAYER_SECONDS  # two layers each
+    written = 3 * 16 * token  # 3 steps of half of 32 tokens
+    assert waits["gkd:lambda=1"] == pytest.approx(written, rel=0.05)
+    assert waits["gkd:lambda=0.5"] == pytest.approx(written / 2, rel=0.05)
+    assert waits["minillm"] == pytest.approx(2 * written, rel=0.05)
+    assert waits["minillm:reuse=2"] == pytest.approx(written, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_the_settings_come_back_as_they_were(tmp_path: Path) -> None:
     [
         ("", "not the record of a trial"),
         ('{"id": "', "not the record of a trial"),
-        ("as it was, seed 7", "was edited: its trial is another"),
+        ("as it was, seed 7", "was edited"),
     ],
 )
 def test_an_edited_or_half_written_record_is_named(folder: Path, text: str, message: str) -> None:
@@ -158,7 +158,28 @@ def test_an_edited_or_half_written_record_is_named(folder: Path, text: str, mess
     assert message in line
 
 
-@pytest.mark.parametrize("text", ['[{"role": ', '{"a": 1}', '[{"role": "teacher"}]', "[3]"])
+def test_an_edited_measure_is_refused_by_its_checksum(folder: Path) -> None:
+    name, record = next(iter(records(folder).items()))
+    path = folder / "records" / f"{name}.json"
+    record["measures"]["ce"] -= 1.0
+    path.write_text(json.dumps(record), encoding="utf-8")
+    assert f"{name}.json: was edited: its checksum" in refused("report", folder)
+    del record["checksum"]  # as in folders of earlier versions
+    path.write_text(json.dumps(record), encoding="utf-8")
+    kdrun("report", folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"role": ',
+        '{"a": 1}',
+        '[{"role": "teacher"}]',
+        "[3]",
+        '[{"teacher": "t", "student": "s", "role": "teacher", "measures": {"ce": "low"}}]',
+        '[{"teacher": "t", "student": "s", "role": "teacher", "measures": 3}]',
+    ],
+)
 def test_edited_references_are_named(folder: Path, text: str) -> None:
     (folder / "references.json").write_text(text, encoding="utf-8")
     assert "references.json: not the file that was written" in refused("report", folder)
@@ -170,6 +191,7 @@ def test_edited_references_are_named(folder: Path, text: str) -> None:
         ("axes", {"losses": []}, "not the settings of a comparison"),
         ("yardstick", "bleu", "no such measure"),
         ("extra", 1, "extra"),
+        ("shared", {"training": {"max_steps": 99}}, "no record is of a trial with its shared"),
     ],
 )
 def test_edited_settings_are_named(folder: Path, key: str, value: object, message: str) -> None:

@@ -165,6 +165,19 @@ def test_seqkd_has_the_teacher_answer_once(distil: Run, tiny_pair: Any, tmp_path
     assert line["loss"] == pytest.approx(line["class_loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "content", ["[[", '{"a": 1}', json.dumps([[99999]] * 38), json.dumps(["abc"] * 38)]
+)
+def test_damaged_answers_are_written_again(distil: Run, tmp_path: Path, content: str) -> None:
+    options = {"procedure__spec": "seqkd", "data__cache_dir": str(tmp_path / "cache"), **SHORT}
+    first = distil(tmp_path / "first", **options)
+    (file,) = (tmp_path / "cache").glob("answers-*.json")
+    whole = file.read_text(encoding="utf-8")
+    file.write_text(content, encoding="utf-8")
+    assert equal(first, distil(tmp_path / "second", **options))
+    assert file.read_text(encoding="utf-8") == whole
+
+
 def test_seqkd_learns_exactly_what_the_teacher_says_greedily(
     tiny_pair: Any, tmp_path: Path
 ) -> None:
@@ -302,6 +315,14 @@ def make_trainer(
         ({"data__packing": True}, "not with data.packing=true"),
         ({"training__fsdp": True}, "leave out training.fsdp=true"),
         ({"procedure__spec": "distillm2:student_loss=taid"}, "student_loss=taid carries state"),
+        (
+            {"procedure__spec": "distillm2:student_loss=skew_reverse_kl:alpha=3"},
+            "student_loss=skew_reverse_kl:alpha=3: .* less than 1",
+        ),
+        (
+            {"procedure__spec": "minillm", "procedure__text": "x.txt", "loss__kd_ratio": 1.0},
+            "text: has no effect at --kd-ratio 1",
+        ),
         ({"procedure__text": "text.txt"}, "leave out procedure.text"),
         ({"procedure__spec": "minillm", "procedure__text": "no.txt"}, "no.txt"),
         ({"procedure__max_new_tokens": 128}, "leaves no room for a prompt in data.max_length=128"),
