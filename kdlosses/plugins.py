@@ -131,8 +131,9 @@ class PluginGroup(Generic[R]):
         except ValidationError as error:
             first: Any = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "parameters"
+            reason = first["msg"].removeprefix("Value error, ")
             raise self.wrong(
-                f"{self.kind} {name!r}: {where}={first['input']!r}: {first['msg']}"
+                f"{self.kind} {name!r}: {where}={first['input']!r}: {reason}"
             ) from error
 
     def _entries(self) -> list[EntryPoint]:

@@ -52,7 +52,7 @@ def config_of(
         "evaluation.answers": given.answers,
         "training.save_steps": 10**9,
         # Chosen by the length of a run otherwise, which would change the speed between runs.
-        "loss.compiled": False,
+        "loss.compiled": True,
         **ARMS[arm],
         "training.seed": seed,
         "training.max_steps": steps,
@@ -65,7 +65,8 @@ def config_of(
         settings["data.train"] = given.data
     for setting in given.settings:
         key, _, value = setting.partition("=")
-        settings[key] = parse_value(value)
+        if not key.startswith("procedure.") or "procedure.spec" in settings:
+            settings[key] = parse_value(value)
     return load_config(None, list(settings.items()))
 
 
@@ -106,6 +107,7 @@ def steps_within(arm: str, given: argparse.Namespace) -> int:
     Two short runs tell roughly; where they were shorter than a third of the length, one of a third
     tells better: a student that learns writes longer or shorter answers than at first.
     """
+    calibrate(arm, given, given.calibrate[0])  # compiles
     costs = [calibrate(arm, given, count) for count in given.calibrate]
     third = fitting(*costs, given.seconds) // 3
     if third > costs[-1].steps:
