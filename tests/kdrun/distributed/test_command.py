@@ -97,8 +97,11 @@ def test_models_spread_over_two_processes_are_one_run(
     done = launch("--batch-size", 4, *spread)
     assert done.returncode == 0, done.stderr[-3000:]
     check_equal(one, folder)
-    with pytest.raises(InputError, match=r"written with training\.fsdp=true"):
+    # A resumed run keeps its configuration, which one process cannot serve.
+    with pytest.raises(InputError, match=r"training\.fsdp=true spreads the models"):
         alone("--batch-size", 8, "--output", folder, "--resume")
+    with pytest.raises(InputError, match=r"written with training\.fsdp=true"):
+        alone("--batch-size", 8, "--output", folder, "--resume", "--set", "training.fsdp=false")
     # As many processes go on bit for bit, and others with the same values.
     weights = (folder / "student" / "model.safetensors").read_bytes()
     for processes in (2, 4):
