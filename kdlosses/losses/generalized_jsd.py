@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kdlosses.divergence import Divergence
-from kdlosses.numerics import choose_near, exp_remainder, kl_terms, mix, moves
+from kdlosses.numerics import kl_terms, mix, moves
 
 _CLOSEST = 1e-3  # to the ends, with normalize, that float32 is enough for
 
@@ -51,7 +51,7 @@ class GeneralizedJSD(Divergence):
         return self
 
     def integrand(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
-        """KL's terms from each side to the mixture m, weighted."""
+        """KL's terms from each side to the mixture, weighted."""
         beta = self.beta
         if moves(beta):
             if self.normalize:
@@ -60,20 +60,13 @@ class GeneralizedJSD(Divergence):
             return kl_terms(teacher_log_probs, student_log_probs)
         elif beta == 1:
             return kl_terms(student_log_probs, teacher_log_probs)
-        total = _terms(beta, teacher_log_probs, student_log_probs)
+        log_mixture, mixture = mix(teacher_log_probs, student_log_probs, beta)
+        from_teacher = kl_terms(teacher_log_probs, log_mixture, mixture)
+        from_student = kl_terms(student_log_probs, log_mixture, mixture)
+        total = beta * from_teacher + (1 - beta) * from_student
         return total / (beta * (1 - beta)) if self.normalize else total
 
     def curvature(self) -> float:
         """``beta (1 - beta)``, 1 with ``normalize`` and at the two KL ends."""
         product = self.beta * (1 - self.beta)
         return 1.0 if self.normalize or product == 0 else product
-
-
-def _terms(beta: float, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """``beta kl_terms(log_p, log_m) + (1 - beta) kl_terms(log_q, log_m)``, chosen as one."""
-    log_m, m = mix(log_p, log_q, beta)
-    p, q = log_p.exp(), log_q.exp()
-    x, y = log_m - log_p, log_m - log_q
-    near = beta * p * exp_remainder(x) + (1 - beta) * q * exp_remainder(y)
-    far = beta * (m - p - p * x) + (1 - beta) * (m - q - q * y)
-    return choose_near(torch.maximum(x.abs(), y.abs()), near, far)

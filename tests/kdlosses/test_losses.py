@@ -333,6 +333,31 @@ def test_curvature_is_the_second_order_of_the_value(name, parameters):
     assert loss.curvature() == pytest.approx(np.mean(measured), rel=1e-4)
 
 
+@pytest.mark.parametrize("beta", [0.001, 0.01, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("scale", [0.05, 0.3, 1.0])
+@pytest.mark.filterwarnings("ignore:generalized_jsd")
+def test_both_sides_of_the_jsd_keep_their_digits(beta, scale):
+    """Toward the ends one side lies much closer to the mixture than the other."""
+    teacher = torch.randn(16, 2000) * 3
+    student = teacher + scale * torch.randn(16, 2000)
+    loss = get_loss(spec("generalized_jsd", {"beta": beta, "normalize": True}))
+    measured = loss(student, teacher, torch.zeros(16, dtype=torch.int64), reduction="none")
+    p, q = (x.double().softmax(-1) for x in (teacher, student))
+    m = beta * p + (1 - beta) * q
+    halves = beta * (p * (p / m).log()).sum(-1) + (1 - beta) * (q * (q / m).log()).sum(-1)
+    torch.testing.assert_close(measured.double(), halves / (beta * (1 - beta)), rtol=1e-5, atol=0)
+
+
+def test_the_second_derivative_near_equality_is_that_of_the_formula():
+    student = torch.randn(7, dtype=torch.float64)
+    teacher = student + 1e-3 * torch.randn(7, dtype=torch.float64)
+    hessian = torch.autograd.functional.hessian(
+        lambda logits: value("forward_kl", teacher, logits), student
+    )
+    q = student.softmax(-1)
+    torch.testing.assert_close(hessian, q.diag() - q.outer(q))
+
+
 def test_normalized_jsd_is_continuous_at_both_ends():
     teacher, student = torch.randn(2, 30, dtype=torch.float64)
     for end, near, other in [(0, 1e-6, "forward_kl"), (1, 1 - 1e-6, "reverse_kl")]:
