@@ -270,6 +270,7 @@ class ProcedureConfig(_Section):
         1.0, gt=0, le=1, description="sample from the most likely tokens of this mass; 1 from all"
     )
     top_k: int = Field(0, ge=0, description="sample from so many likely tokens; 0 from all")
+    batch_size: int = Field(16, ge=1, description="prompts that are answered at once")
     text: str | None = Field(
         None,
         description="plain text of minillm's cross-entropy, a file or hub id; null takes the "

@@ -29,6 +29,7 @@ class Sampling:
         temperature: of the sampling; 0 takes the most likely token.
         top_p: see :class:`kdrun.procedures.decode.Draw`.
         top_k: likewise.
+        batch_size: prompts that are answered at once.
     """
 
     max_new_tokens: int = 64
@@ -36,6 +37,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    batch_size: int = 16
 
     @classmethod
     def of(cls, config: RunConfig) -> Sampling:
@@ -51,7 +53,14 @@ class Sampling:
                 f"procedure.max_new_tokens={new}: leaves no room for a prompt in "
                 f"data.max_length={length}; lower it, or raise --max-length"
             )
-        return cls(new, length, given.sampling_temperature, given.top_p, given.top_k)
+        return cls(
+            new,
+            length,
+            given.sampling_temperature,
+            given.top_p,
+            given.top_k,
+            given.batch_size,
+        )
 
     def prompt_of(self, example: Example) -> list[int]:
         """What a row asks: all that stands before its last answer.

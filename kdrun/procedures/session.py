@@ -215,7 +215,7 @@ class Session:
         voices = [Writer(models[origin], share) for origin, share in writers.items()]
         found: list[Written] = []
         try:
-            for part in sampling.parts(len(prompts), self.place.batch_size):
+            for part in sampling.parts(len(prompts), settings.batch_size):
                 found += decode(
                     voices,
                     prompts[part],
