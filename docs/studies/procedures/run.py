@@ -44,12 +44,12 @@ MEASURES = ("ce", "forward_kl", "reverse_kl", "top1_agreement", "rouge_l")
 
 
 def config_of(
-    arm: str, given: argparse.Namespace, seed: int, steps: int, folder: Path
+    arm: str, given: argparse.Namespace, seed: int, steps: int, folder: Path, answers: int
 ) -> RunConfig:
     """The run of an arm."""
     settings: dict[str, Any] = {
         "data.cache_dir": "none",
-        "evaluation.answers": given.answers,
+        "evaluation.answers": answers,
         "training.save_steps": 10**9,
         # Chosen by the length of a run otherwise, which would change the speed between runs.
         "loss.compiled": True,
@@ -116,8 +116,9 @@ def steps_within(arm: str, given: argparse.Namespace) -> int:
 
 
 def calibrate(arm: str, given: argparse.Namespace, steps: int) -> Cost:
-    """What a run of so many steps takes."""
-    return run(config_of(arm, given, 1000, steps, Path(given.output) / "run"))[1]
+    """What a run of so many steps takes; its answers are not asked for."""
+    config = config_of(arm, given, 1000, steps, Path(given.output) / "run", answers=0)
+    return run(config)[1]
 
 
 def fitting(short: Cost, long: Cost, budget: float) -> int:
@@ -158,7 +159,9 @@ def main() -> None:
     for seed in range(given.seeds):
         for arm in arms:
             began = time.strftime("%H:%M:%S")
-            summary, cost = run(config_of(arm, given, seed, steps[arm], folder / "run"))
+            summary, cost = run(
+                config_of(arm, given, seed, steps[arm], folder / "run", given.answers)
+            )
             after, written = summary["after"], summary.get("procedure", {})
             rows.append(
                 {
