@@ -36,9 +36,10 @@ class Vocabulary:
         """Over the tokens."""
         return terms.logsumexp(-1)
 
-    def tokens(self, logits: Tensor) -> Tensor:
-        """Which token each entry of a row is."""
-        return torch.arange(logits.shape[-1], device=logits.device)
+    def pick(self, terms: Tensor, tokens: Tensor) -> Tensor:
+        """The term of one token ``[...]`` in each row."""
+        result: Tensor = _Pick.apply(terms, tokens)  # type: ignore[no-untyped-call]
+        return result
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,9 @@ class Shard(Vocabulary):
         total = _together((terms - highest).exp().sum(-1), self.group)
         return total.log() + highest.squeeze(-1)
 
-    def tokens(self, logits: Tensor) -> Tensor:
-        """Which token each entry of a row is."""
-        return super().tokens(logits) + self.start
+    def pick(self, terms: Tensor, tokens: Tensor) -> Tensor:
+        """The term of one token in each row, which one process has."""
+        return _together(super().pick(terms, tokens - self.start), self.group)
 
 
 WHOLE = Vocabulary()
@@ -97,6 +98,30 @@ def _highest(values: Tensor, group: Group) -> Tensor:
     highest = values.detach().amax(-1, keepdim=True)
     result: Tensor = _Highest.apply(highest, group)  # type: ignore[no-untyped-call]
     return result
+
+
+class _Pick(torch.autograd.Function):
+    """A gather, 0 outside of the row. Its gradient is a mask, which fuses with other elementwise
+    work as the gather's own, a scatter, does not; and a masked sum in its place would be one more
+    reduction, beside which the compiler fuses no other."""
+
+    @staticmethod
+    def forward(terms: Tensor, tokens: Tensor) -> Tensor:
+        width = terms.shape[-1]
+        found = terms.gather(-1, tokens.clamp(0, width - 1).unsqueeze(-1)).squeeze(-1)
+        return torch.where((tokens >= 0) & (tokens < width), found, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        terms, tokens = inputs
+        ctx.save_for_backward(tokens)
+        ctx.width = terms.shape[-1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (tokens,) = ctx.saved_tensors
+        here = torch.arange(ctx.width, device=tokens.device) == tokens.unsqueeze(-1)
+        return torch.where(here, gradient.unsqueeze(-1), 0.0), None
 
 
 class _Highest(torch.autograd.Function):

@@ -59,6 +59,8 @@ def _call(
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
 
+    from kdlosses.engine.reuse import ReuseExponentials
+
     key = (function, static, *(_signature(tensor) for tensor in _tensors(arguments)))
     tile = _tiles.get(key)
     new = tile is None
@@ -70,6 +72,7 @@ def _call(
             fullgraph=True,
             dynamic=False,
             isolate_recompiles=True,
+            options={"post_grad_custom_post_pass": ReuseExponentials()},
         )
     for tensor in _tensors(arguments):
         if tensor.ndim:

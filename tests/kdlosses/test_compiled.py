@@ -225,3 +225,56 @@ def test_small_vocabularies_are_not_compiled_by_default(graphs):
     student, teacher, labels = problem(3)
     get_loss("forward_kl_chunked")(student, teacher, labels)
     assert graphs() == 0
+
+
+def exponentials(name, hidden):
+    """A graph of a tile's operators, whose exponentials are counted before and after the pass.
+
+    Half of the logits of either side may be -inf.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from kdlosses.engine.reuse import ReuseExponentials
+    from kdlosses.engine.rows import Program, row_gradients
+    from kdlosses.registry import load_loss
+
+    generator = torch.Generator().manual_seed(5)
+    raw, teacher = (3 * torch.randn(4, VOCAB, generator=generator) for _ in range(2))
+    raw[:, :hidden] = -math.inf
+    teacher[:, :hidden] = -math.inf
+    labels = torch.tensor([VOCAB - 1, 40, 41, 42])
+    weights = torch.full((4, 1), 0.3), torch.full((4,), 0.7)
+    arguments = raw, (teacher,), labels, (torch.tensor(1.0),), *weights
+    program = Program((load_loss(name)(),), ((),))
+
+    def tile(*given):
+        return row_gradients(program, False, *given)
+
+    def count():
+        return len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.exp.default))
+
+    graph = make_fx(tile, tracing_mode="fake")(*arguments)
+    before = count()
+    ReuseExponentials()(graph.graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    exact = [x.double() if x.is_floating_point() else x for x in (raw, teacher, labels)]
+    exact = exact[0], (exact[1],), exact[2], (torch.tensor(1.0),), *(w.double() for w in weights)
+    return before, count(), graph(*arguments), tile(*exact)
+
+
+@pytest.mark.parametrize("hidden", [0, 30])
+@pytest.mark.parametrize("name", ["forward_kl", "symmetric_kl", "generalized_jsd", "taid"])
+def test_probabilities_reuse_the_exponentials_that_normalised_them(name, hidden):
+    before, after, found, exact = exponentials(name, hidden)
+    # One for each side's normalisation; TAID's teacher is normalised anew.
+    assert before >= 4
+    assert after == (3 if name == "taid" else 2)
+    for mine, true in zip(found, exact, strict=True):
+        torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=1e-7)
+
+
+def test_an_exponential_of_something_else_stays():
+    before, after, found, exact = exponentials("hellinger", 0)  # of half the log-probabilities
+    assert before == after
+    torch.testing.assert_close(found[0].double(), exact[0], rtol=1e-5, atol=1e-7)

@@ -204,6 +204,26 @@ def test_seqkd_learns_exactly_what_the_teacher_says_greedily(
         assert row["labels"] == [-100] * len(prompt) + expected[len(prompt) :]
 
 
+def test_answers_are_written_in_batches_of_their_own(tiny_pair: Any, tmp_path: Path) -> None:
+    """And what is written does not depend on them."""
+    texts = []
+    for size in (3, 8):
+        sampling = Sampling(6, 64, batch_size=size)
+        trainer = make_trainer(tiny_pair, tmp_path / str(size), "seqkd", sampling)
+        session = trainer.session
+        assert session is not None
+        assert session.teacher is not None
+        seen: list[int] = []
+        hook = session.teacher.register_forward_pre_hook(
+            lambda _, given, named, seen=seen: seen.append(len(named["input_ids"])),
+            with_kwargs=True,
+        )
+        texts.append(session.procedure.prepare(trainer.train_dataset, session))
+        hook.remove()
+        assert max(seen) == size
+    assert [row["input_ids"] for row in texts[0]] == [row["input_ids"] for row in texts[1]]
+
+
 def test_minillm_learns_plain_text_beside_its_samples(
     distil: Run, still_student: Path, tmp_path: Path
 ) -> None:
