@@ -47,15 +47,21 @@ def smollm2_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as a plain folder; made once a session, which takes a while."""
+    """SmolLM2-135M-Instruct as a plain folder; made once for all workers, which takes a while."""
+    from filelock import FileLock
+
     from kdrun.models.load import load_model
     from kdrun.models.locate import locate_model
     from kdrun.models.tokenizers import load_tokenizer
 
-    folder = tmp_path_factory.mktemp("smollm2") / "teacher"
-    source = locate_model(smollm2_gguf)
-    load_model(source).save_pretrained(folder)
-    load_tokenizer(source).save_pretrained(folder)
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = base / "smollm2"
+    with FileLock(base / "smollm2.lock"):
+        if not folder.exists():
+            source = locate_model(smollm2_gguf)
+            load_model(source).save_pretrained(folder)
+            load_tokenizer(source).save_pretrained(folder)
     return folder
 
 

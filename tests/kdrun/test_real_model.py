@@ -34,9 +34,9 @@ def kdrun(*arguments: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def student_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def student_folder(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("student") / "init"
-    kdrun("init-student", smollm2_gguf, "--keep-layers", 4, "--output", folder)
+    kdrun("init-student", smollm2_folder, "--keep-layers", 4, "--output", folder)
     return folder
 
 
