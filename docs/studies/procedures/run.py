@@ -10,8 +10,8 @@ take turns, seed by seed, so that a change of the machine's speed meets all of t
         --teacher TEACHER --student student-init --data rows.json --answers 50 \
         --set optimizer.lr=3e-4
 
-It writes ``steps.json``, the steps of each arm, which a second start takes as they are, and
-``results.csv``, a line a run; and prints means with standard deviations over seeds.
+It writes ``steps.json``, the steps of each arm, and ``results.csv``, a line a run; a second start
+takes both as they are and runs what is missing. Means with standard deviations are printed.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "minillm": {"procedure.spec": "minillm"},
     "distillm2": {"procedure.spec": "distillm2"},
 }
+WORDS = ("arm", "began")  # columns that are no numbers
 MEASURES = ("ce", "forward_kl", "reverse_kl", "top1_agreement", "rouge_l")
 
 
@@ -155,9 +156,13 @@ def main() -> None:
         if arm not in steps:
             steps[arm] = steps_within(arm, given)
             kept.write_text(json.dumps(steps, indent=1), encoding="utf-8")
-    rows: list[dict[str, Any]] = []
+    results = folder / "results.csv"
+    rows = read(results)
+    ended = {(row["arm"], row["seed"]) for row in rows}
     for seed in range(given.seeds):
         for arm in arms:
+            if (arm, seed) in ended:
+                continue
             began = time.strftime("%H:%M:%S")
             summary, cost = run(
                 config_of(arm, given, seed, steps[arm], folder / "run", given.answers)
@@ -176,11 +181,22 @@ def main() -> None:
                     **{name: after.get(f"eval_{name}") for name in MEASURES},
                 }
             )
-            with open(folder / "results.csv", "w", encoding="utf-8", newline="") as stream:
+            with open(results, "w", encoding="utf-8", newline="") as stream:
                 writer = csv.DictWriter(stream, list(rows[0]))
                 writer.writeheader()
                 writer.writerows(rows)
     show(rows, arms)
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """The runs that have ended, numbers as numbers."""
+    if not results.exists():
+        return []
+    with open(results, encoding="utf-8", newline="") as stream:
+        return [
+            {key: cell if key in WORDS else parse_value(cell) for key, cell in row.items()}
+            for row in csv.DictReader(stream)
+        ]
 
 
 def show(rows: list[dict[str, Any]], arms: list[str]) -> None:
