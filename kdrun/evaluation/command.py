@@ -30,6 +30,9 @@ from kdrun.pairs import (
 )
 from kdrun.quiet import quiet_libraries
 
+_MOST_COLUMNS = 4
+"""Models beside one another in the table."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -171,19 +174,31 @@ def _measure_all(
 
 
 def _table(found: Sequence[Found]) -> Table:
+    """A column for each model, or a line where there are many."""
     rows, tasks = any(one.measures for one in found), any(one.scores for one in found)
     title = "held-out rows and tasks" if rows and tasks else "tasks" if tasks else "held-out rows"
-    table = Table(title=title, title_justify="left")
-    table.add_column("measure", overflow="fold")
-    for one in found:
-        label = f"{one.name} (teacher)" if one.role == "teacher" else one.name
-        table.add_column(escape(label), justify="right", overflow="fold")
-    table.add_column("")
+    models = [f"{one.name} (teacher)" if one.role == "teacher" else one.name for one in found]
+    measures: list[tuple[str, list[str], str]] = []
     for yardstick in YARDSTICKS:
         values = [one.measures.get(yardstick.name) for one in found]
         if any(value is not None for value in values):
-            cells = ("–" if value is None else f"{value:.4f}" for value in values)
-            table.add_row(yardstick.title, *cells, yardstick.explained)
+            cells = ["–" if value is None else f"{value:.4f}" for value in values]
+            measures.append((yardstick.title, cells, yardstick.explained))
     for scores in zip(*(one.scores for one in found), strict=True):  # all were asked the same
-        table.add_row(scores[0].title, *(score.shown for score in scores), scores[0].explained)
+        shown = [score.shown for score in scores]
+        measures.append((scores[0].title, shown, scores[0].explained))
+    table = Table(title=title, title_justify="left")
+    if len(found) > _MOST_COLUMNS:
+        table.add_column("model", overflow="fold")
+        for name, _, explained in measures:
+            table.add_column(escape(f"{name}\n({explained})"), justify="right", overflow="fold")
+        for model, *cells in zip(models, *(cells for _, cells, _ in measures), strict=True):
+            table.add_row(escape(model), *cells)
+        return table
+    table.add_column("measure", overflow="fold")
+    for model in models:
+        table.add_column(escape(model), justify="right", overflow="fold")
+    table.add_column("")
+    for name, cells, explained in measures:
+        table.add_row(name, *cells, explained)
     return table

@@ -124,9 +124,11 @@ class Tasks:
         Returns:
             The scores, and what is to be said about them.
         """
-        import lm_eval
+        import lm_eval.evaluator
         from lm_eval.models.huggingface import HFLM
 
+        # It asks git, whose complaint outside of a repository would reach the user's screen.
+        lm_eval.evaluator.get_git_commit_hash = lambda: None
         asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         if not sys.stderr.isatty():  # its progress bars are of use on a screen only
             for method in ("loglikelihood", "loglikelihood_rolling", "generate_until"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,21 @@ def test_one_table_and_json(folders, tiny_tokenizer, tmp_path):
     (only,) = json.loads((tmp_path / "alone.json").read_text(encoding="utf-8"))["models"]
     assert only["ce"] == teacher["ce"]
     assert "rouge_l" not in only
+
+
+def test_many_models_have_a_line_each(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    names = [folders / "teacher", folders / "student", folders / "run"]
+    for name in ("first", "second"):
+        names.append(tmp_path / name)
+        shutil.copytree(folders / "student", names[-1])
+    result = invoke(*names, "--data", folders / "rows.jsonl", "--output", tmp_path / "found.json")
+    assert result.exit_code == 0, result.output
+    models = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["models"]
+    lines = result.output.splitlines()
+    for name, model in zip(names, models, strict=True):
+        (line,) = [line for line in lines if line.startswith("│") and str(name) in line]
+        assert f"{model['ce']:.4f}" in line
 
 
 def test_bad_input_is_one_line(folders, tmp_path, tiny_tokenizer):

@@ -81,8 +81,13 @@ def log_probability(model: Any, tokenizer: Any, context: str, answer: str) -> fl
 @needs_lm_eval
 @pytest.mark.slow
 def test_both_metrics_of_truthfulqa_from_a_file(
-    model_folder: Path, shared_data: Path, tmp_path: Path
+    model_folder: Path,
+    shared_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # which is no repository
     rows = json.loads((shared_data / "truthfulqa_mc.json").read_text(encoding="utf-8"))
     chosen = [rows[number] for number in (0, 1, 5, 40)]
     # Which answer comes first must have no say.
@@ -111,6 +116,7 @@ def test_both_metrics_of_truthfulqa_from_a_file(
     assert result.exit_code == 0, result.output
     assert "truthfulqa_mc2_file acc" in result.output
     assert "4 questions, higher is better" in result.output
+    assert "git" not in capfd.readouterr().err
     report = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert report["tasks"]["names"] == list(NAMES)
     assert "rows" not in report
