@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdlosses.engine import compiled
 from kdlosses.engine.gather import Gradients, Rows, StoredRows
-from kdlosses.engine.plan import spans, tile_rows
+from kdlosses.engine.plan import keep_freed_tiles, spans, tile_rows
 from kdlosses.engine.rows import Program, row_gradients, row_measures, row_values
 from kdlosses.numerics import restore_infinity
 from kdlosses.sources import Logits, Projected, Source, TeacherSource
@@ -232,7 +232,10 @@ class _Sides:
             self._teacher = Rows(job.teacher, job.kept, columns, job.chunk_rows)
         elif job.teacher is not None:
             self._teacher = StoredRows(job.teacher, job.kept)
-        self._tile_rows = tile_rows(job.vocab_size, job.student.tensors[0].device) or job.chunk_rows
+        rows = tile_rows(job.vocab_size, job.student.tensors[0].device)
+        if rows is not None:
+            keep_freed_tiles()
+        self._tile_rows = rows or job.chunk_rows
 
     def rows(self, chunk: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """The student's inputs and raw logits, and the teacher's tensors."""
