@@ -164,7 +164,7 @@ def test_kdrun_uses_only_the_public_names():
     assert not wrong
 
 
-def test_gradients_are_written_by_hand_only_for_chunks_and_exchanges():
+def test_gradients_are_written_by_hand_only_for_chunks_and_across_the_vocabulary():
     found = []
     for path in [*SOURCES, *RUNNER.rglob("*.py"), *(ROOT / "plugins").rglob("*.py")]:
         found += [
@@ -173,8 +173,9 @@ def test_gradients_are_written_by_hand_only_for_chunks_and_exchanges():
             if isinstance(node, ast.ClassDef)
             and any(ast.unparse(base).split(".")[-1] == "Function" for base in node.bases)
         ]
-    exchanges = [f"kdlosses.vocabulary.{name}" for name in ("_Highest", "_Together", "_ToEach")]
-    assert found == ["kdlosses.engine.chunked._Chunked", *exchanges]
+    names = ("_Pick", "_Highest", "_Together", "_ToEach")
+    across = [f"kdlosses.vocabulary.{name}" for name in names]
+    assert found == ["kdlosses.engine.chunked._Chunked", *across]
 
 
 def test_all_public_names_exist():

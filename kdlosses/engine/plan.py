@@ -70,7 +70,8 @@ def keep_freed_tiles() -> None:
     keeps follows from the largest block of up to 32 MiB that was ever freed: twice its size. So one
     is, that nothing was written to. Other allocators take no notice.
     """
-    torch.empty(_LARGEST_THAT_GLIBC_LEARNS_FROM, dtype=torch.uint8)
+    # A storage and no tensor, which what counts tensors would take for a loss's memory.
+    torch.UntypedStorage(_LARGEST_THAT_GLIBC_LEARNS_FROM)
 
 
 def spans(start: int, stop: int, largest: int) -> Iterator[slice]:

@@ -32,6 +32,9 @@ _COPIES, _COPIES_OF_ROW_LOSSES = 5, 11
 class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The most bytes that tensors made under it took at once.
 
+    Autograd adds gradients up in place, but not under a mode like this one; the sum that it makes
+    here outlives the summand at once, and is not looked at before.
+
     Attributes:
         peak: bytes.
     """
@@ -49,6 +52,9 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for value in tree_flatten(result)[0]:
             if isinstance(value, torch.Tensor) and _key(value) not in given:
                 self._add(value.untyped_storage())
+        in_backward = torch._C._current_graph_task_id() != -1
+        if not (in_backward and func is torch.ops.aten.add.Tensor):
+            self.peak = max(self.peak, self._now)
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -63,7 +69,6 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         self._alive[key] = weakref.ref(storage, remove)
         self._now += size
-        self.peak = max(self.peak, self._now)
 
 
 def _key(tensor: torch.Tensor) -> int:

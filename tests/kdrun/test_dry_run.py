@@ -13,6 +13,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 
+from kdlosses.engine.plan import keep_freed_tiles
 from kdrun import DistillTrainer
 from kdrun.cache.command import cache_teacher
 from kdrun.cli import cli
@@ -122,6 +123,7 @@ def test_loss_and_optimiser_are_those_of_a_measured_step(
     if not given["loss__spec"].endswith("_chunked"):
         del overrides["loss.compiled"]
     config = load_config(None, list(overrides.items()))
+    keep_freed_tiles.cache_clear()  # as in a new process
     found = dry_run(config, "cpu")
     trainer, peak = one_step(config, tmp_path)
     assert found.memory["loss"] == pytest.approx(peak, rel=0.15)
