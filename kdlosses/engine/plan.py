@@ -71,7 +71,7 @@ def keep_freed_tiles() -> None:
     is, that nothing was written to. Other allocators take no notice.
     """
     # A storage and no tensor, which what counts tensors would take for a loss's memory.
-    torch.UntypedStorage(_LARGEST_THAT_GLIBC_LEARNS_FROM)
+    torch.UntypedStorage(_LARGEST_THAT_GLIBC_LEARNS_FROM)  # type: ignore[no-untyped-call]
 
 
 def spans(start: int, stop: int, largest: int) -> Iterator[slice]:
