@@ -227,7 +227,7 @@ def test_small_vocabularies_are_not_compiled_by_default(graphs):
     assert graphs() == 0
 
 
-def exponentials(name, hidden):
+def exponentials(name, hidden, **parameters):
     """A graph of a tile's operators, whose exponentials are counted before and after the pass.
 
     Half of the logits of either side may be -inf.
@@ -245,7 +245,7 @@ def exponentials(name, hidden):
     labels = torch.tensor([VOCAB - 1, 40, 41, 42])
     weights = torch.full((4, 1), 0.3), torch.full((4,), 0.7)
     arguments = raw, (teacher,), labels, (torch.tensor(1.0),), *weights
-    program = Program((load_loss(name)(),), ((),))
+    program = Program((load_loss(name)(**parameters),), ((),))
 
     def tile(*given):
         return row_gradients(program, False, *given)
@@ -264,7 +264,9 @@ def exponentials(name, hidden):
 
 
 @pytest.mark.parametrize("hidden", [0, 30])
-@pytest.mark.parametrize("name", ["forward_kl", "symmetric_kl", "generalized_jsd", "taid"])
+@pytest.mark.parametrize(
+    "name", ["forward_kl", "symmetric_kl", "generalized_jsd", "taid", "hellinger", "alpha_beta"]
+)
 def test_probabilities_reuse_the_exponentials_that_normalised_them(name, hidden):
     before, after, found, exact = exponentials(name, hidden)
     # One for each side's normalisation; TAID's teacher is normalised anew.
@@ -275,8 +277,8 @@ def test_probabilities_reuse_the_exponentials_that_normalised_them(name, hidden)
 
 
 def test_an_exponential_of_something_else_stays():
-    before, after, found, exact = exponentials("hellinger", 0)  # of half the log-probabilities
-    assert before == after
+    before, after, found, exact = exponentials("alpha_beta", 0, alpha=0.3)
+    assert before == after > 2
     torch.testing.assert_close(found[0].double(), exact[0], rtol=1e-5, atol=1e-7)
 
 
