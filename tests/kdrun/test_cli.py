@@ -1,4 +1,4 @@
-"""The command line as a subprocess: what it prints, what it leaves, its exit codes."""
+"""The command line as a process: what it prints, what it leaves, its exit codes."""
 
 from __future__ import annotations
 
@@ -13,23 +13,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import kdrun
 
 from kdrun.errors import InputError
 from kdrun.runs import prepare_folder
 
 KDRUN = Path(sys.executable).with_name("kdrun")
-
-
-def kdrun(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [KDRUN, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        cwd=cwd,
-        timeout=280,
-        check=False,
-    )
 
 
 def refused(*arguments: object, cwd: Path | None = None) -> str:

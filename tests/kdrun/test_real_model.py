@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bare import bare_arguments
+from commands import kdrun
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
-KDRUN = Path(sys.executable).with_name("kdrun")
 VOCAB = 49152
 
 
-def kdrun(*arguments: object) -> str:
-    done = subprocess.run(
-        [KDRUN, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=False,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def done(*arguments: object) -> str:
+    finished = kdrun(*arguments)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
 
 
 @pytest.fixture(scope="module")
 def student_folder(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("student") / "init"
-    kdrun("init-student", smollm2_folder, "--keep-layers", 4, "--output", folder)
+    done("init-student", smollm2_folder, "--keep-layers", 4, "--output", folder)
     return folder
 
 
@@ -46,7 +37,7 @@ def test_the_command_distils_a_gguf_teacher_on_alpaca(
     run, held_out = tmp_path / "run", tmp_path / "held-out.json"
     rows = json.loads((shared_data / "alpaca_en_demo.json").read_text(encoding="utf-8"))
     held_out.write_text(json.dumps(rows[-12:]), encoding="utf-8")
-    kdrun(
+    done(
         *("--teacher", smollm2_gguf, "--student", student_folder),
         *("--data", shared_data / "alpaca_en_demo.json", "--eval-data", held_out),
         *("--max-length", 64),
@@ -61,7 +52,7 @@ def test_the_command_distils_a_gguf_teacher_on_alpaca(
         values = [line[key] for line in evaluations]
         assert values == sorted(values, reverse=True), (key, values)
         assert values[-1] < 0.75 * values[0]
-    assert kdrun("generate", run, "--prompt", "Name a colour.", "--max-new-tokens", 5)
+    assert done("generate", run, "--prompt", "Name a colour.", "--max-new-tokens", 5)
 
 
 class Watch(TorchDispatchMode):

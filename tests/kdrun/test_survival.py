@@ -4,42 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from commands import kdrun
 
 from kdrun.cli import cli
 from kdrun.errors import InputError
 
 pytestmark = pytest.mark.slow
 
-WORKER = Path(__file__).with_name("survive.py")
 
-
-def outcomes(folder: Path, *jobs: tuple[list[object], int | None]) -> list[dict[str, Any]]:
-    """Run jobs one after the other, each in a process of its own."""
-    file = folder / "jobs.json"
-    listed = [{"arguments": [*map(str, given)], "kill_after": kill} for given, kill in jobs]
-    file.write_text(json.dumps(listed), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(file)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def run(folder: Path, arguments: list[object], kill_after: int | None = None) -> Any:
+    cache = str(folder / "cache")
+    return kdrun(*arguments, kill_after=kill_after, XDG_CACHE_HOME=cache)
 
 
 def run_of(pair: Any, folder: Path, *more: object) -> list[object]:
@@ -70,15 +53,14 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def test_ten_steps_equal_six_steps_kill_9_and_a_resume_from_step_four(
     tiny_pair: Any, tmp_path: Path
 ) -> None:
-    jobs: list[tuple[list[object], int | None]] = []
     for name, more in VARIANTS.items():
-        jobs += [
-            (run_of(tiny_pair, tmp_path / f"{name}-whole", *more), None),
-            (run_of(tiny_pair, tmp_path / f"{name}-killed", *more), 6),
-            (["--resume", "--output", tmp_path / f"{name}-killed"], None),
+        whole, killed = tmp_path / f"{name}-whole", tmp_path / f"{name}-killed"
+        done = [
+            run(tmp_path, run_of(tiny_pair, whole, *more)),
+            run(tmp_path, run_of(tiny_pair, killed, *more), kill_after=6),
+            run(tmp_path, ["--resume", "--output", killed]),
         ]
-    found = outcomes(tmp_path, *jobs)
-    assert [one["code"] for one in found] == [0, -9, 0] * 2, found
+        assert [one.returncode for one in done] == [0, -9, 0], done
     for name, weights in (("full", "model"), ("lora", "adapter_model")):
         whole, killed = tmp_path / f"{name}-whole", tmp_path / f"{name}-killed"
         file = f"{weights}.safetensors"
@@ -111,10 +93,10 @@ def test_a_full_disk_ends_with_one_line_and_keeps_the_last_complete_checkpoint(
     disk = tmp_path / "disk"
     more = ("--set", "training.save_steps=2", "--set", "training.save_total_limit=9")
     with small_disk(disk, "1m"):
-        (found,) = outcomes(tmp_path, (run_of(tiny_pair, disk / "run", *more), None))
-        assert found["code"] == 1, found
-        assert "Traceback" not in found["said"]
-        last = found["said"].splitlines()[-1]
+        found = run(tmp_path, run_of(tiny_pair, disk / "run", *more))
+        assert found.returncode == 1, found
+        assert "Traceback" not in found.stderr
+        last = found.stderr.splitlines()[-1]
         kept = sorted(
             int(path.parent.name.rpartition("-")[2])
             for path in (disk / "run" / "checkpoints").glob("checkpoint-*/complete")
@@ -125,9 +107,9 @@ def test_a_full_disk_ends_with_one_line_and_keeps_the_last_complete_checkpoint(
         assert f"checkpoint-{kept[-1]} is complete" in last
         assert f"--resume --output {disk / 'run'}" in last
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        (resumed,) = outcomes(tmp_path, (["--resume", "--output", disk / "run"], None))
-        assert resumed["code"] == 0, resumed
-        assert f"checkpoint-{kept[-1] + 2} is incomplete and left out" in resumed["said"]
+        resumed = run(tmp_path, ["--resume", "--output", disk / "run"])
+        assert resumed.returncode == 0, resumed
+        assert f"checkpoint-{kept[-1] + 2} is incomplete and left out" in resumed.stderr
         steps = [line["step"] for line in lines(disk / "run") if "loss" in line]
         assert steps == list(range(1, 11))
 

@@ -1,4 +1,4 @@
-"""``kdrun cache-teacher`` and ``kdrun --teacher-cache`` as subprocesses."""
+"""``kdrun cache-teacher`` and ``kdrun --teacher-cache``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import kdrun
 
 KDRUN = Path(sys.executable).with_name("kdrun")
 STILL = ("--set", "data.shift_windows=false")
@@ -16,17 +17,6 @@ QUICK = (
     *("--max-steps", 4, "--batch-size", 4, "--set", "training.logging_steps=1"),
     *("--set", "loss.compiled=false"),
 )
-
-
-def kdrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [KDRUN, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=280,
-        check=False,
-    )
 
 
 def done(*arguments: object) -> str:
