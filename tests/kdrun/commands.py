@@ -9,17 +9,22 @@ from __future__ import annotations
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _SERVER = Path(__file__).with_name("forked.py")
 
 
+Completed = subprocess.CompletedProcess
+
+
 def kdrun(
     *arguments: object, cwd: Path | None = None, kill_after: int | None = None, **variables: str
-) -> subprocess.CompletedProcess[str]:
+) -> Completed[str]:
     """Run a command to its end.
 
     Args:
@@ -28,24 +33,53 @@ def kdrun(
         kill_after: a step after which the process is killed.
         variables: of its environment, besides those that are set.
     """
+    return _run(arguments, [variables], cwd, kill_after)[0]
+
+
+def kdrun_in_processes(count: int, *arguments: object) -> list[Completed[str]]:
+    """Run a command in so many processes at once, as torchrun starts them on one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}
+    ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
+    return _run(arguments, [{k: str(v) for k, v in rank.items()} for rank in ranks])
+
+
+def _run(
+    arguments: Sequence[object],
+    variables: Sequence[Mapping[str, str]],
+    cwd: Path | None = None,
+    kill_after: int | None = None,
+) -> list[Completed[str]]:
+    """A process for each set of variables, all at once."""
     words = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / "out", Path(folder) / "err"]
-        job = {
-            "arguments": words,
-            "folder": str(cwd or Path.cwd()),
-            "environment": os.environ | variables,
-            "files": list(map(str, files)),
-            "kill_after": kill_after,
-        }
+        files = [
+            [Path(folder) / f"{name}-{number}" for name in ("out", "err")]
+            for number in range(len(variables))
+        ]
+        jobs = [
+            {
+                "arguments": words,
+                "folder": str(cwd or Path.cwd()),
+                "environment": {**os.environ, **more},
+                "files": list(map(str, own)),
+                "kill_after": kill_after,
+            }
+            for more, own in zip(variables, files, strict=True)
+        ]
         server = _server()
         assert server.stdin is not None
         assert server.stdout is not None
-        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.write(json.dumps(jobs) + "\n")
         server.stdin.flush()
-        code = int(server.stdout.readline())
-        said = (file.read_text(encoding="utf-8") for file in files)
-        return subprocess.CompletedProcess(["kdrun", *words], code, *said)
+        codes = json.loads(server.stdout.readline())
+        return [
+            Completed(["kdrun", *words], code, *(file.read_text("utf-8") for file in own))
+            for code, own in zip(codes, files, strict=True)
+        ]
 
 
 @functools.cache

@@ -1,8 +1,9 @@
 """Forks a process for each command that standard input names; started by ``commands.py``.
 
-One line is one job in JSON: ``arguments``, ``folder`` (the working one), ``environment``, ``files``
-(for standard output and error) and ``kill_after``, a step or null. Its exit code is the answer,
-negative where a signal ended it. With ``kill_after`` the command kills itself by SIGKILL, in the
+One line is a list of jobs in JSON, which run at once; the answer is the list of their exit codes,
+negative where a signal ended one. When one fails the others, which may wait for it, are ended. A
+job has ``arguments``, ``folder`` (the working one), ``environment``, ``files`` (for standard output
+and error) and ``kill_after``, a step or null. With it the command kills itself by SIGKILL, in the
 middle of a run, when that step has ended: as ``kill -9`` does, nothing is flushed and no handler
 runs.
 """
@@ -30,15 +31,28 @@ _LONGEST = 600  # seconds
 
 
 def next_job() -> dict[str, Any] | None:
-    """Waits for a line; the job in the child that is to do it, None in the end."""
+    """Waits for lines; the job in a child that is to do it, None in the end."""
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            job: dict[str, Any] = json.loads(line)
-            return job
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        children = []
+        job: dict[str, Any]
+        for job in json.loads(line):
+            child = os.fork()
+            if child == 0:
+                return job
+            children.append(child)
+        print(json.dumps(exit_codes(children)), flush=True)
     return None
+
+
+def exit_codes(children: list[int]) -> list[int]:
+    codes: dict[int, int] = {}
+    while len(codes) < len(children):
+        child, status = os.wait()
+        codes[child] = os.waitstatus_to_exitcode(status)
+        if codes[child] != 0:
+            for other in set(children) - set(codes):
+                os.kill(other, signal.SIGTERM)
+    return [codes[child] for child in children]
 
 
 def prepare(job: dict[str, Any]) -> None:

@@ -1,16 +1,18 @@
-"""``torchrun -m kdrun`` on the built-in pair: two processes are one run."""
+"""``torchrun -m kdrun`` on the built-in pair: two processes are one run.
+
+One test starts them by torchrun itself; the others as it does, without waiting for imports.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from commands import kdrun_in_processes
 from safetensors.torch import load_file
 
 from kdrun.cli import cli
@@ -25,15 +27,9 @@ RUN = [
 ]
 
 
-Launch = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def launch(torchrun: Any) -> Launch:
-    def run(*arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
-        return torchrun(processes, "-m", "kdrun", *RUN, *arguments)  # type: ignore[no-any-return]
-
-    return run
+def launch(*arguments: object, processes: int = 2) -> None:
+    for done in kdrun_in_processes(processes, *RUN, *arguments):
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 def alone(*arguments: object) -> None:
@@ -71,10 +67,10 @@ def check_equal(one: Path, other: Path) -> None:
 
 
 def test_two_processes_are_one_run_which_one_may_finish(
-    one: Path, launch: Launch, tmp_path: Path
+    one: Path, torchrun: Any, tmp_path: Path
 ) -> None:
     folder = tmp_path / "two"
-    done = launch("--batch-size", 4, "--output", folder)
+    done = torchrun(2, "-m", "kdrun", *RUN, "--batch-size", 4, "--output", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     check_equal(one, folder)
     assert done.stderr.count("step 6/6") == 1  # one of them speaks
@@ -89,13 +85,10 @@ def test_two_processes_are_one_run_which_one_may_finish(
     check_equal(one, folder)
 
 
-def test_models_spread_over_two_processes_are_one_run(
-    one: Path, launch: Launch, tmp_path: Path
-) -> None:
+def test_models_spread_over_two_processes_are_one_run(one: Path, tmp_path: Path) -> None:
     folder = tmp_path / "spread"
     spread = ("--set", "training.fsdp=true", "--output", folder)
-    done = launch("--batch-size", 4, *spread)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch("--batch-size", 4, *spread)
     check_equal(one, folder)
     # A resumed run keeps its configuration, which one process cannot serve.
     with pytest.raises(InputError, match=r"training\.fsdp=true spreads the models"):
@@ -107,26 +100,23 @@ def test_models_spread_over_two_processes_are_one_run(
     for processes in (2, 4):
         shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
         (folder / "summary.json").unlink()
-        done = launch("--batch-size", 8 // processes, *spread, "--resume", processes=processes)
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch("--batch-size", 8 // processes, *spread, "--resume", processes=processes)
         check_equal(one, folder)
         if processes == 2:
             assert (folder / "student" / "model.safetensors").read_bytes() == weights
 
 
-def test_spread_adapters_and_the_state_of_a_loss_are_resumed_bit_for_bit(
-    launch: Launch, tmp_path: Path
-) -> None:
+def test_spread_adapters_and_the_state_of_a_loss_are_resumed_bit_for_bit(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     arguments: list[object] = ["--loss", "taid_chunked", "--batch-size", 4, "--lora-rank", 4]
     arguments += ["--set", "lora.dropout=0.1", "--set", "training.fsdp=true"]
     arguments += ["--set", "training.eval_steps=4", "--output", folder]
-    assert launch(*arguments).returncode == 0
+    launch(*arguments)
     weights = (folder / "student" / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
     shutil.rmtree(folder / "student")
     (folder / "summary.json").unlink()
-    assert launch(*arguments, "--resume").returncode == 0
+    launch(*arguments, "--resume")
     assert (folder / "student" / "adapter_model.safetensors").read_bytes() == weights
 
 

@@ -1,13 +1,13 @@
-"""``torchrun -m kdrun --procedure``: two processes are one run, whoever writes."""
+"""``kdrun --procedure`` in two processes: two processes are one run, whoever writes."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from commands import kdrun_in_processes
 from safetensors.torch import load_file
 
 from kdrun.cli import cli
@@ -24,15 +24,13 @@ RUN = [
 
 
 @pytest.mark.parametrize("spec", ["gkd:lambda=0.5", "distillm:margin=0,increase=0.9,capacity=8"])
-def test_two_processes_draw_and_write_what_one_would(
-    spec: str, torchrun: Any, tmp_path: Path
-) -> None:
+def test_two_processes_draw_and_write_what_one_would(spec: str, tmp_path: Path) -> None:
     arguments = ["--procedure", spec, *RUN]
     if spec.startswith("distillm"):  # a loss that rises
         arguments += ["--lr", "0.2"]
     two = ["--batch-size", "4", "--output", tmp_path / "two"]
-    done = torchrun(2, "-m", "kdrun", *arguments, *two)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in kdrun_in_processes(2, *arguments, *two):
+        assert done.returncode == 0, done.stderr[-3000:]
     one = [*arguments, "--batch-size", "8", "--output", str(tmp_path / "one")]
     assert CliRunner().invoke(cli, one, catch_exceptions=False).exit_code == 0
     two_lines, lines = (
