@@ -75,7 +75,9 @@ def _run(
         assert server.stdout is not None
         server.stdin.write(json.dumps(jobs) + "\n")
         server.stdin.flush()
-        codes = json.loads(server.stdout.readline())
+        answer = server.stdout.readline()
+        assert answer, f"{_SERVER.name} has ended; what it said stands in this test's output"
+        codes = json.loads(answer)
         return [
             Completed(["kdrun", *words], code, *(file.read_text("utf-8") for file in own))
             for code, own in zip(codes, files, strict=True)
