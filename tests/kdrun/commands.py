@@ -33,21 +33,32 @@ def kdrun(
         kill_after: a step after which the process is killed.
         variables: of its environment, besides those that are set.
     """
-    return _run(arguments, [variables], cwd, kill_after)[0]
+    return _run(None, arguments, [variables], cwd, kill_after)[0]
 
 
 def kdrun_in_processes(count: int, *arguments: object) -> list[Completed[str]]:
     """Run a command in so many processes at once, as torchrun starts them on one machine."""
+    return _run(None, arguments, _ranks(count))
+
+
+def script_in_processes(count: int, script: str, *arguments: object) -> list[Completed[str]]:
+    """The same for a script, whose folder it can import from."""
+    return _run(script, arguments, _ranks(count))
+
+
+def _ranks(count: int) -> list[dict[str, str]]:
+    """The variables that torchrun sets for each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     shared |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}
     ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
-    return _run(arguments, [{k: str(v) for k, v in rank.items()} for rank in ranks])
+    return [{k: str(v) for k, v in rank.items()} for rank in ranks]
 
 
 def _run(
+    script: str | None,
     arguments: Sequence[object],
     variables: Sequence[Mapping[str, str]],
     cwd: Path | None = None,
@@ -62,6 +73,7 @@ def _run(
         ]
         jobs = [
             {
+                "script": script,
                 "arguments": words,
                 "folder": str(cwd or Path.cwd()),
                 "environment": {**os.environ, **more},
@@ -79,7 +91,7 @@ def _run(
         assert answer, f"{_SERVER.name} has ended; what it said stands in this test's output"
         codes = json.loads(answer)
         return [
-            Completed(["kdrun", *words], code, *(file.read_text("utf-8") for file in own))
+            Completed([script or "kdrun", *words], code, *(file.read_text("utf-8") for file in own))
             for code, own in zip(codes, files, strict=True)
         ]
 

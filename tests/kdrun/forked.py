@@ -1,19 +1,22 @@
-"""Forks a process for each command that standard input names; started by ``commands.py``.
+"""Forks a process for each command or script that standard input names; started by ``commands.py``.
 
 One line is a list of jobs in JSON, which run at once; the answer is the list of their exit codes,
 negative where a signal ended one. When one fails the others, which may wait for it, are ended. A
-job has ``arguments``, ``folder`` (the working one), ``environment``, ``files`` (for standard output
-and error) and ``kill_after``, a step or null. With it the command kills itself by SIGKILL, in the
-middle of a run, when that step has ended: as ``kill -9`` does, nothing is flushed and no handler
-runs.
+job has ``script`` (null for a command), ``arguments``, ``folder`` (the working one),
+``environment``, ``files`` (for standard output and error) and ``kill_after``, a step or null. With
+it the command kills itself by SIGKILL, in the middle of a run, when that step has ended: as
+``kill -9`` does, nothing is flushed and no handler runs.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import runpy
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 from kdrun.cli import main
@@ -63,7 +66,7 @@ def prepare(job: dict[str, Any]) -> None:
     os.chdir(job["folder"])
     os.environ.clear()
     os.environ.update(job["environment"])
-    sys.argv = ["kdrun", *job["arguments"]]
+    sys.argv = [job["script"] or "kdrun", *job["arguments"]]
     if job["kill_after"] is not None:
         _die_after(job["kill_after"])
 
@@ -80,7 +83,12 @@ def _die_after(step: int) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # each training ends with a collection, which need not look at modules
     todo = next_job()
     if todo is not None:
         prepare(todo)
-        main()
+        if todo["script"] is None:
+            main()
+        else:
+            sys.path.insert(0, str(Path(todo["script"]).parent))
+            runpy.run_path(todo["script"], run_name="__main__")

@@ -9,13 +9,12 @@ from typing import Any
 import overwriter
 import pytest
 import transformers
+from commands import script_in_processes
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
-def test_r1_r4_four_processes_replace_a_run_twenty_times(
-    tiny_pair: Any, torchrun: Any, tmp_path: Path
-) -> None:
+def test_r1_r4_four_processes_replace_a_run_twenty_times(tiny_pair: Any, tmp_path: Path) -> None:
     """The teacher's weights lie on the device of the process's rows in all of them."""
     folder = tmp_path / "run"
     config = {
@@ -27,8 +26,8 @@ def test_r1_r4_four_processes_replace_a_run_twenty_times(
     }
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps(config), encoding="utf-8")
-    done = torchrun(4, overwriter.__file__, settings, 20)
-    assert done.returncode == 0, done.stderr[-4000:]
+    for done in script_in_processes(4, overwriter.__file__, settings, 20):
+        assert done.returncode == 0, done.stderr[-4000:]
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert summary["steps"] == 2
     (kept,) = (folder / "checkpoints").glob("checkpoint-*")

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import worker
+from commands import script_in_processes
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def results(torchrun: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     worker.make(folder / "student-tied", True, 1)
     worker.make(folder / "student-untied", False, 2)
     worker.make(folder / "teacher", True, 3)
     for processes in (1, 2, 4):
-        done = torchrun(processes, worker.__file__, folder)
-        assert done.returncode == 0, done.stderr[-4000:]
+        for done in script_in_processes(processes, worker.__file__, folder):
+            assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 
