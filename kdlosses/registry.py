@@ -239,3 +239,7 @@ def _check_suffix(name: str) -> None:
             f"loss {reserved.name!r} of {reserved.distribution} ends in the reserved suffix "
             f"{CHUNKED!r}; its author must rename it"
         )
+    if name.endswith(CHUNKED) and name.removesuffix(CHUNKED) in registered:
+        raise LossSpecError(
+            f"loss {name!r}: {CHUNKED!r} is no part of a name, and stands in a spec once"
+        )

@@ -280,6 +280,11 @@ def test_the_suffix_is_reserved(install, text):
         get_loss(text)
 
 
+def test_the_suffix_is_written_once():
+    with pytest.raises(LossSpecError, match=r"'forward_kl_chunked': .* stands in a spec once"):
+        get_loss("forward_kl_chunked_chunked")
+
+
 def test_a_half_removed_distribution_breaks_nothing(install):
     folder = install("leftover", {"left": "gone:Loss"})
     (folder / "METADATA").unlink()
