@@ -20,7 +20,6 @@ from kdlosses import (
 )
 from kdrun.describe_losses import doc_parts, family, parameters, single_loss, traits
 from kdrun.errors import InputError
-from kdrun.plot_losses import SETTING, check_plot_file, draw_text, write_plot
 
 if TYPE_CHECKING:
     from kdlosses import Loss
@@ -28,15 +27,18 @@ if TYPE_CHECKING:
 
 def print_list(details: bool) -> None:
     """One row a loss; with ``details`` each is imported, and a broken one says so."""
+    console = _console()
+    if details:
+        for ref in available_losses():
+            for line in _details(ref):
+                console.print(line, markup=False)
+        return
     table = Table(box=None, pad_edge=False)
-    more = ("family", "parameters", "formula", "reference") if details else ()
-    headings = ("name", "distribution", *more)
-    for heading in headings:
-        table.add_column(heading, no_wrap=heading in ("name", "distribution"))
+    for heading in ("name", "distribution"):
+        table.add_column(heading, no_wrap=True)
     for ref in available_losses():
-        cells = (ref.name, ref.distribution, *(_details(ref) if details else ()))
-        table.add_row(*map(escape, cells))  # formulas hold brackets
-    _console().print(table)
+        table.add_row(escape(ref.name), escape(ref.distribution))
+    console.print(table)
 
 
 def print_loss(name: str, plot: Path | None = None) -> None:
@@ -52,6 +54,8 @@ def print_loss(name: str, plot: Path | None = None) -> None:
     """
     loss = single_loss(name)
     if plot is not None:
+        from kdrun.plot_losses import check_plot_file, write_plot
+
         check_plot_file(plot)
         write_plot(name, plot)
     console = _console()
@@ -76,6 +80,8 @@ def print_loss(name: str, plot: Path | None = None) -> None:
 
 
 def _print_plot(console: Any, name: str) -> None:
+    from kdrun.plot_losses import SETTING, draw_text
+
     try:
         lines = draw_text(name, console.encoding)
     except InputError as error:  # whoever wrote the loss still wants to see the rest
@@ -86,14 +92,17 @@ def _print_plot(console: Any, name: str) -> None:
     console.print(SETTING)
 
 
-def _details(ref: LossRef) -> tuple[str, str, str, str]:
+def _details(ref: LossRef) -> list[str]:
+    """Lines about one loss; a table's cells would be too narrow for formula and reference."""
+    heading = [ref.name, ref.distribution]
     try:
         loss: Loss = single_loss(ref.name)
     except (BrokenLossError, LossSpecError) as error:
-        return "broken", "-", str(error), "-"
-    given = ", ".join(f"{key}={value}" for key, value in loss.model_dump().items())
+        return ["  ".join([*heading, "broken"]), f"    {error}"]
+    heading += [family(loss), ", ".join(f"{k}={v}" for k, v in loss.model_dump().items())]
     parts = doc_parts(loss)
-    return family(loss), given or "-", parts.formula or parts.title, parts.reference
+    more = [parts.formula or parts.title, parts.reference]
+    return ["  ".join(heading).rstrip(), *(f"    {line}" for line in more)]
 
 
 def _console() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,11 +65,11 @@ def test_help_and_list_do_not_import_it(environment: dict[str, str]) -> None:
 def test_details_say_what_is_broken_and_show_the_rest(environment: dict[str, str]) -> None:
     done = kdrun(environment, "losses", "list", "--details")
     assert done.returncode == 0
-    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
+    entries = {entry.split()[0]: entry for entry in re.split(r"\n(?! )", done.stdout) if entry}
     for name, reason in BROKEN.items():
-        assert lines[name].split()[2] == "broken"
-        assert reason in lines[name]
-    assert "beta=0.5" in lines["generalized_jsd"]
+        assert entries[name].split()[2] == "broken"
+        assert reason in entries[name]
+    assert "beta=0.5" in entries["generalized_jsd"]
 
 
 @pytest.mark.slow
