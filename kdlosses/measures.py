@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from kdlosses.engine import Chunking, measure_rows
+from kdlosses.numerics import widest_float
 from kdlosses.objective import TokenLoss
-from kdlosses.sources import Compressed, Source
+from kdlosses.sources import Compressed, Source, VocabParallel
 
 CALIBRATION_BINS = 15
 
@@ -60,15 +61,19 @@ def measure(
         compiled: as for :func:`kdlosses.get_loss`.
 
     Raises:
-        ValueError: a compressed teacher, of whose distribution too little is known.
+        ValueError: a compressed teacher, of whose distribution too little is known, or a head that
+            is spread over processes.
     """
+    if isinstance(student, VocabParallel):
+        raise ValueError("student: measures need its whole head, got VocabParallel")
     batch = loss._batch(student, teacher, labels)
     if isinstance(batch.teacher, Compressed):
         kind = type(batch.teacher).__name__
         raise ValueError(f"teacher: measures need its full distribution, got {kind}")
     size = None if loss.chunking is None else loss.chunking.size
+    exact = widest_float(labels.device)
     kd, ce, student_rows, teacher_rows = (
-        values.double() for values in measure_rows(loss._problem(batch), Chunking(size, compiled))
+        values.to(exact) for values in measure_rows(loss._problem(batch), Chunking(size, compiled))
     )
     num_tokens = torch.tensor(len(batch.rows.labels), device=labels.device)
     calibration = _bin(*student_rows.unbind(-1))

@@ -83,11 +83,8 @@ class TokenLoss(nn.Module):
         self.match_curvature = match_curvature
         if match_curvature:
             for index, term in enumerate(terms):
-                if not self._moving.curvature(index):
-                    raise ValueError(
-                        f"match_curvature: {term.name} has no curvature to match "
-                        f"(it states {self._moving.curvature(index)})"
-                    )
+                for curvature in self._moving.curvatures(index):
+                    _check_curvature(term, curvature)
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -245,8 +242,10 @@ class TokenLoss(nn.Module):
         factors = []
         for index, term in enumerate(self.terms):
             power = term.loss.temperature_power if self.temperature_scaling else 0
-            curvature = self._moving.curvature(index) if self.match_curvature else None
-            factors.append(self.temperature**power / (curvature or 1.0))
+            factor = self.temperature**power
+            if self.match_curvature:
+                factor /= _check_curvature(term, self._moving.curvature(index))
+            factors.append(factor)
         device = batch.student.tensors[0].device
         return torch.tensor(factors, dtype=batch.dtype, device=device)
 
@@ -262,6 +261,14 @@ class TokenLoss(nn.Module):
     def _move_temperature(self) -> None:
         if self._temperature_schedule is not None:
             self.temperature = self._temperature_schedule(self._moving.progress)
+
+
+def _check_curvature(term: Term, curvature: float | None) -> float:
+    if not curvature:
+        raise ValueError(
+            f"match_curvature: {term.name} has no curvature to match (it states {curvature})"
+        )
+    return curvature
 
 
 @dataclass(frozen=True)
@@ -336,10 +343,17 @@ class KDObjective(nn.Module):
 
         A step at ``kd_ratio`` 0 has no values of the terms and leaves states as they are.
         """
-        if self.kd_ratio == 0:
-            self.loss._move(progress, None)
-        else:
+        if self.kd_ratio > 0:
             self.loss.advance(progress, term_values)
+        self.move(progress)
+
+    def move(self, progress: float) -> None:
+        """Move schedules alone, as for a step that was left out or a training that got longer.
+
+        Args:
+            progress: the share of the training that is done, in [0, 1].
+        """
+        self.loss._move(progress, None)
         self._move_ratio(progress)
 
     def get_extra_state(self) -> dict[str, Any]:

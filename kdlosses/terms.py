@@ -1,8 +1,9 @@
 """What a distillation loss is made of: weighted terms, and the values that change in training."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,6 +12,7 @@ from kdlosses.divergence import Loss
 from kdlosses.schedules import Schedule
 
 TEMPERATURE = "temperature"
+_ALONG = tuple(step / 1000 for step in range(1001))  # progress at which schedules are looked at
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class MovingTerms:
             _check(key, self.terms[index].loss, field, schedule)
             self._schedules[index][field] = schedule
         self.progress = 0.0
-        self._states = [term.loss.initial_state() for term in self.terms]
+        self._states = [self._at(0.0, index).initial_state() for index in range(len(self.terms))]
 
     @property
     def bound(self) -> tuple[tuple[str, ...], ...]:
@@ -87,8 +89,12 @@ class MovingTerms:
 
     def curvature(self, index: int) -> float | None:
         """A term's curvature at the present values of its fields."""
-        loss = self.terms[index].loss
-        return loss.model_copy(update=self.values[index]).curvature()
+        return self._at(self.progress, index, self._states[index]).curvature()
+
+    def curvatures(self, index: int) -> Iterator[float | None]:
+        """A term's curvature along the training."""
+        for progress in _ALONG if self._schedules[index] else (self.progress,):
+            yield self._at(progress, index, self._states[index]).curvature()
 
     def advance(self, progress: float, term_values: Sequence[float] | None) -> None:
         """Move on after an optimiser step.
@@ -109,13 +115,25 @@ class MovingTerms:
             raise ValueError(
                 f"term_values: expected {len(self.terms)} values, got {len(term_values)}"
             )
-        for index, (term, value) in enumerate(zip(self.terms, term_values, strict=True)):
+        for index, value in enumerate(term_values):
             if self._states[index]:
-                self._states[index] = term.loss.next_state(self._states[index], value, progress)
+                now = self._at(progress, index)
+                self._states[index] = now.next_state(self._states[index], value, progress)
+
+    def _at(
+        self, progress: float, index: int, state: Mapping[str, float] = MappingProxyType({})
+    ) -> Loss:
+        """A term's loss with the values of its scheduled fields at a progress, and in a state."""
+        then = {field: at(progress) for field, at in self._schedules[index].items()}
+        return self.terms[index].loss.model_copy(update={**then, **state})
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must keep: numbers only."""
-        return {"progress": self.progress, "states": [dict(state) for state in self._states]}
+        return {
+            "terms": [term.name for term in self.terms],
+            "progress": self.progress,
+            "states": [dict(state) for state in self._states],
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state` gave.
@@ -123,12 +141,12 @@ class MovingTerms:
         Raises:
             ValueError: it is of another loss.
         """
-        states = [dict(entry) for entry in state["states"]]
-        if [set(entry) for entry in states] != [set(entry) for entry in self._states]:
-            raise ValueError(
-                f"the saved state {states} is not that of {[term.name for term in self.terms]}"
-            )
-        self.progress, self._states = float(state["progress"]), states
+        names = [term.name for term in self.terms]
+        if state["terms"] != names:
+            was, now = (" + ".join(each) for each in (state["terms"], names))
+            raise ValueError(f"was saved with the loss {was}, and this one is {now}")
+        self.progress = float(state["progress"])
+        self._states = [dict(entry) for entry in state["states"]]
 
 
 def _place(key: str, terms: Sequence[Term]) -> tuple[int, str]:
@@ -155,7 +173,8 @@ def _check(key: str, loss: Loss, field: str, schedule: Schedule) -> None:
     kind = type(loss).model_fields[field].annotation
     if kind is not float:
         raise ValueError(f"schedules: {key} is no number that can move ({kind})")
-    for value in schedule.extremes:
+    # Also between the extremes: a field may exclude what lies amid its bounds.
+    for value in dict.fromkeys((*schedule.extremes, *map(schedule, _ALONG))):
         try:
             type(loss)(**{**loss.model_dump(), field: value})
         except ValidationError as error:

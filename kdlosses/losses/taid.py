@@ -69,7 +69,8 @@ class TAID(RowLoss):
         change = (previous - value) / previous if previous else 0.0
         momentum = 0.99 * momentum + 0.01 * change
         linear = self.t_start + (self.t_end - self.t_start) * progress
-        step = 5e-4 / (1 + math.exp(-momentum)) * (1 - t)
+        # A sigmoid; momentum may be -1e8, after a step whose loss was almost 0.
+        step = 5e-4 * (1 + math.tanh(momentum / 2)) / 2 * (1 - t)
         return {
             "t": min(self.t_end, max(linear, t + step)),
             "momentum": momentum,

@@ -112,6 +112,16 @@ def test_matched_curvature_follows_the_parameter():
     torch.testing.assert_close(*values, rtol=1e-12, atol=0)
 
 
+def test_a_curvature_that_ends_amid_the_training_cannot_be_matched():
+    """alpha_beta has one where alpha + beta is 1, which the first value fulfils."""
+    rises = {"alpha": Linear(start=0.5, end=0.9)}
+    get_loss("alpha_beta", schedules=rises)
+    with pytest.raises(LossSpecError, match=r"match_curvature: alpha_beta .* no curvature"):
+        get_loss("alpha_beta", match_curvature=True, schedules=rises)
+    falls = {"beta": Linear(start=0.5, end=0.1)}
+    get_loss("alpha_beta", match_curvature=True, schedules=rises | falls)
+
+
 @pytest.mark.parametrize(
     ("spec", "key", "schedule", "message"),
     [
@@ -119,6 +129,13 @@ def test_matched_curvature_follows_the_parameter():
         ("skew_forward_kl", "alpha", Linear(start=0, end=2), "alpha reaches 2: .*less than 1"),
         ("generalized_jsd", "normalize", Constant(value=1), "no number that can move"),
         ("forward_kl", "temperature", Linear(start=1, end=0), "temperature: must be a positive"),
+        # 1 lies amid the bounds of alpha, and is excluded.
+        (
+            "renyi",
+            "alpha",
+            Linear(start=0.5, end=2),
+            r"alpha reaches (0\.999\d*|1): .*too close to 1",
+        ),
         (
             "skew_forward_kl+skew_reverse_kl",
             "alpha",
@@ -155,7 +172,7 @@ def test_the_state_dict_brings_schedules_back_through_json():
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert second.moving_values == first.moving_values
     assert second.loss.moving_values["t"] > 0.4
-    with pytest.raises(ValueError, match="not that of"):
+    with pytest.raises(ValueError, match="saved with the loss taid, and this one is forward_kl"):
         KDObjective(get_loss("forward_kl")).load_state_dict(first.state_dict())
 
 
@@ -233,3 +250,21 @@ def test_moving_values_share_one_graph(name):
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=3e-6, atol=1e-7)
     assert counters["stats"]["unique_graphs"] - before == 1
+
+
+def test_taid_after_a_loss_that_was_almost_0():
+    """The relative change is then about -1e15, and the sigmoid of the momentum is 0."""
+    loss = get_loss("taid:t_start=0")
+    for progress, value in ((0.1, 1e-15), (0.2, 1.0)):
+        loss.advance(progress, [value])
+    assert loss.moving_values["momentum"] == pytest.approx(-1e13)
+    assert loss.moving_values["t"] == pytest.approx(0.2)
+
+
+def test_a_state_follows_the_scheduled_parameters_of_its_loss():
+    """t_start moves from 0.2 to 0.6: t begins with 0.2, and its line ends at 1 from wherever."""
+    loss = get_loss("taid", schedules={"t_start": Linear(start=0.2, end=0.6)})
+    assert loss.moving_values["t"] == 0.2
+    loss.advance(0.0, [1.0])
+    loss.advance(0.5, [1.0])
+    assert loss.moving_values["t"] == pytest.approx(0.4 + (1 - 0.4) * 0.5)

@@ -110,6 +110,7 @@ def main() -> None:
     refused(lambda: loss(hidden @ weight.T, here, labels), "its own is not")
     cut = get_loss("forward_kl", vocab_size=bounds(world, world - 1)[0])
     refused(lambda: cut(here, here, labels), "would have none")
+    refused(lambda: kdlosses.measure(loss, here, None, labels), "need its whole head")
     if rank == 0:
         print(f"{additive} losses", file=sys.stderr)
     dist.destroy_process_group()
