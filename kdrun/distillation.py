@@ -127,7 +127,9 @@ def distill(
     checkpoint = runs.newest_checkpoint(folder) if resume else None
     _check_kind(checkpoint, config.training.fsdp)
     summary = folder / runs.SUMMARY
-    trained = checkpoint is not None and runs.is_finished(checkpoint, config.training.max_steps)
+    trained = checkpoint is not None and runs.is_finished(
+        checkpoint, config.training.max_steps, config.training.num_epochs
+    )
     if trained and summary.is_file():
         console.print(f"the run in {folder} is finished; nothing is left to do", markup=False)
         return RunResult(folder, json.loads(summary.read_text(encoding="utf-8")))
@@ -192,6 +194,8 @@ def _run(
     console: Console,
     world: World,
 ) -> RunResult:
+    from transformers import set_seed
+
     from kdrun.data.collate import Collator
     from kdrun.data.origins import Numbered
     from kdrun.data.token_cache import TokenCache
@@ -243,7 +247,7 @@ def _run(
         )
     head = student.get_output_embeddings().weight
     count = len(examples.train)  # type: ignore[arg-type]
-    config = settle(config, pair.vocab_size, head.shape[1], head.device, count)
+    config = settle(config, pair.vocab_size, head.shape[1], arguments.device, count)
     if config.training.fsdp:
         shard(causal_lm(student))
         for live in dict.fromkeys((teacher.training, teacher.evaluation)):
@@ -300,6 +304,9 @@ def _run(
         trainer.add_callback(WriteMetrics(metrics))
 
     before = _before(trainer, folder, resume, world)
+    if checkpoint is None:
+        # Evaluation drew random numbers, and a run that begins anew does not evaluate again.
+        set_seed(config.training.seed)
     if trained:  # the run ended between its last checkpoint and its summary
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.load_objective(str(checkpoint))
@@ -403,7 +410,7 @@ def settle(
         config: of the run.
         vocab_size: tokens that both models share.
         head_width: of the student's hidden states.
-        device: where the student is.
+        device: where the student is trained.
         rows: of training.
     """
     from kdlosses import automatic_chunk_size, parse_spec

@@ -160,10 +160,18 @@ def _storage_reason(error: Exception, folder: Path) -> str | None:
     return None
 
 
-def is_finished(checkpoint: Path, max_steps: int | None) -> bool:
-    """Whether a checkpoint is that of the last step, so that nothing is left to train."""
+def is_finished(checkpoint: Path, max_steps: int | None, num_epochs: float) -> bool:
+    """Whether a checkpoint is that of the last step, so that nothing is left to train.
+
+    Args:
+        checkpoint: its folder.
+        max_steps: steps to do, whatever the epochs; None counts epochs.
+        num_epochs: epochs to do.
+    """
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return bool(state["global_step"] >= (max_steps or state["max_steps"]))
+    if max_steps is not None:
+        return bool(state["global_step"] >= max_steps)
+    return bool(state["epoch"] >= num_epochs)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -82,7 +82,8 @@ class DistillTrainer(Trainer):
         guard: what is done about a loss that is not finite; by default training stops.
 
     Raises:
-        ValueError: no teacher at a ``kd_ratio`` above 0, or tokens averaged per device.
+        ValueError: no teacher at a ``kd_ratio`` above 0, tokens averaged per device, or options
+            that would have no effect.
     """
 
     # The loss is divided by the supervised tokens of the whole step, not of a micro-batch.
@@ -107,10 +108,24 @@ class DistillTrainer(Trainer):
                 "average_tokens_across_devices: must be on; otherwise the loss depends on how the "
                 "tokens are spread over devices"
             )
+        if args is not None and args.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor: the class loss takes no smoothed labels; leave it at 0"
+            )
+        for name in ("compute_metrics", "compute_loss_func"):
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"{name}: is never called; the loss is given as loss, and evaluation measures "
+                    "without predictions that it could be given"
+                )
         self.student_split: HeadSplit = find_split(model)
         install(model, self.student_split)
         self.objective = objective
         super().__init__(model=model, args=args, **options)
+        # Of several GPUs one process takes the first, not torch's DataParallel, which deals a batch
+        # out to replicas: labels and teacher are one process's.
+        self.args._n_gpu = min(self.args.n_gpu, 1)
+        self._train_batch_size = self.args.train_batch_size
         self.add_callback(_MoveToEpoch(self))
         self.add_callback(_Advance(self))
         if isinstance(teacher, nn.Module):
@@ -124,8 +139,8 @@ class DistillTrainer(Trainer):
         self.supervised_tokens = 0
         self.guard = LossGuard()
         terms = len(self.objective.loss.terms)
-        self._shares = torch.zeros(2 + terms, dtype=torch.float64, device=self.args.device)
-        self._step_terms = torch.zeros(terms, dtype=torch.float64, device=self.args.device)
+        self._shares = torch.zeros(2 + terms, device=self.args.device)
+        self._step_terms = torch.zeros(terms, device=self.args.device)
         self._moving_values: dict[str, float] = {}
         self._logged_step = 0
         self._origin_tokens = torch.zeros(len(Origin), dtype=torch.int64, device=self.args.device)
@@ -273,7 +288,9 @@ class DistillTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        self.guard.note_gradient(float(norm))
+        # A scaler of fp16 leaves out such a step itself, and lowers its scale for the next.
+        if self.accelerator.scaler is None:
+            self.guard.note_gradient(float(norm))
         return norm
 
     def end_step(self) -> None:
@@ -452,18 +469,25 @@ class DistillTrainer(Trainer):
     def advance_objective(self) -> None:
         """Move schedules and state on, at the end of an optimiser step.
 
-        A step that was left out moves nothing; schedules catch up with the next.
+        A step that was left out moves the schedules, which follow the number of the step, alone.
         """
         if self._left_out:
-            self._step_terms.zero_()
-            return
-        self._moving_values = self.objective.moving_values
-        values = None
-        if self.objective.loss.stateful and self.objective.kd_ratio > 0:
-            values = self.accelerator.reduce(self._step_terms).tolist()
-        progress = min(1.0, self.state.global_step / max(1, self.state.max_steps))
-        self.objective.advance(progress, values)
+            self.move_schedules()
+        else:
+            self._moving_values = self.objective.moving_values
+            values = None
+            if self.objective.loss.stateful and self.objective.kd_ratio > 0:
+                values = self.accelerator.reduce(self._step_terms).tolist()
+            self.objective.advance(self._progress, values)
         self._step_terms.zero_()
+
+    def move_schedules(self) -> None:
+        """Move schedules to the share of the training that is done; states stay as they are."""
+        self.objective.move(self._progress)
+
+    @property
+    def _progress(self) -> float:
+        return min(1.0, self.state.global_step / max(1, self.state.max_steps))
 
     def load_objective(self, checkpoint: str | Path) -> None:
         """Take schedules, the loss's state and the procedure's back from a checkpoint.
@@ -618,8 +642,12 @@ class _Advance(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Means of a resumed run's first line begin with its first step."""
+        """Means of a resumed run's first line begin with its first step.
+
+        Schedules go on from the share that is done, of a longer training where there is more to do.
+        """
         self._trainer.begin_log(state.global_step)
+        self._trainer.move_schedules()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first micro-batch."""

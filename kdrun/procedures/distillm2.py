@@ -66,7 +66,7 @@ class DistiLLM2(Procedure):
             InputError: that loss cannot be built, or carries state.
         """
         super().check(config)
-        _check_buildable(self.student_loss)
+        _check_buildable(self.student_loss, config.loss.match_curvature)
 
     def prepare(self, rows: Sequence[Any], session: Session) -> Sequence[Any]:
         """The rows with the teacher's answers.
@@ -76,7 +76,7 @@ class DistiLLM2(Procedure):
         """
         from kdrun.procedures.teacher_text import teacher_rows
 
-        _check_buildable(self.student_loss)
+        _check_buildable(self.student_loss, match_curvature=False)
         return teacher_rows(rows, session)
 
     def cost(self, config: RunConfig) -> Cost:
@@ -106,13 +106,13 @@ class DistiLLM2(Procedure):
         )
 
 
-def _check_buildable(spec: str) -> None:
-    from kdlosses import BrokenLossError, LossSpecError, TokenLoss
+def _check_buildable(spec: str, match_curvature: bool) -> None:
+    from kdlosses import BrokenLossError, TokenLoss
 
     name = f"procedure distillm2: student_loss={spec}"
     try:
-        loss = TokenLoss(_terms(spec))
-    except (LossSpecError, BrokenLossError) as error:
+        loss = TokenLoss(_terms(spec), match_curvature=match_curvature)
+    except (ValueError, BrokenLossError) as error:
         raise InputError(f"{name}: {error}") from error
     if loss.stateful:
         raise InputError(

@@ -38,9 +38,14 @@ class GKD(Procedure):
         return Cost(student_answers=self.lambda_)
 
     def batches(self, given: Sequence[MicroBatch], session: Session) -> list[MicroBatch]:
-        """Answers in the place of the data's, by the draw of each micro-batch."""
+        """Answers in the place of the data's, by the draw of each micro-batch.
+
+        In a step at ``kd_ratio`` 0 nothing could be learned from them, and the data's stay.
+        """
         from kdrun.procedures.sampling import examples_of
 
+        if session.kd_ratio == 0 and not self.class_loss:
+            return list(given)
         return [
             session.collate(session.write(examples_of(batch), number), batch)
             if session.draw("gkd", number) < self.lambda_

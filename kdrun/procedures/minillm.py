@@ -115,10 +115,9 @@ class MiniLLM(Procedure):
         single = rows.objective_of(
             Origin.STUDENT, class_loss=False, own_mean=True, token_weights=weights
         )
-        if single is not None and weights is not None:
+        ratio = rows.objective.kd_ratio
+        if single is not None and single.kd_loss is not None and weights is not None and ratio > 0:
             long_term = self.long_term(rows)
-            ratio = rows.objective.kd_ratio
-            assert single.kd_loss is not None
             single = replace(
                 single,
                 loss=single.loss + ratio * long_term,

@@ -266,3 +266,58 @@ def test_accumulating_eight_micro_batches_takes_no_more_memory_than_one(tmp_path
     micro_batch = twice - one
     assert micro_batch > 500_000
     assert abs(eight - one) < 0.2 * micro_batch
+
+
+def test_a_step_whose_scaled_gradient_overflows_is_the_scalers_to_leave_out(tmp_path: Path) -> None:
+    """As with fp16 on a GPU, where the first scale is mostly too large; here it is far larger."""
+    trainer = DistillTrainer(
+        model=make(1),
+        teacher=make(0),
+        loss=kdlosses.get_loss("forward_kl_chunked", compiled=False),
+        args=bare_arguments(tmp_path, max_steps=12, logging_steps=1, learning_rate=1e-3),
+        data_collator=Collator(0),
+        train_dataset=rows(UNEVEN),
+    )
+    before = weights(trainer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38, backoff_factor=1e-3)
+    trainer.accelerator.scaler = scaler
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.state._mixed_precision = "fp16"
+    try:
+        trainer.train()
+    finally:
+        trainer.accelerator.state._mixed_precision = "no"  # all accelerators share it
+    assert trainer.state.global_step == 12
+    assert scaler.get_scale() < 1e38
+    assert trainer.guard.skipped == 0
+    assert not torch.equal(weights(trainer), before)
+
+
+def test_one_process_takes_one_of_several_gpus(tmp_path: Path) -> None:
+    arguments = bare_arguments(tmp_path, max_steps=1, per_device_train_batch_size=2)
+    assert arguments.n_gpu == 0
+    arguments._n_gpu = 2  # as where two are visible
+    trainer = DistillTrainer(
+        model=make(1),
+        teacher=make(0),
+        args=arguments,
+        data_collator=Collator(0),
+        train_dataset=rows(UNEVEN),
+    )
+    trainer.train()
+    assert trainer.state.epoch == pytest.approx(2 / len(UNEVEN))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "name"),
+    [
+        ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor"),
+        ({}, {"compute_metrics": len}, "compute_metrics"),
+        ({}, {"compute_loss_func": len}, "compute_loss_func"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(
+    tmp_path: Path, arguments: dict[str, Any], options: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(ValueError, match=name):
+        DistillTrainer(make(1), make(0), args=bare_arguments(tmp_path, **arguments), **options)

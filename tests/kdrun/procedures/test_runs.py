@@ -340,6 +340,13 @@ def make_trainer(
             "student_loss=skew_reverse_kl:alpha=3: .* less than 1",
         ),
         (
+            {
+                "procedure__spec": "distillm2:student_loss=total_variation",
+                "loss__match_curvature": True,
+            },
+            "student_loss=total_variation: match_curvature: .* no curvature",
+        ),
+        (
             {"procedure__spec": "minillm", "procedure__text": "x.txt", "loss__kd_ratio": 1.0},
             "text: has no effect at --kd-ratio 1",
         ),
@@ -356,6 +363,22 @@ def test_what_has_no_meaning_is_refused_first(
     with pytest.raises(InputError, match=message):
         distil(tmp_path / "run", **{"procedure__spec": "gkd", **options})
     assert not (tmp_path / "run" / "student").exists()
+
+
+@pytest.mark.parametrize(
+    "spec", ["gkd:lambda=1", "minillm", "distillm:margin=0,increase=1", "distillm2"]
+)
+def test_a_ratio_may_begin_at_0(distil: Run, tmp_path: Path, spec: str) -> None:
+    """The first step then learns by cross-entropy alone, if at all."""
+    folder = distil(
+        tmp_path / "run",
+        procedure__spec=spec,
+        loss__schedules={"kd_ratio": {"kind": "linear", "start": 0.0, "end": 1.0}},
+    )
+    first, second = steps(folder)[:2]
+    assert (first["kd_ratio"], first["kd_loss"]) == (0, 0)
+    assert second["kd_ratio"] == 0.5
+    assert second["kd_loss"] > 0
 
 
 def test_a_procedure_needs_a_teacher(distil: Run, tiny_pair: Any, tmp_path: Path) -> None:
