@@ -487,7 +487,8 @@ class DistillTrainer(Trainer):
 
     @property
     def _progress(self) -> float:
-        return min(1.0, self.state.global_step / max(1, self.state.max_steps))
+        done: float = self.state.global_step / max(1, self.state.max_steps)
+        return min(1.0, done)
 
     def load_objective(self, checkpoint: str | Path) -> None:
         """Take schedules, the loss's state and the procedure's back from a checkpoint.
