@@ -158,6 +158,11 @@ class TrainingConfig(_Section):
     save_steps: int = Field(250, ge=1, description="write a checkpoint every so many steps")
     save_total_limit: int = Field(2, ge=1, description="checkpoints that are kept")
     logging_steps: int = Field(10, ge=1, description="steps a line of metrics.jsonl")
+    gradient_parts: bool = Field(
+        False,
+        description="also log the norms of the gradients of cross-entropy and loss, and their "
+        "cosine; a step with a line then takes the time of three",
+    )
     seed: int = Field(0, ge=0, description="initial weights, order of rows and dropout")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
     nan_loss: Literal["stop", "skip"] = Field(

@@ -201,6 +201,7 @@ def _run(
     from kdrun.data.token_cache import TokenCache
     from kdrun.evaluation.answers import ask, choose_questions, mean_scores
     from kdrun.evaluation.measures import held_out_measures
+    from kdrun.gradient_parts import GradientParts
     from kdrun.loss_guard import LossGuard
     from kdrun.models.heads import FrozenTeacher, causal_lm
     from kdrun.models.packing import check_packing
@@ -293,7 +294,8 @@ def _run(
     first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     rate = TokenRate(trainer, time.monotonic)
     show = ShowProgress(console)
-    _replace_callbacks(trainer, rate, show)
+    parts = [GradientParts(trainer)] if config.training.gradient_parts else []
+    _replace_callbacks(trainer, *parts, rate, show)  # the rate does not count the parts
     place_logs(trainer, folder / runs.TENSORBOARD)
     if world.is_main:
         if not resume:

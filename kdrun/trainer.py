@@ -51,6 +51,9 @@ _SCHEDULER = "scheduler.pt"  # as the Trainer calls it
 _PROCEDURE = "procedure.json"
 
 
+StepBatches = tuple[list[Any], Tensor | int | None]
+
+
 class DistillTrainer(Trainer):
     """A ``transformers.Trainer`` whose loss is ``(1 - kd_ratio) * CE + kd_ratio * KD``.
 
@@ -79,6 +82,7 @@ class DistillTrainer(Trainer):
             another or to None; measures that need a teacher are then None. It has to give full
             distributions.
         session: the procedure at work; None without one.
+        step_batches: the micro-batches of the present step, and its supervised tokens.
         guard: what is done about a loss that is not finite; by default training stops.
 
     Raises:
@@ -148,6 +152,7 @@ class DistillTrainer(Trainer):
         if procedure is not None:
             self.session = self._open_session(procedure, sampling or Sampling())
             self.add_callback(_TellProcedure(self.session))
+        self.step_batches: StepBatches = ([], None)
         self._before_step: tuple[Tensor, Tensor] | None = None
         self._left_out = False
 
@@ -183,18 +188,22 @@ class DistillTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
+    ) -> StepBatches:
         """The micro-batches of a step, and their supervised tokens over all processes.
 
         A procedure may put other rows in their place; tokens are counted on what is learned from.
         """
-        session = self.session
-        if session is None:
-            found: tuple[list[Any], Tensor | int | None] = super().get_batch_samples(
-                epoch_iterator, num_batches, device
+        if self.session is None:
+            self.step_batches = super().get_batch_samples(epoch_iterator, num_batches, device)
+        else:
+            self.step_batches = self._written_batches(
+                self.session, list(islice(epoch_iterator, num_batches)), device
             )
-            return found
-        batches = list(islice(epoch_iterator, num_batches))
+        return self.step_batches
+
+    def _written_batches(
+        self, session: Session, batches: list[Any], device: torch.device
+    ) -> StepBatches:
         if not batches:
             return batches, None
         session.step, session.steps = self.state.global_step, max(1, self.state.max_steps)
@@ -211,6 +220,42 @@ class DistillTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective of a micro-batch, over the supervised tokens of the whole step."""
+        outputs = self._outputs(model, inputs, num_items_in_batch)
+        both = torch.stack([outputs["class_loss"], outputs["kd_loss"]])
+        self._shares += torch.cat([both, outputs["kd_terms"]]).detach()
+        self._step_terms += outputs["kd_terms"].detach()
+        self.supervised_tokens += int(outputs["num_tokens"])
+        loss = outputs["loss"]
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP and FSDP average gradients
+        return (loss, outputs) if return_outputs else loss
+
+    def backward_at(self, kd_ratio: float, inputs: dict[str, Any]) -> None:
+        """Add a micro-batch's gradients at another ratio; no figure of the training counts it.
+
+        Args:
+            kd_ratio: 0 for those of cross-entropy, 1 for those of the loss.
+            inputs: one of :attr:`step_batches`.
+        """
+        kept, self.objective.kd_ratio = self.objective.kd_ratio, kd_ratio
+        _, tokens = self.step_batches
+        try:
+            with self.compute_loss_context_manager():
+                outputs = self._outputs(
+                    self.model_wrapped, self._prepare_inputs(inputs), tokens, watched=False
+                )
+            self.accelerator.backward(outputs["loss"] * self.accelerator.num_processes)
+        finally:
+            self.objective.kd_ratio = kept
+
+    def _outputs(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        step_tokens: Tensor | int | None,
+        watched: bool = True,
+    ) -> dict[str, Tensor]:
+        """Losses and tokens of a micro-batch."""
         inputs = dict(inputs)
         rollout = inputs.pop(ROLLOUT, None)
         labels, features = _split_inputs(inputs)
@@ -221,7 +266,7 @@ class DistillTrainer(Trainer):
 
         def evaluate(student: Any) -> KDOutput:
             if rollout is None or self.session is None:
-                out: KDOutput = self.objective(student, teacher, labels, num_items_in_batch)
+                out: KDOutput = self.objective(student, teacher, labels, step_tokens)
                 return out
             return self.session.procedure.loss(
                 LossRows(
@@ -231,7 +276,7 @@ class DistillTrainer(Trainer):
                     origins=rollout["origins"],
                     values=rollout["values"],
                     objective=self.objective,
-                    step_tokens=num_items_in_batch,
+                    step_tokens=step_tokens,
                     origin_tokens=self._origin_tokens,
                 )
             )
@@ -239,7 +284,8 @@ class DistillTrainer(Trainer):
         def consume(student: Any) -> dict[str, Tensor]:
             out = evaluate(student)
             zeros = out.class_loss.new_zeros(len(self.objective.loss.terms))
-            self._watch(out, lambda only: self.objective(student, teacher, only), inputs)
+            if watched:
+                self._watch(out, lambda only: self.objective(student, teacher, only), inputs)
             return {
                 "loss": out.loss,
                 "class_loss": out.class_loss,
@@ -248,15 +294,7 @@ class DistillTrainer(Trainer):
                 "num_tokens": out.num_tokens,
             }
 
-        outputs = call(model, self._apart(consume), **features)
-        both = torch.stack([outputs["class_loss"], outputs["kd_loss"]])
-        self._shares += torch.cat([both, outputs["kd_terms"]]).detach()
-        self._step_terms += outputs["kd_terms"].detach()
-        self.supervised_tokens += int(outputs["num_tokens"])
-        loss = outputs["loss"]
-        if num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP and FSDP average gradients
-        return (loss, outputs) if return_outputs else loss
+        return call(model, self._apart(consume), **features)
 
     def _watch(
         self, out: KDOutput, again: Callable[[Tensor], KDOutput], inputs: dict[str, Any]

@@ -24,6 +24,7 @@ RUN = [
     *("--loss", "reverse_kl_chunked", "--max-steps", "6"),
     *("--set", "training.save_steps=4", "--set", "training.logging_steps=1"),
     *("--set", "loss.compiled=false", "--set", "loss.chunk_size=64"),
+    *("--set", "training.gradient_parts=true"),
 ]
 
 
@@ -63,7 +64,8 @@ def check_equal(one: Path, other: Path) -> None:
     assert [line["step"] for line in steps[0]] == [line["step"] for line in steps[1]]
     for line, same in zip(*steps, strict=True):
         if "kd_loss" in line:
-            assert same["kd_loss"] == pytest.approx(line["kd_loss"], rel=1e-5)
+            for name in ("kd_loss", "class_grad_norm", "kd_grad_norm", "grad_cosine"):
+                assert same[name] == pytest.approx(line[name], rel=1e-5), name
 
 
 def test_two_processes_are_one_run_which_one_may_finish(
