@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from kdrun.errors import InputError, Interrupted, TrainingError
+from kdrun.paths import expand_home
 
 # Flag, configuration key, placeholder, help. Every flag is a short name for one key.
 _FLAGS: tuple[tuple[str, str, str, str], ...] = (
@@ -124,7 +125,7 @@ def cli(
     folder = dict(overrides).get("output.dir")
     if resume and config is None and folder is not None:
         # A run goes on as it was; flags change it.
-        config = _config_in(Path(str(folder)).expanduser())
+        config = _config_in(expand_home(str(folder)))
     run_config = load_config(config, overrides)
     if resume and run_config.output.dir is None:
         raise InputError("--resume needs --output, the folder of the run to continue")
@@ -156,8 +157,8 @@ def _overrides(
         key, equals, value = setting.partition("=")
         if not equals:
             raise InputError(f"--set {setting}: expected section.key=value")
-        overrides.append((key.strip(), parse_value(value)))
-    return overrides + [(key, _flag_value(key, text)) for key, text in given if text is not None]
+        overrides.append((key.strip(), parse_value(key.strip(), value)))
+    return overrides + [(key, parse_value(key, text)) for key, text in given if text is not None]
 
 
 def _config_in(folder: Path) -> Path:
@@ -167,19 +168,6 @@ def _config_in(folder: Path) -> Path:
     if not (folder / CONFIG).is_file():
         raise InputError(f"--resume: {folder} holds no run to continue")
     return folder / CONFIG
-
-
-def _flag_value(key: str, text: str) -> Any:
-    """Numbers are read as YAML; names and paths stay as they are (a folder may be called 1e3)."""
-    from kdrun.config import parse_value
-
-    if key.startswith(("model.", "data.train", "data.eval", "output.")) or key in (
-        "loss.spec",
-        "procedure.spec",
-        "evaluation.answer_pattern",
-    ):
-        return None if key in ("model.teacher", "procedure.spec") and text == "none" else text
-    return parse_value(text)
 
 
 @cli.group()
@@ -654,7 +642,7 @@ def cache_teacher(
     run_config = load_config(config, _overrides(settings, given))
     run(
         run_config,
-        Path(output).expanduser(),
+        expand_home(output),
         "hidden" if kind == "hidden" else "top_k" if kind == "top-k" else "sampled",
         (draws if kind == "sampled" else k) or 50,
     )

@@ -7,6 +7,7 @@ Later sources win: the schema's defaults, the built-in pair's defaults, a YAML f
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,6 +20,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from kdlosses import Schedule
 from kdrun.builtin import DEFAULTS
@@ -27,6 +29,9 @@ from kdrun.errors import InputError
 BUILT_IN = "builtin"
 KD_RATIO = "kd_ratio"
 ALL_LINEAR = "all-linear"
+_NULL = ("", "null")
+_NONE = ("model.teacher", "procedure.spec")
+"""Keys that the word none unsets: it is no name of a teacher or procedure."""
 
 
 class _Section(BaseModel):
@@ -320,7 +325,7 @@ def load_config(file: Path | None = None, overrides: Sequence[tuple[str, Any]] =
 
     Args:
         file: YAML with sections and keys.
-        overrides: ``("section.key", value)``; text is read as YAML (``1e-3`` is a number).
+        overrides: ``("section.key", value)``; :func:`parse_value` reads values that are text.
 
     Raises:
         InputError: unreadable YAML, an unknown key (with a suggestion), or a wrong value.
@@ -388,6 +393,9 @@ def complete_pair(given: Mapping[str, Any]) -> dict[str, Any]:
     if student in (None, BUILT_IN):
         for section, defaults in DEFAULTS.items():
             result[section] = {**defaults, **_section(given, section)}
+        training = _section(given, "training")
+        if "num_epochs" in training and "max_steps" not in training:
+            del result["training"]["max_steps"]  # it would win over what the user asks for
     return result
 
 
@@ -415,7 +423,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; name an existing YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{file}: not valid YAML: {reason}") from error
     if loaded is None:
@@ -425,52 +433,92 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return loaded
 
 
-def parse_value(text: str) -> Any:
-    """Read the value of ``--set`` as YAML, with plain exponents (``1e-3``) as numbers."""
-    try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)
-    except ValueError:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+def parse_value(key: str, text: str) -> Any:
+    """Read what the command line gives a key, by ``--set`` or by its flag.
+
+    A key that holds text takes it as it stands: a folder may be called ``1e3``, and ``#`` and
+    ``:`` belong to a regular expression. Where it may be null, ``null`` and nothing at all make it
+    so, and ``none`` does for a teacher and a procedure. Every other value is YAML, with plain
+    exponents (``1e-3``) as numbers.
+
+    Args:
+        key: ``section.key``.
+        text: what is given.
+
+    Raises:
+        InputError: an unknown key, or YAML that is broken.
+    """
+    annotation = _field(key).annotation
+    if annotation == str | None:
+        return None if text in _NULL or (text == "none" and key in _NONE) else text
+    if annotation is str:
         return text
+    if "e" in text.lower():
+        with suppress(ValueError):
+            return float(text)
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # a date without such a day is a ValueError
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise InputError(
+            f"{key}={text!r}: not valid YAML ({reason}); check its brackets and quotes"
+        ) from error
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    section, dot, name = key.partition(".")
-    if not dot or not name:
-        raise InputError(f"--set {key}: expected section.key=value, such as optimizer.lr=1e-3")
-    _check_key(section, name, "--set")
+    _field(key)
+    section, _, name = key.partition(".")
     target = values.get(section)
     values[section] = {**target, name: value} if isinstance(target, dict) else {name: value}
 
 
+def _field(key: str) -> FieldInfo:
+    """The field of a key that ``--set`` or a flag names."""
+    section, dot, name = key.partition(".")
+    if not dot or not name:
+        raise InputError(f"--set {key}: expected section.key=value, such as optimizer.lr=1e-3")
+    _check_key(section, name, "--set")
+    fields: dict[str, FieldInfo] = _model_of(section).model_fields
+    return fields[name]
+
+
 def _check_keys(values: Mapping[str, Any], origin: str) -> None:
     for section, content in values.items():
+        _check_is_word(section, origin)
         _check_key(section, None, origin)
         if content is None:
             continue
         if not isinstance(content, Mapping):
             raise InputError(f"{origin}: section {section!r} must hold keys, got {content!r}")
         for name in content:
-            _check_key(section, str(name), origin)
+            _check_is_word(name, origin, f"{section}: ")
+            _check_key(section, name, origin)
+
+
+def _check_is_word(name: Any, origin: str, place: str = "") -> None:
+    if not isinstance(name, str):
+        raise InputError(
+            f"{origin}: {place}the key is read as {name!r}, not as a word (YAML takes on, off, yes "
+            "and no for true and false); 'kdrun config' prints all sections and keys"
+        )
 
 
 def _check_key(section: str, name: str | None, origin: str) -> None:
-    sections = {key: field.annotation for key, field in RunConfig.model_fields.items()}
+    sections = list(RunConfig.model_fields)
     if section not in sections:
-        raise InputError(f"{origin}: unknown section {section!r}{_hint(section, list(sections))}")
-    model = sections[section]
-    assert isinstance(model, type)
-    assert issubclass(model, BaseModel)
-    keys = list(model.model_fields)
+        raise InputError(f"{origin}: unknown section {section!r}{_hint(section, sections)}")
+    keys = list(_model_of(section).model_fields)
     if name is not None and name not in keys:
-        every = [f"{other}.{key}" for other, kind in sections.items() for key in _keys(kind)]
+        every = [f"{other}.{key}" for other in sections for key in _model_of(other).model_fields]
         hint = _hint(name, keys, f"{section}.") or _hint(f"{section}.{name}", every)
         raise InputError(f"{origin}: unknown key '{section}.{name}'{hint}")
 
 
-def _keys(kind: Any) -> list[str]:
-    return list(kind.model_fields)
+def _model_of(section: str) -> type[BaseModel]:
+    model = RunConfig.model_fields[section].annotation
+    assert isinstance(model, type)
+    assert issubclass(model, BaseModel)
+    return model
 
 
 def _hint(word: str, known: list[str], prefix: str = "") -> str:

@@ -1,9 +1,26 @@
-"""Help for a path that does not exist: what the user may have meant."""
+"""Paths as the user gives them, and help for those that do not exist."""
 
 from __future__ import annotations
 
 import difflib
 from pathlib import Path
+
+from kdrun.errors import InputError
+
+
+def expand_home(given: str | Path) -> Path:
+    """A path with the home folder in the place of ``~`` or ``~user``.
+
+    Raises:
+        InputError: there is no such home folder.
+    """
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"{given}: no home folder is known for {Path(given).parts[0]}; write the path out, or "
+            f"./{given} for what is called so here"
+        ) from error
 
 
 def close_paths(path: Path, limit: int = 3) -> list[str]:

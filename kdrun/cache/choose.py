@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdrun.cache.manifest import read_manifest
@@ -12,6 +11,7 @@ from kdrun.data.prepare import examples_in
 from kdrun.data.rows import TextRow
 from kdrun.errors import InputError
 from kdrun.pairs import describe_model, load_teacher, open_teacher
+from kdrun.paths import expand_home
 
 if TYPE_CHECKING:
     from kdlosses import TokenLoss
@@ -47,7 +47,7 @@ def check_cached_rows(config: RunConfig, rows: RawRows) -> None:
     """
     if config.model.teacher_cache is None:
         return
-    read_manifest(Path(config.model.teacher_cache).expanduser())
+    read_manifest(expand_home(config.model.teacher_cache))
     if isinstance(rows.train[0], TextRow) and config.data.shift_windows:
         raise InputError(
             "model.teacher_cache: plain text is cut at other places in each epoch, which no cache "

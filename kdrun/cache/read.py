@@ -9,6 +9,7 @@ from kdrun.cache.fingerprint import TeacherPrint, TokenizerPrint
 from kdrun.cache.manifest import HEAD, Manifest, StoredFile, read_manifest
 from kdrun.cache.write import KEYS, STOPS
 from kdrun.errors import InputError
+from kdrun.paths import expand_home
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ class Cache:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = expand_home(folder)
         self.manifest: Manifest = read_manifest(self.folder)
         self._shards = [self._open(file) for file in self.manifest.shards]
         self._places: dict[bytes, tuple[int, int, int]] = {}

@@ -6,13 +6,15 @@ end-of-text token. A question and its answer are then ``question\\nanswer<eos>``
 
 A template does not say where an answer begins. It is found by rendering twice: the messages before
 the answer with the prompt for a generation are what the model is given, so what follows them in the
-whole conversation is what it has to say.
+whole conversation is what it has to say. It ends where the same messages, rendered alone, end; a
+template that writes the last answer otherwise is rendered with a mark behind the answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kdrun.data.formats import BadRowError, Message
@@ -28,19 +30,21 @@ PLAIN_TEMPLATE = (
 )
 
 
+_MARK = "\ue000"
+"""A character of the private use areas, which no template writes or strips."""
+
+
 @dataclass(frozen=True, slots=True)
 class AnswerSpan:
     """The characters of one turn of the assistant: the answer and what the template ends it with.
 
     Attributes:
         start: The first character after the prompt for the answer.
-        end: The end of the turn; where `ends_turn` is false, a place somewhere after it.
-        ends_turn: Whether `end` is exact.
+        end: The end of the turn, white space after it included.
     """
 
     start: int
     end: int
-    ends_turn: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,10 @@ class ChatRenderer:
         self.has_template = bool(tokenizer.chat_template)
         self._template: str | None = None if self.has_template else _plain_template(tokenizer)
 
+    @cached_property
+    def _special(self) -> tuple[str, ...]:
+        return tuple(special_tokens(self._tokenizer))
+
     def render(self, messages: Sequence[Message], *, for_generation: bool = False) -> str:
         """The conversation as text, special tokens included: tokenise it without adding any.
 
@@ -100,7 +108,8 @@ class ChatRenderer:
 
         Raises:
             BadRowError: The template refuses the conversation.
-            HiddenAnswersError: The template writes a message otherwise when others follow it.
+            HiddenAnswersError: The template writes a message otherwise when others follow it, and
+                so that the end of an answer cannot be told.
         """
         text = self.render(messages)
         answers = []
@@ -108,16 +117,43 @@ class ChatRenderer:
             if message.role != "assistant":
                 continue
             start = self._start_of_answer(messages[:turn], text)
-            end = len(text)
-            ends_turn = turn == len(messages) - 1
-            if not ends_turn:
-                through = self.render(messages[: turn + 1])
-                # Qwen3's template drops the reasoning from all answers but the last: a turn in the
-                # middle then differs from the same turn at the end, and its end stays open.
-                ends_turn = text.startswith(through)
-                end = len(through) if ends_turn else end
-            answers.append(AnswerSpan(start, end, ends_turn))
+            through = text if turn == len(messages) - 1 else self.render(messages[: turn + 1])
+            if text.startswith(through):
+                end = len(through)
+            else:
+                end = self._end_of_answer(messages, turn, text, through)
+            if end < start:
+                raise HiddenAnswersError
+            answers.append(AnswerSpan(start, end))
         return RenderedChat(text, tuple(answers))
+
+    def _end_of_answer(
+        self, messages: Sequence[Message], turn: int, text: str, through: str
+    ) -> int:
+        """The end of a turn in the middle that differs from the same turn at the end.
+
+        Qwen3's template drops the reasoning from all answers but the last, and ends both alike;
+        that of gpt-oss ends the last one alone with ``<|return|>`` and others with ``<|end|>``.
+        """
+        rest = text[self._end_of_content(messages, turn, text) :]
+        ending = through[self._end_of_content(messages[: turn + 1], turn, through) :]
+        if not ending.strip() or not rest.startswith(ending):
+            rest = rest.lstrip()
+            ending = max((t for t in self._special if rest.startswith(t)), key=len, default="")
+            if not ending:
+                raise HiddenAnswersError
+        # With the white space behind it, which some special tokens swallow.
+        return len(text) - len(rest[len(ending) :].lstrip())
+
+    def _end_of_content(self, messages: Sequence[Message], turn: int, text: str) -> int:
+        """Where the words of an answer end in a rendered conversation."""
+        message = messages[turn]
+        marked = Message(message.role, message.content + _MARK)
+        other = self.render([*messages[:turn], marked, *messages[turn + 1 :]])
+        end = _shared_length(text, other)
+        if not other.endswith(text[end:]):
+            raise HiddenAnswersError
+        return end
 
     def _start_of_answer(self, before: Sequence[Message], text: str) -> int:
         prompt = self.render(before, for_generation=True)
@@ -128,6 +164,14 @@ class ChatRenderer:
         if text.startswith(self.render(before)):
             return _shared_length(text, prompt)
         raise HiddenAnswersError
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The ids of the tokens that no text stands for, such as the end of a turn."""
+    added = tokenizer.added_tokens_decoder
+    found = {token.content: number for number, token in added.items() if token.special}
+    own = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return found | dict(own)
 
 
 def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -14,7 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from kdrun.data.chat import AnswerSpan, ChatRenderer, HiddenAnswersError, RenderedChat, as_dicts
+from kdrun.data.chat import (
+    ChatRenderer,
+    HiddenAnswersError,
+    RenderedChat,
+    as_dicts,
+    special_tokens,
+)
 from kdrun.data.collate import IGNORE_INDEX
 from kdrun.data.formats import BadRowError, ChatRow
 from kdrun.data.records import Position
@@ -292,10 +298,8 @@ class _AnswerFinder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder
-        self._special = {token for token, added_token in added.items() if added_token.special}
-        self._special.update(tokenizer.all_special_ids)
-        self._added = self._special | set(added)
+        self._special = set(special_tokens(tokenizer).values())
+        self._added = self._special | set(tokenizer.added_tokens_decoder)
         self._eos: int | None = tokenizer.eos_token_id
         self._blank: dict[tuple[int, ...], bool] = {}
 
@@ -309,7 +313,7 @@ class _AnswerFinder:
                 range(bisect_right(ends, span.start), bisect_right(ends, span.end))
                 for span in chat.answers
             ]
-        found = [self._end_turn(ids, a, s) for a, s in zip(answers, chat.answers, strict=True)]
+        found = [self._end_turn(ids, answer) for answer in answers]
         last = found[-1]
         if self._eos is not None and not self._added.intersection(ids[last.start : last.stop][-1:]):
             # This template ends no turn. Without an end the student would learn never to stop.
@@ -317,11 +321,8 @@ class _AnswerFinder:
             found[-1] = range(last.start, last.stop + 1)
         return _Tokens(ids, found)
 
-    def _end_turn(self, ids: list[int], answer: range, span: AnswerSpan) -> range:
+    def _end_turn(self, ids: list[int], answer: range) -> range:
         """Stop after the end-of-turn token; without one, after the last visible token."""
-        if not span.ends_turn:
-            stops = (i for i in answer if ids[i] in self._special)
-            return range(answer.start, next(stops, answer.stop - 1) + 1)
         stop = answer.stop
         while stop > answer.start and self._is_blank(ids[stop - 1 : stop]):
             stop -= 1

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from kdrun.data.tables import DELIMITERS, PARQUET_START, parse_csv, read_parquet
 from kdrun.errors import InputError
-from kdrun.paths import did_you_mean
+from kdrun.paths import did_you_mean, expand_home
 
 _JSON_START = re.compile(r"""\s*(\[\s*[\[{"\]]|\{\s*["}])""")
 _JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
@@ -71,7 +71,7 @@ def read_records(source: str | Path, *, as_text: bool = False) -> list[Record]:
     Raises:
         InputError: Nothing is there, it is empty, it is not UTF-8, or its JSON is broken.
     """
-    path = Path(source).expanduser()
+    path = expand_home(source)
     if path.is_dir():
         raise InputError(f"{source} is a folder; name one data file in it{_files_in(path)}")
     if not path.exists():

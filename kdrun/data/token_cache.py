@@ -24,6 +24,7 @@ from kdrun.data.collate import IGNORE_INDEX
 from kdrun.data.encode import Encoding, Example, LongRows, encode
 from kdrun.data.formats import ChatRow
 from kdrun.errors import InputError
+from kdrun.paths import expand_home
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,9 +61,11 @@ class TokenCache:
         if given == _NONE:
             return None
         if given is None:
-            base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+            base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+            if base.startswith("~"):  # users of containers may have no home folder
+                return None
             return cls(Path(base) / "kdrun" / "tokens", everything=False)
-        folder = Path(given).expanduser()
+        folder = expand_home(given)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from kdrun.errors import InputError
+
 
 def concatenate(texts: Iterable[str], tokenizer: Any) -> list[int]:
     """Join documents into one list of tokens, each ended by the end-of-text token.
@@ -13,10 +15,17 @@ def concatenate(texts: Iterable[str], tokenizer: Any) -> list[int]:
     Args:
         texts: The documents.
         tokenizer: A Hugging Face tokenizer with an `eos_token_id`.
+
+    Raises:
+        InputError: It has none.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ValueError("The tokenizer has no end-of-text token, which has to part documents.")
+        raise InputError(
+            f"{getattr(tokenizer, 'name_or_path', '') or 'the model'}: its tokenizer has no "
+            "end-of-text token, which has to part documents of plain text; name one as eos_token "
+            "in its tokenizer_config.json"
+        )
     tokens: list[int] = []
     for text in texts:
         # `verbose=False`: a document may be longer than the model's context, a window is not.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdrun.cache.choose import check_cache, check_cached_rows
@@ -25,6 +24,7 @@ from kdrun.models.adapters import check_peft
 from kdrun.models.context import load_model_config
 from kdrun.models.quantize import check_quantization
 from kdrun.pairs import check_context, find_pair, locate_pair
+from kdrun.paths import expand_home
 from kdrun.procedures.run import leave_room, procedure_of, read_text
 from kdrun.processes import check_deepspeed
 from kdrun.quiet import quiet_libraries
@@ -180,7 +180,7 @@ def _memory(
         teacher = Shadow(pair.teacher, shape, config, pair).size(quantized)
         teacher_weights, width = teacher.weights, teacher.head[1]
     if config.model.teacher_cache is not None:
-        manifest = read_manifest(Path(config.model.teacher_cache).expanduser())
+        manifest = read_manifest(expand_home(config.model.teacher_cache))
         teacher_weights += 0 if manifest.head is None else manifest.head.bytes
         width = manifest.entries
     tokens = batch * longest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from kdrun.data.records import Position
 from kdrun.data.split import content_hash
 from kdrun.evaluation.scores import check_rouge, exact_match, rouge_l
 from kdrun.generation import encode_prompt, generate
+from kdrun.models.context import context_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,13 +33,26 @@ class Question:
     prompt_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What has to be known of a model before it is asked.
+
+    Attributes:
+        tokenizer: encodes its prompts.
+        context: tokens that it has room for; None where it has no limit.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    context: int | None
+
+
 def choose_questions(
     rows: Sequence[Any],
     tokenizer: PreTrainedTokenizerBase,
     config: EvaluationConfig,
     model: PreTrainedModel,
 ) -> tuple[list[Question], str | None]:
-    """The questions that models are asked, the same whatever the order of the rows.
+    """The questions that one model is asked, the same whatever the order of the rows.
 
     Args:
         rows: held-out rows; plain text asks nothing.
@@ -53,31 +66,51 @@ def choose_questions(
     Raises:
         InputError: the package rouge-score, which scores answers, is not installed.
     """
+    alone = Asked(tokenizer, context_limit(model.config))
+    (questions,), note = choose_common_questions(rows, [alone], config)
+    return questions, note
+
+
+def choose_common_questions(
+    rows: Sequence[Any], models: Sequence[Asked], config: EvaluationConfig
+) -> tuple[list[list[Question]], str | None]:
+    """The same questions for several models, whatever the order of the rows.
+
+    Args:
+        rows: held-out rows; plain text asks nothing.
+        models: a prompt that leaves no room for an answer in the context of one is asked of none.
+        config: how many, and how long answers may be.
+
+    Returns:
+        The questions of each model, as its own tokenizer encodes them, and a line about them where
+        some were wanted.
+
+    Raises:
+        InputError: the package rouge-score, which scores answers, is not installed.
+    """
+    found: list[list[Question]] = [[] for _ in models]
     if config.answers == 0:
-        return [], None
+        return found, None
     references: dict[tuple[Message, ...], list[str]] = {}
     for row in rows:
         if isinstance(row, ChatRow):
             references.setdefault(row.messages[:-1], []).append(row.messages[-1].content)
     if not references:
-        return [], "answers: none, the held-out rows are plain text and ask nothing"
+        return found, "answers: none, the held-out rows are plain text and ask nothing"
     check_rouge()
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    found: list[Question] = []
-    left_out = 0
+    count = left_out = 0
     for messages in sorted(references, key=_hash):
-        if len(found) == config.answers:
+        if count == config.answers:
             break
-        try:
-            ids = encode_prompt(tokenizer, messages)
-        except BadRowError:
-            ids = []
-        if 0 < len(ids) <= room - config.max_new_tokens:
-            found.append(Question(messages, tuple(references[messages]), tuple(ids)))
-        else:
+        prompts = [_fitting_prompt(messages, model, config.max_new_tokens) for model in models]
+        if not all(prompts):
             left_out += 1
+            continue
+        count += 1
+        for questions, ids in zip(found, prompts, strict=True):
+            questions.append(Question(messages, tuple(references[messages]), tuple(ids)))
     note = (
-        f"answers: to {len(found)} of {len(references)} held-out prompts, at most "
+        f"answers: to {count} of {len(references)} held-out prompts, at most "
         f"{config.max_new_tokens} tokens each"
     )
     if left_out:
@@ -155,6 +188,16 @@ def mean_scores(answers: Sequence[ScoredAnswer]) -> dict[str, float | None]:
         "rouge_l": _mean([answer.rouge_l for answer in answers]),
         "exact_match": _mean(matches),
     }
+
+
+def _fitting_prompt(messages: tuple[Message, ...], model: Asked, max_new_tokens: int) -> list[int]:
+    """The prompt's ids; none where it leaves no room for an answer, or is refused."""
+    try:
+        ids = encode_prompt(model.tokenizer, messages)
+    except BadRowError:
+        return []
+    fits = model.context is None or len(ids) <= model.context - max_new_tokens
+    return ids if fits else []
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from rich.console import Console
@@ -16,9 +17,11 @@ from kdrun.config import RunConfig
 from kdrun.data.prepare import read_held_out
 from kdrun.environment import versions
 from kdrun.errors import InputError
+from kdrun.evaluation.answers import Asked, Question, choose_common_questions
 from kdrun.evaluation.judge import judge
 from kdrun.evaluation.tasks import TaskChoice, Tasks, TaskScore
 from kdrun.evaluation.yardsticks import YARDSTICKS
+from kdrun.models.context import context_of
 from kdrun.pairs import (
     Pair,
     check_context,
@@ -78,14 +81,14 @@ def evaluate(
 
     Raises:
         InputError: a model is not there, has another tokenizer than the teacher, no row fits, a
-            task is unknown, or there is nothing to measure.
+            task is unknown, there is nothing to measure, or nothing can be written to the output.
     """
     from kdrun.generation import find_model
 
     if config.data.eval is None and not choice.names:
         raise InputError("nothing to measure: name rows with --data, or tasks with --task")
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"--output {output}: the folder {output.parent} is not there; create it")
+    if output is not None:
+        _check_output(output)
     configs = [
         config.model_copy(
             update={"model": config.model.model_copy(update={"student": str(find_model(student))})}
@@ -100,12 +103,28 @@ def evaluate(
     with quiet_libraries():
         tasks = Tasks(choice) if choice.names else None
         found = _measure_all(configs, students, rows, tasks, progress)
-    if output is not None:
-        runs.write_json(output, _report(config, rows, choice, found))
     Console(highlight=False).print(_table(found))
     if output is not None:
+        runs.write_json(output, _report(config, rows, choice, found))
         progress.print(f"written: {output}", markup=False)
     return found
+
+
+def _check_output(output: Path) -> None:
+    """Refuse, before hours of measuring, a file that could not be written after them."""
+    folder = output.parent
+    if not folder.is_dir():
+        raise InputError(f"--output {output}: the folder {folder} is not there; create it")
+    if output.exists() and not output.is_file():
+        kind = "a folder" if output.is_dir() else "no plain file"
+        raise InputError(f"--output {output}: is {kind}; name a file for the results")
+    try:
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(
+            f"--output {output}: the folder {folder} cannot be written ({error.strerror}); name a "
+            "file elsewhere"
+        ) from error
 
 
 def _read(config: RunConfig) -> tuple[Sequence[Any], list[str]]:
@@ -147,12 +166,20 @@ def _measure_all(
         if rows:
             check_context(config, pair)
 
+    questions = _choose_questions(configs, pairs, rows, progress)
+
     def measure(
-        name: str, role: str, model: Any, teacher: Any, pair: Pair, own: RunConfig
+        name: str,
+        role: str,
+        model: Any,
+        teacher: Any,
+        pair: Pair,
+        own: RunConfig,
+        asked: Sequence[Question],
     ) -> Found:
         check_head(model, pair, name)
         progress.print(f"{role}: {name}, {describe_model(model)}", markup=False)
-        measures = judge(model, teacher, pair, own, rows, progress) if rows else {}
+        measures = judge(model, teacher, pair, own, rows, progress, asked) if rows else {}
         scores: list[TaskScore] = []
         if tasks is not None:
             scores, notes = tasks.run(model, pair.tokenizer, own.training.batch_size)
@@ -165,12 +192,32 @@ def _measure_all(
     model = load_teacher(pairs[0], first)
     teacher = None
     if model is not None:
-        found.append(measure(str(first.teacher), "teacher", model, None, pairs[0], configs[0]))
+        name, asked = str(first.teacher), questions[-1]
+        found.append(measure(name, "teacher", model, None, pairs[0], configs[0], asked))
         teacher = FrozenTeacher(model, find_split(model)) if rows else None
-    for name, pair, config in zip(students, pairs, configs, strict=True):
+    for name, pair, config, asked in zip(
+        students, pairs, configs, questions[: len(pairs)], strict=True
+    ):
         student = load_model(pair.student, config.model.dtype, config.model.trust_remote_code)
-        found.append(measure(name, "student", student, teacher, pair, config))
+        found.append(measure(name, "student", student, teacher, pair, config, asked))
     return found
+
+
+def _choose_questions(
+    configs: Sequence[RunConfig], pairs: Sequence[Pair], rows: Sequence[Any], progress: Console
+) -> Sequence[Sequence[Question]]:
+    """What the students are asked, and after them the teacher, if there is one."""
+    sources = [(pair.tokenizer, pair.student) for pair in pairs]
+    if pairs[0].teacher is not None:
+        sources.append((pairs[0].tokenizer, pairs[0].teacher))
+    if not rows:
+        return [()] * len(sources)
+    trust = configs[0].model.trust_remote_code
+    models = [Asked(tokenizer, context_of(source, trust)) for tokenizer, source in sources]
+    questions, note = choose_common_questions(rows, models, configs[0].evaluation)
+    if note is not None:
+        progress.print(note, markup=False)
+    return questions
 
 
 def _table(found: Sequence[Found]) -> Table:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdrun.data.prepare import encode_held_out
 from kdrun.data.token_cache import TokenCache
-from kdrun.evaluation.answers import ask, choose_questions, mean_scores
+from kdrun.evaluation.answers import Question, ask, choose_questions, mean_scores
 from kdrun.evaluation.measures import measure_model
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def judge(
     config: RunConfig,
     rows: Sequence[Any],
     progress: Console,
+    questions: Sequence[Question] | None = None,
 ) -> dict[str, Any]:
     """Measure a model that nothing is to be trained of.
 
@@ -36,6 +37,7 @@ def judge(
         config: length of rows, chunk size, batch sizes, and what is asked.
         rows: to measure on, texts or conversations.
         progress: is told what becomes of the rows.
+        questions: what it is asked; None chooses those that it has room for.
 
     Returns:
         Values by the names of :data:`kdrun.evaluation.yardsticks.YARDSTICKS`, and ``tokens``; None
@@ -50,7 +52,9 @@ def judge(
     cache = TokenCache.at(data.cache_dir)
     settings = (pair.tokenizer, data.max_length, data.long_rows, cache)
     examples, notes = encode_held_out(rows, *settings)
-    questions, note = choose_questions(rows, pair.tokenizer, config.evaluation, model)
+    note = None
+    if questions is None:
+        questions, note = choose_questions(rows, pair.tokenizer, config.evaluation, model)
     if teacher is None:  # it comes first, or is alone: what is said of the rows is said once
         for line in (*notes, note):
             if line is not None:

@@ -10,8 +10,11 @@ from typing import Any
 
 from kdrun.errors import InputError
 
+_MINUS = "\N{MINUS SIGN}"
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_OF_NUMBERS = r"(?<![^\W\d])-(?=\$?\.?\d)|(?<![^\W\d])\.(?=\d)|(?<=\d)/(?=\d)"
+"""A minus or point before a digit, but not in a word such as covid-19; the slash of a fraction."""
+_PUNCTUATION = re.compile(f"(?!{_OF_NUMBERS})[{re.escape(string.punctuation)}]")
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
@@ -37,7 +40,9 @@ def exact_match(answer: str, references: Sequence[str], pattern: str) -> float:
     """1 where the final answer is that of one of the references, else 0.
 
     Case, punctuation, English articles and spaces are left out of the comparison, as for SQuAD
-    (Rajpurkar et al. 2016, arXiv:1606.05250).
+    (Rajpurkar et al. 2016, arXiv:1606.05250). Other than there, what makes another number stays:
+    minus, decimal point and the slash of a fraction. Numbers are compared as they are written:
+    1,000 is 1000, but 1.50 is not 1.5.
 
     Args:
         answer: what the model said.
@@ -62,8 +67,8 @@ def _final(text: str, pattern: str) -> str | None:
     matches = [match for match in re.finditer(pattern, text) if match[1]]
     if not matches:
         return None
-    words = _ARTICLES.sub(" ", matches[-1][1].lower().translate(_PUNCTUATION)).split()
-    return " ".join(words)
+    said = matches[-1][1].lower().replace(_MINUS, "-")
+    return " ".join(_ARTICLES.sub(" ", _PUNCTUATION.sub("", said)).split())
 
 
 @cache

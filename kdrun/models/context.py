@@ -48,7 +48,7 @@ def check_length(source: ModelSource, max_length: int, trust_remote_code: bool =
     Raises:
         InputError: with the length that is possible.
     """
-    limit = _limit_of(source, trust_remote_code)
+    limit = context_of(source, trust_remote_code)
     if limit is not None and max_length > limit:
         raise InputError(
             f"data.max_length={max_length}: the context of {source} holds {limit} tokens; give "
@@ -56,7 +56,12 @@ def check_length(source: ModelSource, max_length: int, trust_remote_code: bool =
         )
 
 
-def _limit_of(source: ModelSource, trust_remote_code: bool) -> int | None:
+def context_of(source: ModelSource, trust_remote_code: bool = False) -> int | None:
+    """As `context_limit`, of a model that is not loaded; no weights are read.
+
+    Raises:
+        InputError: its configuration cannot be loaded.
+    """
     if source.gguf_file is not None and source.is_local:
         return context_length(Path(source.path) / source.gguf_file)
     return context_limit(load_model_config(source, trust_remote_code))

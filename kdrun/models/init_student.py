@@ -17,6 +17,7 @@ from kdrun.errors import InputError
 from kdrun.models.load import load_model, rebuild
 from kdrun.models.locate import ModelSource, locate_model
 from kdrun.models.tokenizers import load_tokenizer
+from kdrun.paths import expand_home
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +74,7 @@ def init_student(
             the output folder is not empty. Nothing is written then.
     """
     source = teacher if isinstance(teacher, ModelSource) else locate_model(teacher)
-    folder = Path(output).expanduser()
+    folder = expand_home(output)
     _check_free(folder)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     # A folder keeps the type that it is stored in; a GGUF file holds no type to keep.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdrun.errors import InputError
-from kdrun.paths import did_you_mean
+from kdrun.paths import did_you_mean, expand_home
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _ADAPTER = "adapter_config.json"
@@ -60,7 +60,7 @@ def locate_model(given: str | Path) -> ModelSource:
     Raises:
         InputError: Nothing is there, or the folder holds no model, or more than one.
     """
-    path = Path(given).expanduser()
+    path = expand_home(given)
     if path.is_dir():
         return _in_folder(path)
     if path.is_file():

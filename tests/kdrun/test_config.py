@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from kdrun.cli import cli
-from kdrun.config import RunConfig, load_config
+from kdrun.config import RunConfig, load_config, parse_value
 from kdrun.distillation import check_name
+from kdrun.errors import InputError
 
 RECIPES = sorted((Path(__file__).parents[2] / "docs" / "recipes").glob("*.yaml"))
 
@@ -64,3 +66,66 @@ def test_the_teacher_of_a_recipe_is_what_the_one_before_makes() -> None:
     assert first.lora.merge
     assert second.model.teacher == f"{first.output.dir}/student"
     assert first.data.train == second.data.train
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("evaluation.answer_pattern", "#### *(.+)", "#### *(.+)"),
+        ("evaluation.answer_pattern", "The answer is: (.+)", "The answer is: (.+)"),
+        ("evaluation.answer_pattern", "[Aa]nswer: (.+)", "[Aa]nswer: (.+)"),
+        ("evaluation.answer_pattern", "null", None),
+        ("data.train", "1e3", "1e3"),
+        ("data.eval", "", None),
+        ("data.cache_dir", "none", "none"),
+        ("model.teacher", "none", None),
+        ("procedure.spec", "none", None),
+        ("optimizer.lr", "1e-3", 0.001),
+        ("data.max_length", "64", 64),
+        ("loss.temperature_scaling", "false", False),
+        ("optimizer.betas", "[0.9, 0.95]", [0.9, 0.95]),
+        ("loss.chunk_size", "null", None),
+        ("model.dtype", "bfloat16", "bfloat16"),
+    ],
+)
+def test_text_is_taken_as_it_stands_and_all_else_is_yaml(
+    key: str, text: str, expected: Any
+) -> None:
+    assert parse_value(key, text) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("loss.schedules", "{kd_ratio: {kind: linear, start: 0.2, end: 0.8}"),
+        ("optimizer.betas", "[0.9, 0.95"),
+        ("training.seed", "2020-13-45"),
+    ],
+)
+def test_broken_yaml_is_told_in_one_line_with_its_key(key: str, text: str) -> None:
+    with pytest.raises(InputError, match=rf"^{key}=.* not valid YAML .*$"):
+        parse_value(key, text)
+
+
+def test_a_key_that_is_no_word_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    for content in ("on:\n  lr: 1\n", "training:\n  on: 1\n"):
+        file.write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match=r"run\.yaml: .*read as True, not as a word"):
+            load_config(file)
+    file.write_text("training:\n  seed: 2020-13-45\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"run\.yaml: not valid YAML"):
+        load_config(file)
+
+
+def test_epochs_that_are_asked_for_take_the_place_of_the_built_in_pairs_steps(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("training:\n  num_epochs: 2\n", encoding="utf-8")
+    for config in (load_config(file), load_config(None, [("training.num_epochs", 2)])):
+        assert (config.training.max_steps, config.training.num_epochs) == (None, 2)
+        assert config.training.batch_size == load_config().training.batch_size
+    both = load_config(file, [("training.max_steps", 5)])
+    assert both.training.max_steps == 5
+    assert load_config(None, [("training.seed", 1)]).training.max_steps is not None

@@ -4,6 +4,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from kdrun.data.windows import TextWindows, concatenate, window_phase
+from kdrun.errors import InputError
 
 
 class LetterTokenizer:
@@ -27,7 +28,7 @@ def test_documents_are_joined_and_each_is_ended():
 def test_a_tokenizer_without_an_end_is_refused():
     tokenizer = LetterTokenizer()
     tokenizer.eos_token_id = None
-    with pytest.raises(ValueError, match="end-of-text"):
+    with pytest.raises(InputError, match="end-of-text"):
         concatenate(["ab"], tokenizer)
 
 

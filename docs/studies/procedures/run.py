@@ -67,7 +67,7 @@ def config_of(
     for setting in given.settings:
         key, _, value = setting.partition("=")
         if not key.startswith("procedure.") or "procedure.spec" in settings:
-            settings[key] = parse_value(value)
+            settings[key] = parse_value(key, value)
     return load_config(None, list(settings.items()))
 
 
@@ -194,9 +194,13 @@ def read(results: Path) -> list[dict[str, Any]]:
         return []
     with open(results, encoding="utf-8", newline="") as stream:
         return [
-            {key: cell if key in WORDS else parse_value(cell) for key, cell in row.items()}
+            {key: cell if key in WORDS else _number(cell) for key, cell in row.items()}
             for row in csv.DictReader(stream)
         ]
+
+
+def _number(cell: str) -> Any:
+    return json.loads(cell) if cell else None
 
 
 def show(rows: list[dict[str, Any]], arms: list[str]) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from kdrun.data.encode import IGNORE_INDEX, EncodedRows, Example, encode_chats, report_on
-from kdrun.data.rows import ChatRow, Message, Position, load_rows
+from kdrun.data.prepare import encode_held_out
+from kdrun.data.rows import ChatRow, Message, Position, TextRow, load_rows
 from kdrun.data.token_cache import TokenCache
 from kdrun.errors import InputError
 
@@ -54,6 +55,24 @@ def with_bos(tokenizer: Any) -> Any:
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", changed.bos_token_id)]
     )
     assert changed("a")["input_ids"][0] == changed.bos_token_id
+    return changed
+
+
+def with_harmony(tokenizer: Any, before_the_last: str = "", after_the_others: str = "") -> Any:
+    """Turns as gpt-oss writes them: the last answer ends with a token of its own."""
+    answer = "<|start|>assistant<|channel|>final<|message|>{{ m['content'] }}"
+    changed = with_template(
+        tokenizer,
+        "<|start|>system<|message|>today<|end|>{% for m in messages %}"
+        "{% if m['role'] != 'assistant' %}"
+        "<|start|>{{ m['role'] }}<|message|>{{ m['content'] }}<|end|>"
+        f"{{% elif loop.last %}}{before_the_last}{answer}<|return|>"
+        f"{{% else %}}{answer}{after_the_others}<|end|>{{% endif %}}{{% endfor %}}"
+        "{% if add_generation_prompt %}<|start|>assistant{% endif %}",
+    )
+    names = ("start", "end", "message", "channel", "return")
+    tokens = [f"<|{name}|>" for name in names]
+    changed.add_special_tokens({"additional_special_tokens": tokens, "eos_token": "<|return|>"})
     return changed
 
 
@@ -154,6 +173,37 @@ class TestTemplates:
         changed = with_template(tiny_tokenizer, template)
         example = encode_one(changed, chat("a?", "one", "b?", "two"))
         assert targets(changed, example) == "one<|im_end|><think>\n\n</think>\n\ntwo<|im_end|>"
+
+    def test_a_template_that_ends_the_last_turn_otherwise(
+        self, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        changed = with_harmony(tiny_tokenizer)
+        row = chat("a?", "one", "b?", "the user <", "c?", "two", system="s")
+        example = encode_one(changed, row)
+        head = "<|channel|>final<|message|>"
+        expected = [f"{head}one<|end|>", f"{head}the user <<|end|>", f"{head}two<|return|>"]
+        assert targets(changed, example) == "".join(expected)
+        monkeypatch.setattr(type(changed), "is_fast", False)
+        assert targets(changed, encode_one(changed, row)) == "".join(expected)
+
+    def test_a_last_turn_that_begins_and_ends_otherwise(self, tiny_tokenizer: Any) -> None:
+        last = "<|start|>assistant<|channel|>analysis<|message|>hm<|end|>"
+        changed = with_harmony(tiny_tokenizer, before_the_last=last)
+        example = encode_one(changed, chat("a?", "one", "b?", "two"))
+        assert targets(changed, example) == (
+            "<|channel|>final<|message|>one<|end|>"
+            "<|channel|>analysis<|message|>hm<|end|>"
+            "<|start|>assistant<|channel|>final<|message|>two<|return|>"
+        )
+
+    def test_a_turn_whose_end_cannot_be_told_is_refused(self, tiny_tokenizer: Any) -> None:
+        changed = with_harmony(tiny_tokenizer, after_the_others=" over")
+        row = chat("a?", "one", "b?", "two", number=7)
+        with pytest.raises(InputError, match=r"rows.jsonl, line 7: the chat template"):
+            encode_one(changed, row)
+        assert targets(changed, encode_one(changed, chat("a?", "one"))) == (
+            "<|channel|>final<|message|>one<|return|>"
+        )
 
     HIDDEN = (
         "{{ messages|length }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -285,6 +335,14 @@ class TestSmolLM2:
         encoded = report_on(rows, encodings[1], 100_000)
         assert encoded.report.kept == 7473
         self.check(smollm2_tokenizer, encoded, rows)
+
+
+def test_text_without_an_end_token_is_told(tiny_tokenizer: Any) -> None:
+    changed = copy.deepcopy(tiny_tokenizer)
+    changed.eos_token = None
+    rows = [TextRow("the user asks", Position("text.txt", 1))]
+    with pytest.raises(InputError, match=r"no end-of-text token.*tokenizer_config\.json"):
+        encode_held_out(rows, changed, 4)
 
 
 def test_no_file_is_opened_with_the_platforms_encoding(tiny_tokenizer: Any, tmp_path: Path) -> None:

@@ -286,6 +286,9 @@ class TestErrors:
         wrong = folder.with_name(folder.name + "x") / "rows.jsonl"
         assert f"did you mean {folder}" in error_of(wrong)
 
+    def test_the_home_folder_of_nobody(self) -> None:
+        assert "~nobody-here/rows.jsonl: no home folder" in error_of("~nobody-here/rows.jsonl")
+
     def test_a_folder(self, write: Write) -> None:
         message = error_of(write([PAIR]).parent)
         assert "is a folder" in message

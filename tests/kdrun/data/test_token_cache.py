@@ -131,6 +131,20 @@ def test_where_it_lies(
         TokenCache.at(str(tmp_path / "file" / "below"))
 
 
+def test_a_user_without_a_home_folder_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pwd
+
+    def getpwuid(number: int) -> Any:
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", getpwuid)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    assert TokenCache.at(None) is None
+    with pytest.raises(InputError, match="no home folder"):
+        TokenCache.at("~/tokens")
+
+
 def test_a_folder_that_cannot_be_written_costs_nothing_but_the_time(
     tiny_tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,7 +12,13 @@ import transformers
 from kdrun.config import EvaluationConfig
 from kdrun.data.formats import ChatRow, Message
 from kdrun.data.records import Position
-from kdrun.evaluation.answers import ask, choose_questions, mean_scores
+from kdrun.evaluation.answers import (
+    Asked,
+    ask,
+    choose_common_questions,
+    choose_questions,
+    mean_scores,
+)
 from kdrun.generation import generate, stop_tokens
 
 
@@ -123,6 +130,24 @@ def test_rows_with_one_prompt_are_one_question_in_any_order(model, tiny_tokenize
     assert "1 prompts that leave no room" in note
     text = tiny_tokenizer.decode(found[0].prompt_ids)
     assert text.endswith("<|im_start|>assistant\n")
+
+
+def test_models_with_other_contexts_are_asked_the_same(tiny_tokenizer):
+    rows = [chat("a", "b"), chat("the user", "c"), chat("x" * 30, "d")]
+    config = EvaluationConfig(answers=9, max_new_tokens=8)
+    plain = copy.deepcopy(tiny_tokenizer)
+    plain.chat_template = None
+    models = [Asked(tiny_tokenizer, None), Asked(plain, None), Asked(tiny_tokenizer, 40)]
+    (free, other, small), note = choose_common_questions(rows, models, config)
+    asked = [question.messages[-1].content for question in free]
+    assert sorted(asked) == ["a", "the user"]
+    for questions in (other, small):
+        assert [question.messages[-1].content for question in questions] == asked
+    assert [q.prompt_ids for q in small] == [q.prompt_ids for q in free]
+    texts = [plain.decode(question.prompt_ids) for question in other]
+    assert texts == [f"{words}\n" for words in asked]
+    assert note is not None
+    assert "1 prompts that leave no room" in note
 
 
 def test_questions_are_scored_by_their_best_reference(model, tiny_tokenizer):

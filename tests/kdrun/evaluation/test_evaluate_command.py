@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,50 @@ def test_many_models_have_a_line_each(folders, tmp_path, monkeypatch):
         assert f"{model['ce']:.4f}" in line
 
 
+def test_all_models_are_asked_what_each_has_room_for(folders, tmp_path):
+    small = tmp_path / "small"
+    shutil.copytree(folders / "student", small)
+    config = json.loads((small / "config.json").read_text(encoding="utf-8"))
+    config["max_position_embeddings"] = 64
+    (small / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    rows = tmp_path / "rows.jsonl"
+    long = {"prompt": "x" * 30, "response": "fits the context, with less than forty tokens after"}
+    lines = "".join(json.dumps(row) + "\n" for row in (*ROWS, long))
+    rows.write_text(lines, encoding="utf-8")
+    result = invoke(
+        *(folders / "student", small, "--data", rows, "--max-length", 64),
+        *("--answers", 20, "--max-new-tokens", 25),
+    )
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.output.splitlines() if line.startswith("answers: ")]
+    assert line.startswith("answers: to 7 of 8 held-out prompts")
+    assert "1 prompts that leave no room" in line
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(folders, tmp_path):
+    given = (folders / "student", "--data", folders / "rows.jsonl", "--output")
+    with pytest.raises(InputError, match=r"--output .*: is a folder; name a file"):
+        invoke(*given, tmp_path)
+    assert not list(tmp_path.iterdir())
+    if sys.platform == "linux":  # where not even root may make a file
+        with pytest.raises(InputError, match=r"--output .*: the folder /proc cannot be written"):
+            invoke(*given, "/proc/found.json")
+
+
+def test_the_table_is_shown_though_the_file_cannot_be_written(folders, tmp_path):
+    # Long enough that the partial file's name, which is longer still, is refused by the system.
+    given = (
+        folders / "student",
+        "--data",
+        folders / "rows.jsonl",
+        "--output",
+        tmp_path / ("x" * 250),
+    )
+    result = CliRunner().invoke(cli, ["evaluate", *map(str, given)])
+    assert isinstance(result.exception, OSError)
+    assert "cross-entropy" in result.output
+
+
 def test_bad_input_is_one_line(folders, tmp_path, tiny_tokenizer):
     rows = folders / "rows.jsonl"
     with pytest.raises(InputError, match=r"no such file or folder"):
@@ -126,6 +171,8 @@ def test_bad_input_is_one_line(folders, tmp_path, tiny_tokenizer):
         invoke(folders / "student", "--data", tmp_path / "empty.jsonl")
     with pytest.raises(InputError, match=r"the folder .* is not there"):
         invoke(folders / "student", "--data", rows, "--output", tmp_path / "no" / "x.json")
+    with pytest.raises(InputError, match=r"loss\.schedules=.* not valid YAML"):
+        invoke(folders / "student", "--data", rows, "--set", "loss.schedules={kd_ratio: {")
     with pytest.raises(InputError, match=r"evaluation\.answers"):
         invoke(folders / "student", "--data", rows, "--answers", "many")
     foreign = copy.deepcopy(tiny_tokenizer)

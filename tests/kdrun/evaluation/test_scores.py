@@ -39,6 +39,19 @@ GSM8K = "#### *(.+)"
         ("The  Answer.", ["answer"], "(?s)(.*)", 1),
         ("an answer", ["another"], "(?s)(.*)", 0),
         ("b", ["a", "B!"], "(?s)(.*)", 1),
+        # What makes another number counts, what surrounds it does not.
+        ("#### -5", ["#### 5"], GSM8K, 0),
+        ("#### -5.", ["#### -5"], GSM8K, 1),
+        ("#### \N{MINUS SIGN}5", ["#### -5"], GSM8K, 1),
+        ("#### -$5", ["#### $5"], GSM8K, 0),
+        ("#### 1.50", ["#### 150"], GSM8K, 0),
+        ("#### $1.50.", ["#### 1.50"], GSM8K, 1),
+        ("#### .5", ["#### 5"], GSM8K, 0),
+        ("#### 1/2", ["#### 12"], GSM8K, 0),
+        ("#### (1/2)", ["#### 1/2"], GSM8K, 1),
+        ("#### 1,000.", ["#### 1000"], GSM8K, 1),
+        ("COVID-19", ["covid19."], "(?s)(.*)", 1),
+        ("and/or", ["andor"], "(?s)(.*)", 1),
     ],
 )
 def test_exact_match(answer, references, pattern, expected):

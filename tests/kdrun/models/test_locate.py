@@ -53,6 +53,10 @@ def test_a_gguf_file_on_the_hub() -> None:
     assert locate_model("owner/name/x.Q4.gguf") == ModelSource("owner/name", "x.Q4.gguf")
 
 
+def test_the_home_folder_of_nobody() -> None:
+    assert "~nobody-here/teacher: no home folder" in error_of("~nobody-here/teacher")
+
+
 def test_a_spelling_mistake(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "config.json").touch()
     wrong = folder.with_name("techer")
