@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrun.errors import InputError, UnwritableError
+from kdrun.paths import expand_home
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 ANSWERS = "answers.jsonl"
@@ -31,7 +32,7 @@ COMPLETE = "complete"
 def choose_folder(given: str | None, loss: str) -> Path:
     """The folder of a run: the one given, or a new ``runs/<time>-<loss>``."""
     if given is not None:
-        return Path(given).expanduser()
+        return expand_home(given)
     from kdlosses import parse_spec
 
     parsed = parse_spec(loss)
