@@ -72,7 +72,7 @@ class DataConfig(_Section):
         None, description="held-out rows; by default 5 % of the training rows, by content hash"
     )
     test: str | None = Field(
-        None, description="rows that comparisons report on, after tuning on the held-out rows"
+        None, description="rows that comparisons report on in the place of the held-out ones"
     )
     part: Literal["all", "validation", "test"] = Field(
         "all",

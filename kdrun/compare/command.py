@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from kdrun.compare.cluster import Cluster, import_ray, run_on_ray
 from kdrun.compare.declare import declare, read_declaration
 from kdrun.compare.display import Display
+from kdrun.compare.extra import check_extra
 from kdrun.compare.jobs import WORKER, run_jobs
 from kdrun.compare.labels import label_arms
 from kdrun.compare.ledger import Ledger
@@ -21,22 +24,23 @@ from kdrun.compare.plan import (
     DEFAULT_LOSSES,
     Axes,
     Plan,
+    default_of,
     find_yardstick,
     methods,
-    parts_of,
     setting,
     shared_settings,
     trained_on,
 )
 from kdrun.compare.record import Record, Trial
 from kdrun.compare.references import measure_references
-from kdrun.compare.run import Comparison, check_pairs, run_comparison, watch_nothing
+from kdrun.compare.run import Caches, Comparison, check_pairs, run_comparison, watch_nothing
 from kdrun.compare.teachers import cache_teachers, check_named_cache
 from kdrun.compare.trial import quiet_console
-from kdrun.config import BUILT_IN, ProcedureConfig, RunConfig, load_config
+from kdrun.config import BUILT_IN, KD_RATIO, ProcedureConfig, RunConfig, load_config
 from kdrun.data.prepare import read_rows
 from kdrun.data.rows import TextRow
-from kdrun.errors import InputError
+from kdrun.errors import InputError, Interrupted
+from kdrun.paths import expand_home
 from kdrun.procedures.registry import get_procedure
 
 if TYPE_CHECKING:
@@ -46,13 +50,15 @@ if TYPE_CHECKING:
 _BUILT_IN_STEPS = 400
 _ANSWERS = 50
 _NEVER = 10**9
-_AXIS_OF = {
-    "loss.spec": "--loss",
-    "procedure.spec": "--procedure",
-    "training.seed": "--seeds",
-    "output.dir": "--output",
+_LENGTH = {"training.max_steps", "training.num_epochs"}
+_CURES = {
+    "loss.spec": "give --loss instead",
+    "procedure.spec": "give --procedure instead",
+    "training.seed": "give --seeds instead",
+    "output.dir": "give --output instead",
+    "data.part": "leave it out",
 }
-"""Keys that trials vary, and the option that says how."""
+"""Keys that trials vary and ``--set`` refuses, with the cure."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +113,9 @@ def comparison_of(options: Options) -> Comparison:
         InputError: wrong options, unknown losses, models that are not there.
     """
     given = dict(options.overrides)
-    for key, option in _AXIS_OF.items():
+    for key, cure in _CURES.items():
         if key in given:
-            raise InputError(f"--set {key}: is varied in a comparison; give {option} instead")
+            raise InputError(f"--set {key}: is varied in a comparison; {cure}")
     if "none" in options.teachers:
         raise InputError("--teacher none: a comparison has a teacher; name one")
     if options.students:
@@ -119,6 +125,8 @@ def comparison_of(options: Options) -> Comparison:
     # How answers are sampled is the same for all procedures; which of them run is an axis.
     sampled = {key: given.pop(key) for key in list(given) if key.startswith("procedure.")}
     base = load_config(options.config, list(given.items()))
+    _check_varied(base, str(options.config))
+    stated = _stated(options.config)
     procedures = tuple(None if spec == "none" else spec for spec in options.procedures) or (
         base.procedure.spec,
     )
@@ -130,7 +138,7 @@ def comparison_of(options: Options) -> Comparison:
     if base.model.teacher is None:
         raise InputError("compare-losses needs a --teacher: there is nothing to distil without one")
     training: dict[str, Any] = {"save_steps": _NEVER}  # a trial that is cut off runs again
-    if base.model.student == BUILT_IN and "training.max_steps" not in given:
+    if base.model.student == BUILT_IN and not _LENGTH & {*given, *stated}:
         training["max_steps"] = _BUILT_IN_STEPS
     # A cache that the user names serves as it is.
     cached = options.teacher_cache and base.model.teacher_cache is None
@@ -146,8 +154,9 @@ def comparison_of(options: Options) -> Comparison:
             "model": base.model.model_copy(update={"init_seed": base.model.init_seed or 0}),
         }
     )
+    usual = DEFAULT_LOSSES[:1] if options.procedures or procedures[0] else DEFAULT_LOSSES
     axes = Axes(
-        losses=options.losses or (DEFAULT_LOSSES[:1] if options.procedures else DEFAULT_LOSSES),
+        losses=options.losses or ((base.loss.spec,) if "loss.spec" in stated else usual),
         kd_ratios=options.kd_ratios or (base.loss.kd_ratio,),
         lrs=options.lrs or (base.optimizer.lr,),
         teachers=options.teachers or (str(base.model.teacher),),
@@ -164,8 +173,42 @@ def comparison_of(options: Options) -> Comparison:
     difference = yardstick.difference if options.difference is None else options.difference
     if not 0 < difference < math.inf:
         raise InputError(f"--difference {difference:g}: must be above 0, and finite")
-    plan = Plan(axes, yardstick, difference, setting(shared_settings(base)))
+    shared = setting(shared_settings(base))
+    plan = Plan(axes, yardstick, difference, shared, base.data.test is not None)
     return Comparison(plan, base, options.keep_students, cached)
+
+
+def _stated(file: Path | None) -> set[str]:
+    """The keys that a configuration file states; it has been read as a configuration already."""
+    if file is None:
+        return set()
+    content = yaml.safe_load(file.read_text(encoding="utf-8-sig")) or {}
+    return {
+        f"{section}.{key}"
+        for section, values in content.items()
+        if isinstance(values, Mapping)
+        for key in values
+    }
+
+
+def _check_varied(base: RunConfig, file: str) -> None:
+    """Refuse what trials vary and no axis can take over.
+
+    The defaults pass: they are what a run's own ``config.yaml`` states.
+
+    Raises:
+        InputError: naming the key and the cure.
+    """
+    for key in ("training.seed", "data.part"):
+        section, _, name = key.partition(".")
+        value = getattr(getattr(base, section), name)
+        if value != default_of(section, name):
+            raise InputError(f"{file}: {key}={value}: is varied in a comparison; {_CURES[key]}")
+    if KD_RATIO in base.loss.schedules:
+        raise InputError(
+            "loss.schedules: kd_ratio is varied in a comparison, and a schedule would take the "
+            "place of every arm's; give --kd-ratio instead"
+        )
 
 
 def _sampling(
@@ -204,7 +247,7 @@ def _check_rows(comparison: Comparison) -> None:
             f"{name}: set evaluation.answer_pattern, which finds the final answer, such as "
             "'#### *(.+)'"
         )
-    for part in parts_of(plan.axes.tuned):
+    for part in plan.parts:
         rows = read_rows(base.data.model_copy(update={"part": part})).held_out
         if asks and all(isinstance(row, TextRow) for row in rows):
             raise InputError(
@@ -223,9 +266,11 @@ def compare_losses(options: Options, console: Console) -> None:
 
     Raises:
         InputError: wrong input, before anything starts.
+        Interrupted: by Ctrl-C; the trial that ran is not recorded.
     """
     from kdrun.quiet import quiet_libraries
 
+    check_extra()
     comparison = comparison_of(options)
     if options.cluster is not None:
         import_ray()
@@ -236,27 +281,45 @@ def compare_losses(options: Options, console: Console) -> None:
         if options.dry_run:
             _show_plan(comparison, [], console)
             return
-        folder = Path(options.output or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-comparison")
-        ledger = Ledger(folder)
-        plan = declare(comparison, ledger)
-        worker = bool(os.environ.get(WORKER))
-        if worker:
-            console = quiet_console()
-        _show_declaration(comparison, folder, console)
-        to_run = comparison.plan.open(comparison.plan.own(ledger.records()))
-        caches = cache_teachers(comparison, ledger, to_run, console)
-        if worker:
-            run_comparison(comparison, ledger, caches, watch_nothing)
-            return
-        measure_references(comparison, ledger, console)
-        with Display(console, comparison.plan.yardstick) as display:
-            if options.cluster is not None:
-                run_on_ray(comparison, ledger, caches, options.cluster, display.update)
-            elif options.jobs == 1:
-                run_comparison(comparison, ledger, caches, display.update)
-            else:
-                run_jobs(comparison, ledger, options.jobs, display.update)
-        report(plan, ledger, console)
+        ledger = Ledger(_folder_of(options, comparison))
+        try:
+            _run(comparison, ledger, options, console)
+        except (Interrupted, KeyboardInterrupt) as error:
+            raise Interrupted(
+                f"interrupted; the same command with --output {ledger.folder} goes on with the "
+                "trials that are missing"
+            ) from error
+
+
+def _folder_of(options: Options, comparison: Comparison) -> Path:
+    """The folder of a comparison: the option's, that of the file, or a new one."""
+    given = options.output or comparison.base.output.dir
+    return expand_home(given or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-comparison")
+
+
+def _run(comparison: Comparison, ledger: Ledger, options: Options, console: Console) -> None:
+    if os.environ.get(WORKER):  # the process that started it has declared what is run
+        caches = _cache_teachers(comparison, ledger, quiet_console())
+        run_comparison(comparison, ledger, caches, watch_nothing)
+        return
+    declare(comparison, ledger)
+    _show_declaration(comparison, ledger.folder, console)
+    caches = _cache_teachers(comparison, ledger, console)
+    measure_references(comparison, ledger, console)
+    with Display(console, comparison.plan.yardstick) as display:
+        if options.cluster is not None:
+            run_on_ray(comparison, ledger, caches, options.cluster, display.update)
+        elif options.jobs == 1:
+            run_comparison(comparison, ledger, caches, display.update)
+        else:
+            run_jobs(comparison, ledger, options.jobs, display.update)
+    # Not the plan that was declared above: other commands may have added to it since.
+    report_again(ledger.folder, console)
+
+
+def _cache_teachers(comparison: Comparison, ledger: Ledger, console: Console) -> Caches:
+    to_run = comparison.plan.open(comparison.plan.own(ledger.records()))
+    return cache_teachers(comparison, ledger, to_run, console)
 
 
 def report_again(folder: Path, console: Console) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,7 +20,7 @@ from kdrun.compare.plan import (
     shared_settings,
 )
 from kdrun.compare.run import Comparison
-from kdrun.config import DataConfig
+from kdrun.config import BUILT_IN, DataConfig
 from kdrun.data.prepare import read_rows
 from kdrun.data.split import content_hash
 from kdrun.errors import InputError
@@ -34,6 +35,8 @@ class Declaration(BaseModel):
         difference: the smallest difference of interest on it.
         rows: hash of the training and held-out rows.
         shared: the configuration that all trials share.
+        models: fingerprints of teachers and students, by their names; folders of earlier versions
+            have none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,12 +45,17 @@ class Declaration(BaseModel):
     difference: float
     rows: str
     shared: dict[str, dict[str, Any]]
+    models: dict[str, str] = {}
 
     @property
     def plan(self) -> Plan:
         """The plan of the whole folder."""
         return Plan(
-            self.axes, find_yardstick(self.yardstick), self.difference, setting(self.shared)
+            self.axes,
+            find_yardstick(self.yardstick),
+            self.difference,
+            setting(self.shared),
+            self.shared.get("data", {}).get("test") is not None,
         )
 
 
@@ -59,7 +67,7 @@ def declare(comparison: Comparison, ledger: Ledger) -> Plan:
 
     Raises:
         InputError: the folder holds a comparison with other shared settings, naming the first one
-            that differs.
+            that differs, or of models that were changed since.
     """
     plan = comparison.plan
     given = Declaration(
@@ -69,11 +77,16 @@ def declare(comparison: Comparison, ledger: Ledger) -> Plan:
         rows=_hash_rows(comparison.base.data),
         shared=shared_settings(comparison.base),
     )
+    place = f"--output {ledger.folder}"
     with ledger.hold("comparison"):
         found = read_declaration(ledger)
+        before = {} if found is None else found.models
         if found is not None:
-            _check_equal(found, given, f"--output {ledger.folder}")
+            _check_equal(found, given, place)
             given = given.model_copy(update={"axes": merge(found.axes, given.axes)})
+        models = print_models(comparison)
+        _check_models(before, models, place)
+        given = given.model_copy(update={"models": {**before, **models}})
         if given != found:
             ledger.declare(given.model_dump(mode="json"))
     return given.plan
@@ -126,6 +139,47 @@ def _check_equal(found: Declaration, given: Declaration, place: str) -> None:
             f"{place}: data.train={given.shared['data']['train']} or the held-out rows were edited "
             "since the first trial; restore them, or name another folder"
         )
+
+
+def _check_models(before: Mapping[str, str], now: Mapping[str, str], place: str) -> None:
+    for name, found in now.items():
+        if before.get(name, found) != found:
+            raise InputError(
+                f"{place}: the model {name} was changed since the first trial; restore it, or name "
+                "another folder"
+            )
+
+
+def print_models(comparison: Comparison) -> dict[str, str]:
+    """Fingerprints of weights, configuration and tokenizer of all teachers and students.
+
+    A student that is made from a seed has no weights yet, and none is given for it.
+
+    Raises:
+        InputError: a model cannot be loaded.
+    """
+    from kdrun.cache.fingerprint import print_teacher, print_tokenizer
+    from kdrun.models.load import load_model
+    from kdrun.models.tokenizers import load_tokenizer
+    from kdrun.pairs import locate_pair
+
+    model, axes = comparison.base.model, comparison.plan.axes
+    sources = {}
+    for teacher, student in product(axes.teachers, axes.students):
+        named = model.model_copy(update={"teacher": teacher, "student": student})
+        sources[teacher], of_student = locate_pair(named)
+        if student != BUILT_IN:
+            sources[student] = of_student
+    found = {}
+    for name, source in sources.items():
+        assert source is not None, "a comparison has a teacher"
+        weights = print_teacher(load_model(source, model.dtype, model.trust_remote_code))
+        tokenizer = print_tokenizer(
+            load_tokenizer(source, trust_remote_code=model.trust_remote_code)
+        )
+        content = weights.model_dump_json() + tokenizer.model_dump_json()
+        found[name] = hashlib.sha256(content.encode()).hexdigest()
+    return found
 
 
 def _hash_rows(data: DataConfig) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from kdrun.errors import InputError
 
@@ -23,6 +24,21 @@ def compare_extra() -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if package not in _PACKAGES:
             raise
-        raise InputError(
-            f"comparisons need {package}, which is not installed: pip install 'kdlosses[compare]'"
-        ) from error
+        raise _missing(package) from error
+
+
+def check_extra() -> None:
+    """See that the extra is installed; nothing of it is imported.
+
+    Raises:
+        InputError: a package of the extra is not installed.
+    """
+    for package in _PACKAGES:
+        if find_spec(package) is None:
+            raise _missing(package)
+
+
+def _missing(package: str) -> InputError:
+    return InputError(
+        f"comparisons need {package}, which is not installed: pip install 'kdlosses[compare]'"
+    )

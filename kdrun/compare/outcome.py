@@ -57,7 +57,7 @@ def inputs(plan: Plan, ledger: Ledger) -> list[ReportInput]:
                 baseline=[*chosen, method.arms(plan.axes)[0]][0],
                 yardstick=plan.yardstick,
                 difference=plan.difference,
-                references=read_references(ledger, *pair),
+                references=read_references(ledger, pair, plan.reported),
                 notes=notes,
             )
         )

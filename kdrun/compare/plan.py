@@ -130,22 +130,37 @@ class Plan:
         yardstick: the primary one.
         difference: the smallest difference of interest on it.
         setting: hash of what all trials share.
+        test_rows: whether rows are given to report on (``data.test``).
     """
 
     axes: Axes
     yardstick: Yardstick
     difference: float
     setting: str
+    test_rows: bool = False
+
+    @property
+    def reported(self) -> Part:
+        """The held-out rows that final trials are measured on: they had no say in the tuning."""
+        return "test" if self.axes.tuned or self.test_rows else "all"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The held-out rows that trials are measured on."""
+        return ("validation", "test") if self.axes.tuned else (self.reported,)
+
+    def part_of(self, trial: Trial) -> Part:
+        """The held-out rows that a trial is measured on."""
+        return "validation" if trial.stage == "tuning" else self.reported
 
     def identity(self, trial: Trial) -> str:
         """The name of a trial's record."""
-        return trial.identity(f"{self.setting} {part_of(trial, self.axes.tuned)}")
+        return trial.identity(f"{self.setting} {self.part_of(trial)}")
 
     def _names(self, trial: Trial) -> set[str]:
         """Those that a trial can have in this folder."""
-        return {
-            trial.identity(f"{self.setting} {part_of(trial, tuned)}") for tuned in (True, False)
-        }
+        parts = ("validation",) if trial.stage == "tuning" else ("all", "test")
+        return {trial.identity(f"{self.setting} {part}") for part in parts}
 
     def planned(self, records: Sequence[Record]) -> list[Trial]:
         """All trials that can be named so far; the final ones follow from the tuning."""
@@ -179,18 +194,6 @@ class Plan:
         known = [record for record in records if self.identity(record.trial) == record.id]
         wanted = {self.identity(trial) for trial in self.planned(known)}
         return [record for record in known if record.id in wanted]
-
-
-def part_of(trial: Trial, tuned: bool) -> Part:
-    """Which held-out rows a trial is measured on: those of the report had no say in the tuning."""
-    if trial.stage == "tuning":
-        return "validation"
-    return "test" if tuned else "all"
-
-
-def parts_of(tuned: bool) -> tuple[Part, ...]:
-    """The held-out rows that the trials of a comparison are measured on."""
-    return ("validation", "test") if tuned else ("all",)
 
 
 @dataclass(frozen=True)

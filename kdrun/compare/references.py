@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from kdrun.compare.ledger import Ledger
-from kdrun.compare.plan import part_of
-from kdrun.compare.record import Arm, Trial
+from kdrun.compare.plan import Part
+from kdrun.compare.record import Arm, Pair, Trial
 from kdrun.compare.run import Comparison
 from kdrun.compare.trial import quiet_console, trial_config
 from kdrun.errors import InputError
@@ -28,11 +28,12 @@ References = dict[str, dict[str, float | None]]
 
 
 class _Entry(BaseModel):
-    """What ``references.json`` holds of one model."""
+    """What ``references.json`` holds of one model, on one part of the held-out rows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     teacher: str
     student: str
+    part: Part = "all"
     role: Literal["teacher", "untrained student"]
     measures: dict[str, float | None]
 
@@ -40,8 +41,13 @@ class _Entry(BaseModel):
 _ENTRIES = TypeAdapter(list[_Entry])
 
 
-def read_references(ledger: Ledger, teacher: str, student: str) -> References:
+def read_references(ledger: Ledger, pair: Pair, part: Part) -> References:
     """The measures of a pair's teacher and untrained student, as far as they are known.
+
+    Args:
+        ledger: of the comparison.
+        pair: teacher and student.
+        part: the held-out rows that they were measured on.
 
     Raises:
         InputError: the file was edited into something else.
@@ -49,7 +55,7 @@ def read_references(ledger: Ledger, teacher: str, student: str) -> References:
     found = {
         entry["role"]: entry["measures"]
         for entry in _read(ledger.folder / FILE)
-        if (entry["teacher"], entry["student"]) == (teacher, student)
+        if _key(entry) == (*pair, part)
     }
     return {role: found[role] for role in (UNTRAINED, TEACHER) if role in found}
 
@@ -62,23 +68,18 @@ def measure_references(comparison: Comparison, ledger: Ledger, console: Console)
     """
     path = ledger.folder / FILE
     known = _read(path)
-    axes = comparison.plan.axes
+    axes, part = comparison.plan.axes, comparison.plan.reported
+    measured = {_key(entry) for entry in known}
     pairs = product(axes.teachers, axes.students)
-    open_pairs = [
-        (teacher, student)
-        for teacher, student in pairs
-        if not any((e["teacher"], e["student"]) == (teacher, student) for e in known)
-    ]
+    open_pairs = [pair for pair in pairs if (*pair, part) not in measured]
     for teacher, student in open_pairs:
         console.print(f"measuring {teacher} and the untrained {student}", markup=False)
         arm = Arm(loss=None, kd_ratio=0.0, lr=1.0, teacher=teacher, student=student)
         trial = Trial(arm=arm, seed=0)
-        part = part_of(trial, axes.tuned)
         config = trial_config(comparison.base, trial, ledger.folder, part, cache=None)
         for role, measures in _measure_pair(config).items():
-            known.append(
-                {"teacher": teacher, "student": student, "role": role, "measures": measures}
-            )
+            of = {"teacher": teacher, "student": student, "part": part, "role": role}
+            known.append({**of, "measures": measures})
         write_json(path, known)
 
 
@@ -100,6 +101,10 @@ def _measure_pair(config: RunConfig) -> References:
         UNTRAINED: judge(student, teacher, pair, config, rows, quiet),
         TEACHER: teacher_measures,
     }
+
+
+def _key(entry: dict[str, Any]) -> tuple[str, str, Part]:
+    return entry["teacher"], entry["student"], entry["part"]
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

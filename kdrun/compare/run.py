@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdrun.compare.ledger import Ledger
-from kdrun.compare.plan import Plan, methods, part_of
+from kdrun.compare.plan import Plan, methods
 from kdrun.compare.record import Pair, Record, Trial
 from kdrun.compare.trial import run_trial, trial_config
 from kdrun.config import RunConfig
@@ -82,7 +82,7 @@ def try_trial(
         records = comparison.plan.own(ledger.records())
         watch(comparison.plan.planned(records), records, trial)
         folder = ledger.trial_folder(identity)
-        part = part_of(trial, comparison.plan.axes.tuned)
+        part = comparison.plan.part_of(trial)
         # No cache knows what is written in a run.
         cache = None if trial.arm.procedure is not None else caches.get(trial.arm.pair)
         config = trial_config(comparison.base, trial, folder, part, cache)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kdrun.cache.choose import check_cache
 from kdrun.cache.manifest import Manifest, read_manifest
 from kdrun.compare.ledger import Ledger
-from kdrun.compare.plan import Part, parts_of
+from kdrun.compare.plan import Part
 from kdrun.compare.record import Pair, Trial
 from kdrun.compare.run import Comparison
 from kdrun.config import RunConfig
@@ -56,7 +56,7 @@ def cache_teachers(
     pairs = dict.fromkeys(trial.arm.pair for trial in trials)
     if not comparison.cached or not pairs:
         return {}
-    parts = parts_of(comparison.plan.axes.tuned)
+    parts = comparison.plan.parts
     rows = read_rows(comparison.base.data).train
     if isinstance(rows[0], TextRow):
         if comparison.base.data.shift_windows:
@@ -127,7 +127,11 @@ def _find_or_build(
 
 
 def _name(base: RunConfig, models: Models, parts: Sequence[Part]) -> str:
-    """A short hash of all that the content of a cache depends on."""
+    """A short hash of what tells the caches of a folder apart.
+
+    That a teacher's weights are those that its cache was made from is seen to by the declaration,
+    which holds a fingerprint of every model.
+    """
     from kdrun.cache.fingerprint import print_tokenizer
 
     content: dict[str, Any] = {

@@ -16,8 +16,8 @@ from typing import Any
 from kdrun import runs
 from kdrun.compare.plan import Part
 from kdrun.compare.record import Record, Trial
-from kdrun.config import ProcedureConfig, RunConfig
-from kdrun.errors import InputError, TrainingError
+from kdrun.config import LossConfig, ProcedureConfig, RunConfig
+from kdrun.errors import InputError, Interrupted, TrainingError
 
 _LARGE = (runs.STUDENT, runs.CHECKPOINTS, runs.ADAPTER, runs.BASE)
 
@@ -40,13 +40,16 @@ def trial_config(
         teacher = {"teacher": None, "teacher_cache": str(cache)}
     varied: dict[str, dict[str, Any]] = {
         "model": {"student": arm.student, **teacher},
-        "loss": {"spec": arm.loss or base.loss.spec, "kd_ratio": arm.kd_ratio},
+        "loss": {"spec": arm.loss, "kd_ratio": arm.kd_ratio},
         "optimizer": {"lr": arm.lr},
         "training": {"seed": trial.seed},
         "data": {"part": part},
         "output": {"dir": str(folder)},
         "procedure": {"spec": arm.procedure},
     }
+    if arm.loss is None:
+        # A run has some loss. Of weight 0 it has nothing that could move, whatever the others do.
+        varied["loss"] |= {"spec": LossConfig().spec, "schedules": {}}
     if arm.procedure is None:
         base = base.model_copy(update={"procedure": ProcedureConfig()})
     else:
@@ -83,7 +86,7 @@ def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool
     Raises:
         InputError: the input is wrong, which is no result of the trial.
         OSError: nothing can be written, likewise.
-        Interrupted: by Ctrl-C.
+        Interrupted: by Ctrl-C; nothing is left of the trial, which has no record and runs again.
     """
     from kdrun.distillation import distill
 
@@ -99,6 +102,9 @@ def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool
     }
     try:
         summary = distill(config, console=quiet_console()).summary
+    except (Interrupted, KeyboardInterrupt):
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     except (InputError, OSError):
         raise
     except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from kdlosses import LossSpecError, parse_spec
@@ -132,6 +132,10 @@ def summarise(given: ReportInput) -> Summary:
     """Bring a comparison into the order of a report."""
     from kdrun.compare.statistics import compare_all
 
+    # Numbers are shown as finely as the comparison's own difference needs.
+    finest = min(given.difference, given.yardstick.difference)
+    yardstick = given.yardstick.model_copy(update={"difference": finest})
+    given = replace(given, yardstick=yardstick)
     trials = list(dict.fromkeys([*given.trials, *(record.trial for record in given.records)]))
     labels = label_arms(dict.fromkeys([given.baseline, *(trial.arm for trial in trials)]))
     finals = [trial for trial in trials if trial.stage == "final"]

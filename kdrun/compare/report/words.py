@@ -83,8 +83,22 @@ def headline(summary: Summary) -> str:
         verb = "is" if len(named["better"]) == 1 else "are"
         return f"{listed(named['better'])} {verb} better than {baseline} on {title}."
     if all(verdict.comparison is None for _, verdict in summary.judged):
-        return f"No verdict on {title} is possible yet."
+        return f"No verdict on {title} is possible{_obstacle(summary)}."
     return f"No arm is shown to be better than {baseline} on {title}."
+
+
+def _obstacle(summary: Summary) -> str:
+    """Why no arm could be tested: what no further trial will change first."""
+    baseline, *others = (
+        any(record.status == "diverged" for record in arm.records) for arm in summary.arms
+    )
+    if all(others):
+        return ": every arm diverged" + ("" if baseline else " but the baseline")
+    if baseline:
+        return ": the baseline diverged"
+    if any(trial.stage == "final" for trial in summary.missing):
+        return " yet"
+    return "; the table says why for each arm"
 
 
 def rule(summary: Summary) -> str:

@@ -162,6 +162,18 @@ def test_trials_measured_on_other_rows_have_other_names() -> None:
     assert several.own([kept]) == []
 
 
+def test_rows_to_report_on_are_reported_on_whatever_is_tuned() -> None:
+    given = {
+        lrs: Plan(axes(lrs=lrs), CE, 0.02, "s", test_rows=True) for lrs in ((1e-3,), (1e-3, 1e-2))
+    }
+    assert [plan.parts for plan in given.values()] == [("test",), ("validation", "test")]
+    final = Trial(arm=methods(axes())[0].arms(axes())[0], seed=0)
+    assert {plan.part_of(final) for plan in given.values()} == {"test"}
+    # A trial of one is that of the other.
+    assert len({plan.identity(final) for plan in given.values()}) == 1
+    assert plan().part_of(final) == "all"
+
+
 def test_a_record_whose_trial_was_edited_is_refused() -> None:
     trial = final_trials(axes(), [], CE)[0]
     edited = trial.model_copy(update={"seed": 9})

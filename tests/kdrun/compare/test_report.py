@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 from browser import Browser, find
 from rich.console import Console
-from synthetic import BASELINE, HOSTILE, arm, comparison, record
+from synthetic import BASELINE, HOSTILE, arm, comparison, record, records_of
 
 from kdrun.compare.labels import label_arms
 from kdrun.compare.record import Trial
@@ -211,6 +211,39 @@ def given_of(records, trials=(), **more):
         (
             given_of(
                 [
+                    *(record(BASELINE, s, 1.0 + s) for s in (0, 1)),
+                    *(record(arm("x"), s, {}, status="diverged") for s in (0, 1)),
+                ]
+            ),
+            "No verdict on cross-entropy of held-out rows is possible: every arm diverged but the "
+            "baseline.",
+        ),
+        (
+            given_of(
+                [
+                    record(of, s, {}, status="diverged")
+                    for of in (BASELINE, arm("x"))
+                    for s in (0, 1)
+                ]
+            ),
+            "is possible: every arm diverged.",
+        ),
+        (
+            given_of(
+                [
+                    *(record(BASELINE, s, {}, status="diverged") for s in (0, 1)),
+                    *(record(arm("x"), s, 1.0 + s) for s in (0, 1)),
+                ]
+            ),
+            "is possible: the baseline diverged.",
+        ),
+        (
+            given_of([record(BASELINE, 0, 1.0), record(arm("forward_kl"), 0, 1.1)]),
+            "is possible; the table says why for each arm.",
+        ),
+        (
+            given_of(
+                [
                     record(of, s, {"forward_kl": 1.0 + s})
                     for of in (BASELINE, arm("x"))
                     for s in (0, 1)
@@ -225,6 +258,19 @@ def test_unfinished_comparisons_have_a_report(given, said, tmp_path):
     text, _ = text_of(write_report(given, tmp_path).read_text(encoding="utf-8"))
     assert said in text
     print_table(given, Console(file=io.StringIO(), width=80))
+
+
+@pytest.mark.parametrize(
+    ("difference", "shown"), [(0.0005, "−0.00040 ("), (0.02, "+0.000 ("), (0.5, "+0.000 (")]
+)
+def test_numbers_are_as_fine_as_the_difference_of_interest(difference, shown, tmp_path):
+    small = {BASELINE: [3.0, 3.1, 3.2], arm("x"): [2.9996, 3.09961, 3.19959]}
+    given = given_of(records_of(small), difference=difference)
+    text, _ = text_of(write_report(given, tmp_path).read_text(encoding="utf-8"))
+    assert shown in text
+    stream = io.StringIO()
+    print_table(given, Console(file=stream, width=140))
+    assert shown in stream.getvalue()
 
 
 def test_tuning_is_shown_apart(tmp_path):

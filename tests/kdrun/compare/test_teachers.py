@@ -105,6 +105,11 @@ def test_edited_rows_are_refused(cached: tuple[Path, str], tmp_path: Path) -> No
 def prepare(comparison: Comparison, folder: Path) -> tuple[dict[tuple[str, str], Path], str]:
     """The caches of a comparison none of whose trials has run, and what was printed."""
     declare(comparison, Ledger(folder))
+    return build(comparison, folder)
+
+
+def build(comparison: Comparison, folder: Path) -> tuple[dict[tuple[str, str], Path], str]:
+    """Likewise, of a comparison that is declared."""
     stream = io.StringIO()
     console = Console(file=stream, soft_wrap=True)
     found = cache_teachers(comparison, Ledger(folder), comparison.plan.open([]), console)
@@ -150,9 +155,10 @@ def test_moving_windows_run_the_teacher_in_every_trial(tmp_path: Path) -> None:
 def test_processes_that_start_together_build_one_cache(tmp_path: Path) -> None:
     # Threads, since locks of files that are opened twice exclude each other within a process too.
     comparison = comparison_of(options(rows_file(tmp_path)))
-    find_pair(comparison.base.model)  # imports what two threads must not race for
+    # Imports what two threads must not race for, and loads models, which only one may do at a time.
+    declare(comparison, Ledger(tmp_path / "c"))
     with ThreadPoolExecutor(2) as pool:
-        both = [pool.submit(prepare, comparison, tmp_path / "c") for _ in range(2)]
+        both = [pool.submit(build, comparison, tmp_path / "c") for _ in range(2)]
         printed = [done.result()[1] for done in both]
     assert sorted("row 60/60" in text for text in printed) == [False, True]
     assert all("every trial of builtin reads it" in text for text in printed)
@@ -160,7 +166,7 @@ def test_processes_that_start_together_build_one_cache(tmp_path: Path) -> None:
     folder = only_cache(tmp_path / "c")
     (folder / MANIFEST).unlink()
     (folder / ".rows-00002.safetensors.partial").write_bytes(b"half")
-    _, again = prepare(comparison, tmp_path / "c")
+    _, again = build(comparison, tmp_path / "c")
     assert "is incomplete (it has no manifest.json); it is built again" in again
     assert "row 60/60" in again
     assert not (folder / ".rows-00002.safetensors.partial").exists()
