@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from kdlosses.engine import Chunking, measure_rows
-from kdlosses.numerics import widest_float
 from kdlosses.objective import TokenLoss
 from kdlosses.sources import Compressed, Source, VocabParallel
 
@@ -71,7 +70,8 @@ def measure(
         kind = type(batch.teacher).__name__
         raise ValueError(f"teacher: measures need its full distribution, got {kind}")
     size = None if loss.chunking is None else loss.chunking.size
-    exact = widest_float(labels.device)
+    # Sums over many tokens need float64, which Apple's GPUs do not have.
+    exact = torch.float32 if labels.device.type == "mps" else torch.float64
     kd, ce, student_rows, teacher_rows = (
         values.to(exact) for values in measure_rows(loss._problem(batch), Chunking(size, compiled))
     )

@@ -25,11 +25,6 @@ HIGHEST_EXPONENT = 40.0
 _TERMS = {torch.float32: 7, torch.float64: 13}
 
 
-def widest_float(device: torch.device) -> torch.dtype:
-    """What sums over many tokens are kept in: float64, or float32 where a device has none wider."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def log_softmax(logits: Tensor) -> Tensor:
     """Log-probabilities over the last axis, in float32 (float64 stays float64).
 

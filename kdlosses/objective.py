@@ -343,9 +343,11 @@ class KDObjective(nn.Module):
 
         A step at ``kd_ratio`` 0 has no values of the terms and leaves states as they are.
         """
-        if self.kd_ratio > 0:
-            self.loss.advance(progress, term_values)
-        self.move(progress)
+        if self.kd_ratio == 0:
+            self.move(progress)
+            return
+        self.loss.advance(progress, term_values)
+        self._move_ratio(progress)
 
     def move(self, progress: float) -> None:
         """Move schedules alone, as for a step that was left out or a training that got longer.

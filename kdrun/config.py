@@ -418,6 +418,16 @@ def _section(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+def stated_keys(file: Path | None) -> set[str]:
+    """The keys, ``section.key``, that a file states, whatever their values.
+
+    Raises:
+        InputError: unreadable YAML.
+    """
+    sections = {} if file is None else _read_yaml(file)
+    return {f"{section}.{key}" for section in sections for key in _section(sections, section)}
+
+
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8-sig"))

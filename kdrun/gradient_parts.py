@@ -73,17 +73,17 @@ class GradientParts(TrainerCallback):
         """The gradients of the present step at a ratio, and none in the model."""
         trainer = self._trainer
         batches, _ = trainer.step_batches
+        trainer.model.train()
         with _same_random_numbers(trainer.args.device):
             for batch in batches:
-                trainer.model.train()
                 trainer.backward_at(kd_ratio, batch)
         scaler = trainer.accelerator.scaler
         scale = 1.0 if scaler is None else scaler.get_scale()
-        found = [
-            None if weight.grad is None else weight.grad / scale
-            for weight in trainer.model.parameters()
-        ]
-        trainer.model.zero_grad(set_to_none=True)
+        found = []
+        for weight in trainer.model.parameters():
+            # A copy, one at a time: DDP may keep gradients in buckets that the next pass fills.
+            found.append(None if weight.grad is None else weight.grad / scale)
+            weight.grad = None
         return found
 
 

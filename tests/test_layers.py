@@ -69,7 +69,7 @@ ALLOWED = {
     "terms": {"divergence", "schedules"},
     "batch": {"engine", "sources"},
     "objective": {"batch", "terms", "engine", "sources", "divergence", "schedules"},
-    "measures": {"objective", "engine", "sources", "numerics"},
+    "measures": {"objective", "engine", "sources"},
     "plugins": set(),
     "registry": {"plugins", "divergence", "objective", "engine", "schedules", "terms"},
     "testing": {"testing", "schedules", "divergence", "engine", "objective", "registry", "sources"},

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from kdrun.compare.cluster import Cluster, import_ray, run_on_ray
 from kdrun.compare.declare import declare, read_declaration
 from kdrun.compare.display import Display
@@ -36,7 +34,7 @@ from kdrun.compare.references import measure_references
 from kdrun.compare.run import Caches, Comparison, check_pairs, run_comparison, watch_nothing
 from kdrun.compare.teachers import cache_teachers, check_named_cache
 from kdrun.compare.trial import quiet_console
-from kdrun.config import BUILT_IN, KD_RATIO, ProcedureConfig, RunConfig, load_config
+from kdrun.config import BUILT_IN, KD_RATIO, ProcedureConfig, RunConfig, load_config, stated_keys
 from kdrun.data.prepare import read_rows
 from kdrun.data.rows import TextRow
 from kdrun.errors import InputError, Interrupted
@@ -126,7 +124,7 @@ def comparison_of(options: Options) -> Comparison:
     sampled = {key: given.pop(key) for key in list(given) if key.startswith("procedure.")}
     base = load_config(options.config, list(given.items()))
     _check_varied(base, str(options.config))
-    stated = _stated(options.config)
+    stated = stated_keys(options.config)
     procedures = tuple(None if spec == "none" else spec for spec in options.procedures) or (
         base.procedure.spec,
     )
@@ -176,19 +174,6 @@ def comparison_of(options: Options) -> Comparison:
     shared = setting(shared_settings(base))
     plan = Plan(axes, yardstick, difference, shared, base.data.test is not None)
     return Comparison(plan, base, options.keep_students, cached)
-
-
-def _stated(file: Path | None) -> set[str]:
-    """The keys that a configuration file states; it has been read as a configuration already."""
-    if file is None:
-        return set()
-    content = yaml.safe_load(file.read_text(encoding="utf-8-sig")) or {}
-    return {
-        f"{section}.{key}"
-        for section, values in content.items()
-        if isinstance(values, Mapping)
-        for key in values
-    }
 
 
 def _check_varied(base: RunConfig, file: str) -> None:

@@ -115,8 +115,9 @@ class MiniLLM(Procedure):
         single = rows.objective_of(
             Origin.STUDENT, class_loss=False, own_mean=True, token_weights=weights
         )
-        ratio = rows.objective.kd_ratio
-        if single is not None and single.kd_loss is not None and weights is not None and ratio > 0:
+        # At a kd_ratio of 0 no teacher runs, and neither part weighs anything.
+        if single is not None and single.kd_loss is not None and weights is not None:
+            ratio = rows.objective.kd_ratio
             long_term = self.long_term(rows)
             single = replace(
                 single,

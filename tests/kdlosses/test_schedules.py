@@ -1,6 +1,7 @@
 """Schedules, and the losses and objectives that follow them."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -159,6 +160,15 @@ def test_a_value_amid_the_bounds_may_be_excluded():
     TokenLoss(Holed(), schedules={"alpha": Linear(start=1.5, end=2)})
     with pytest.raises(ValueError, match=r"alpha reaches (0\.999\d*|1): .*1 is excluded"):
         TokenLoss(Holed(), schedules={"alpha": Linear(start=0.5, end=2)})
+
+
+def test_values_on_the_way_warn_of_nothing():
+    """A fixed 0.01 would: it is close to an end, where the value vanishes."""
+    with pytest.warns(UserWarning, match="beta"):
+        get_loss("generalized_jsd:beta=0.01")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_loss("generalized_jsd", schedules={"beta": Linear(start=0.0, end=0.5)})
 
 
 def test_a_ratio_that_leaves_its_bounds():

@@ -72,12 +72,14 @@ def train(
     loss: str,
     model: Any = None,
     callbacks: Any = None,
+    kd_ratio: Any = 0.5,
     **options: Any,
 ) -> InOrder:
     settings = {"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1, **options}
     trainer = InOrder(
         model=student(1) if model is None else model,
         callbacks=callbacks,
+        kd_ratio=kd_ratio,
         teacher=teacher(),
         loss=kdlosses.get_loss(loss, **({"compiled": False} if "chunked" in loss else {})),
         args=bare_arguments(
@@ -110,6 +112,17 @@ def test_a_run_stops_and_names_the_step_and_the_rows(tmp_path: Path, loss: str) 
         train(tmp_path, rows(poisoned=(7,)), guard, loss)
     with pytest.raises(TrainingError, match=r"at step 2 .*from training rows 4, 5 \(counted from"):
         train(tmp_path, rows(poisoned=(4, 5)), LossGuard(), loss)
+
+
+def test_schedules_follow_the_number_of_the_step_whether_steps_are_left_out(
+    tmp_path: Path,
+) -> None:
+    """One third of the way from 0.1 to 0.7 a step; the second one is left out."""
+    ratio = kdlosses.Linear(start=0.1, end=0.7)
+    guard = LossGuard(skip=True)
+    trainer = train(tmp_path, rows(poisoned=(7,)), guard, "forward_kl", kd_ratio=ratio)
+    first, _, third, _ = trainer.state.log_history
+    assert (first["kd_ratio"], third["kd_ratio"]) == pytest.approx((0.1, 0.5))
 
 
 @pytest.mark.parametrize("loss", ["forward_kl", "taid_chunked"])
