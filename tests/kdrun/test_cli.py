@@ -185,16 +185,22 @@ def test_a_learner_without_teacher_reports_null_measures(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "shown"),
-    [(["--help"], "--kd-ratio"), (["losses", "list"], "generalized_jsd"), (["config"], "kd_ratio")],
+    ("arguments", "shown", "loaded"),
+    [
+        (["--help"], "--kd-ratio", []),
+        (["losses", "list"], "generalized_jsd", []),
+        (["config"], "kd_ratio", ["pydantic", "yaml"]),  # which it prints
+    ],
 )
-def test_help_and_lists_are_quick_and_load_nothing_heavy(arguments: list[str], shown: str) -> None:
+def test_help_and_lists_are_quick_and_load_nothing_heavy(
+    arguments: list[str], shown: str, loaded: list[str]
+) -> None:
     code = (
         f"import sys; from kdrun.cli import cli; cli.main({arguments}, standalone_mode=False); "
-        "print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
+        "print(sorted({'torch', 'transformers', 'pydantic', 'yaml'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.rstrip().endswith("[]")
+    assert done.stdout.splitlines()[-1] == str(loaded)
     assert shown in done.stdout
 
 
