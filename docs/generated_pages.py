@@ -17,10 +17,10 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from kdlosses import BrokenLossError, LossRef, LossSpecError, available_losses, find_loss, get_loss
-from kdrun.describe_losses import doc_parts, parameters, traits
+from kdrun.config.show import default_yaml
 from kdrun.errors import InputError
-from kdrun.plot_losses import SETTING, write_plot
-from kdrun.show_config import default_yaml
+from kdrun.losses.describe import doc_parts, parameters, traits
+from kdrun.losses.plot import SETTING, write_plot
 
 if TYPE_CHECKING:
     from kdlosses import Loss

@@ -6,9 +6,9 @@ The public names are imported on first use, so that ``kdrun --help`` loads nothi
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdrun.config import RunConfig as RunConfig
-    from kdrun.distillation import distill as distill
-    from kdrun.trainer import DistillTrainer as DistillTrainer
+    from kdrun.config.sections import RunConfig as RunConfig
+    from kdrun.run.distill import distill as distill
+    from kdrun.training.trainer import DistillTrainer as DistillTrainer
 
 _HOME = {"DistillTrainer": "trainer", "RunConfig": "config", "distill": "distillation"}
 

@@ -1,16 +1,28 @@
-"""Keeps other libraries' loading bars and advice off the screen."""
+"""What reaches the screen: the console of a command, and no other library's bars and advice."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # The latter two speak where torchao is installed, which transformers then imports: of CUDA
 # libraries that a CPU has no use for, and of changes that later versions of torch will ask for.
 _NOISY = ("torch.distributed", "torchao", "torch.utils._pytree")
+
+
+def make_console() -> Console:
+    """The console of a command: standard error, so that output can be piped."""
+    from rich.console import Console
+
+    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
 
 
 def quiet_environment() -> None:

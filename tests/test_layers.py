@@ -1,6 +1,7 @@
 """Imports point one way. Read from the source, so that no import has to succeed."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,103 @@ def test_every_procedure_is_one_file_registered_by_one_line_and_loads_without_to
         f"[get_procedure(name) for name in ({names})]; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+RUNNER_SOURCES = sorted(RUNNER.rglob("*.py"))
+# From the lowest: a module may import modules of its own wing and of those that stand before it.
+WINGS = (
+    "builtin",
+    "config",
+    "losses",
+    "data",
+    "models",
+    "cache",
+    "evaluation",
+    "procedures",
+    "training",
+    "run",
+    "dry_run",
+    "bench",
+    "compare",
+    "cli",
+)
+AT_THE_TOP = {"__init__", "__main__", "errors", "files", "paths", "quiet"}
+# A configuration looks the defaults of a procedure up by its name, in the registry alone; registry
+# and base know nothing of kdrun but its errors.
+LOW = ("kdrun.procedures.base", "kdrun.procedures.registry")
+
+
+def is_facade(path):
+    """Whether a module only hands on the public names of a package."""
+    return path.name == "__init__.py"
+
+
+def kdrun_imports(path):
+    """The kdrun modules that a module imports anywhere in it, also for type checking."""
+    modules = {module_name(other) for other in RUNNER_SOURCES}
+    found = set()
+    for module, names in imports(parse(path)):
+        for name in names or ("",):
+            whole = f"{module}.{name}"
+            target = whole if whole in modules else module
+            if target.split(".")[0] == "kdrun":
+                found.add(target)
+    return found
+
+
+def height(module):
+    """Where a module stands; lower ones may be imported."""
+    if module in LOW:
+        return 0
+    parts = module.split(".")
+    if len(parts) == 1:
+        return len(WINGS) + 1
+    return -1 if parts[1] in AT_THE_TOP else WINGS.index(parts[1]) + 1
+
+
+def test_few_modules_stand_at_the_top_of_kdrun():
+    assert {path.stem for path in RUNNER.glob("*.py")} == AT_THE_TOP
+    folders = {path.name for path in RUNNER.iterdir() if path.is_dir() and path.name[0] != "_"}
+    assert folders == set(WINGS)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in RUNNER_SOURCES if not is_facade(path)], ids=module_name
+)
+def test_a_wing_imports_only_the_wings_below(path):
+    module = module_name(path)
+    if module == "kdrun.__main__":
+        return
+    above = {other for other in kdrun_imports(path) if height(other) > height(module)}
+    if module in LOW:
+        above -= set(LOW)
+    assert not above
+
+
+@pytest.mark.parametrize("root", [LIBRARY, RUNNER], ids=["kdlosses", "kdrun"])
+def test_there_is_no_circle_of_imports(root):
+    paths = {module_name(path): path for path in root.rglob("*.py") if not is_facade(path)}
+    graph = {}
+    for name, path in paths.items():
+        targets = set()
+        for module, names in imports(parse(path)):
+            for each in (module, *(f"{module}.{name}" for name in names)):
+                targets.add(each)
+        graph[name] = targets & set(paths)
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_only_what_runs_a_whole_configuration_takes_one():
+    """Below a run, functions take the sections or values that they need."""
+    wings = {"config", "run", "dry_run", "compare", "cli"}
+    takers = {
+        module_name(path)
+        for path in RUNNER_SOURCES
+        for module, names in imports(parse(path))
+        if "RunConfig" in names
+    }
+    takers.discard("kdrun")
+    assert {module.split(".")[1] for module in takers} <= wings
 
 
 def test_kdrun_uses_only_the_public_names():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kdlosses import available_losses, get_loss
-from kdrun.describe_losses import doc_parts
+from kdrun.losses.describe import doc_parts
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted({ref.name for ref in available_losses() if ref.distribution == "kdlosses"})
@@ -95,7 +95,7 @@ def test_its_own_sources_are_no_pages_of_it(site: Path) -> None:
 
 
 def test_every_key_of_the_configuration_is_on_its_page(site: Path) -> None:
-    from kdrun.config import RunConfig
+    from kdrun.config.sections import RunConfig
 
     page = unescape(re.sub(r"<[^>]+>", "", (site / "configuration/index.html").read_text("utf-8")))
     for name, section in RunConfig().model_dump().items():

@@ -17,7 +17,7 @@ from typing import Any
 
 from kdrun.cli import main
 from kdrun.data.collate import IGNORE_INDEX
-from kdrun.trainer import DistillTrainer
+from kdrun.training.trainer import DistillTrainer
 
 steps: list[tuple[float, int, int]] = []
 inner = DistillTrainer.training_step

@@ -6,8 +6,9 @@ import contextlib
 
 from rich.console import Console
 
+from kdrun.bench.cases import FLOOR
 from kdrun.bench.measure import measure
-from kdrun.bench.plan import FLOOR, Plan
+from kdrun.bench.plan import Plan
 from kdrun.bench.plot import FILES, draw
 from kdrun.bench.report import CSV, FAILED, MEASURED, Row, print_tables, rows_of, write_csv
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from kdrun.bench.cases import CHUNKED, PLAIN
 from kdrun.bench.measure import Measurement
-from kdrun.bench.plan import CHUNKED, PLAIN
 
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kdrun.bench.plan import Point, Settings
+from kdrun.bench.cases import Point, Settings
 
 IGNORED = -100
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdrun.bench.plan import FLOOR, PLAIN, Case, Plan, Point
+from kdrun.bench.cases import FLOOR, PLAIN, Case, Point
+from kdrun.bench.plan import Plan
 from kdrun.bench.worker import LOG, PEAK, TIME, Broken, Ready, Refused, serve
 
 _SECONDS_TO_END = 5

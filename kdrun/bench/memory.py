@@ -1,4 +1,4 @@
-"""How much memory a process has, a step needs, and the machine can give."""
+"""How much memory a process has and a step needs, and whether there is as much."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import contextlib
 import os
 from pathlib import Path
 
-from kdrun.bench.plan import FLOOR, Case
+from kdrun.bench.cases import FLOOR, Case
+from kdrun.dry_run.free_memory import available
 
 _HEADROOM = 256 * 2**20
 
@@ -50,33 +51,3 @@ def prefer_as_victim() -> None:
 
 def _item_size(case: Case) -> int:
     return 4 if case.settings.dtype == "float32" else 2
-
-
-def available(device: str) -> int | None:
-    """Bytes that are free on ``cpu`` or ``cuda``; None where the system does not tell."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info()[0]
-    limits = [_meminfo_available(), _cgroup_available()]
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _meminfo_available() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return found[0] if found else None
-
-
-def _cgroup_available() -> int | None:
-    """What a container may still take (version 2), or None without a limit."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
-        used = int((folder / "memory.current").read_text(encoding="ascii"))
-    except OSError:
-        return None
-    return None if limit == "max" else max(0, int(limit) - used)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from kdrun.bench.plan import CHUNKED, FLOOR, PLAIN
+from kdrun.bench.cases import CHUNKED, FLOOR, PLAIN
 from kdrun.bench.report import MEASURED, Row
 
 if TYPE_CHECKING:

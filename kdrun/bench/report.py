@@ -16,12 +16,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdlosses import LossSpecError, find_loss, parse_spec
+from kdrun.bench.cases import FLOOR, PLAIN
 from kdrun.bench.compare import difference, reference_of
 from kdrun.bench.measure import Measurement
 from kdrun.bench.memory import head_gradient
 from kdrun.bench.peers import PEERS
-from kdrun.bench.plan import FLOOR, PLAIN
-from kdrun.runs import write_text
+from kdrun.files import write_text
 
 CSV = "bench.csv"
 MEASURED, SKIPPED, FAILED = "measured", "skipped", "failed"

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrun.bench import memory
+from kdrun.bench.cases import CHUNKED, FLOOR, PLAIN, Case
 from kdrun.bench.peers import PEERS
-from kdrun.bench.plan import CHUNKED, FLOOR, PLAIN, Case, respell
+from kdrun.bench.plan import respell
 
 if TYPE_CHECKING:
     from torch import Tensor

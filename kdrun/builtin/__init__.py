@@ -1,8 +1,8 @@
 """The built-in teacher, student, tokenizer and text: what a bare `kdrun` command trains with.
 
 Nothing here is imported that takes time: paths and settings only. The text is read from the
-running interpreter's own documentation (`kdrun.builtin.text`), and `python -m kdrun.builtin.build`
-rebuilds the tokenizer and the teacher.
+running interpreter's own documentation (`kdrun.builtin.text`), and
+`python -m kdrun.models.build_builtin` rebuilds the tokenizer and the teacher.
 """
 
 from pathlib import Path

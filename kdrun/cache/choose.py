@@ -6,19 +6,20 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kdrun.cache.manifest import read_manifest
-from kdrun.config import KD_RATIO, RunConfig
+from kdrun.config.sections import KD_RATIO
 from kdrun.data.prepare import examples_in
 from kdrun.data.rows import TextRow
 from kdrun.errors import InputError
-from kdrun.pairs import describe_model, load_teacher, open_teacher
+from kdrun.models.pairs import describe_model, load_teacher, open_teacher
 from kdrun.paths import expand_home
 
 if TYPE_CHECKING:
     from kdlosses import TokenLoss
     from kdrun.cache.teacher import CachedTeacher
+    from kdrun.config.sections import LossConfig, ModelConfig
     from kdrun.data.prepare import Examples, RawRows
     from kdrun.models.heads import FrozenTeacher, Teacher
-    from kdrun.pairs import Pair
+    from kdrun.models.pairs import Pair
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,21 @@ class ChosenTeacher:
     notes: tuple[str, ...] = ()
 
 
-def check_cached_rows(config: RunConfig, rows: RawRows) -> None:
+def check_cached_rows(cache: str | None, shift_windows: bool, rows: RawRows) -> None:
     """Refuse a cache that is not whole, or rows that change from epoch to epoch; loads nothing.
+
+    Args:
+        cache: its folder; None checks nothing.
+        shift_windows: whether windows of plain text move.
+        rows: of the run.
 
     Raises:
         InputError: with the cure.
     """
-    if config.model.teacher_cache is None:
+    if cache is None:
         return
-    read_manifest(expand_home(config.model.teacher_cache))
-    if isinstance(rows.train[0], TextRow) and config.data.shift_windows:
+    read_manifest(expand_home(cache))
+    if isinstance(rows.train[0], TextRow) and shift_windows:
         raise InputError(
             "model.teacher_cache: plain text is cut at other places in each epoch, which no cache "
             "can follow; add --set data.shift_windows=false"
@@ -56,13 +62,14 @@ def check_cached_rows(config: RunConfig, rows: RawRows) -> None:
 
 
 def choose_teacher(
-    config: RunConfig, pair: Pair, examples: Examples, loss: TokenLoss
+    model: ModelConfig, distilled: LossConfig, pair: Pair, examples: Examples, loss: TokenLoss
 ) -> ChosenTeacher:
     """Load the teacher of a run, or open its cache and check that it is the right one.
 
     Args:
-        config: of the run.
-        pair: its models.
+        model: names the teacher, its cache, or both.
+        distilled: what the teacher is needed for.
+        pair: the run's models.
         examples: its rows.
         loss: the run's loss, unchunked.
 
@@ -70,21 +77,21 @@ def choose_teacher(
         InputError: a cache of another tokenizer or teacher, one that lacks a training row, or one
             that the loss has no meaning with.
     """
-    if config.model.teacher_cache is None:
-        live = open_teacher(pair, config.model)
+    if model.teacher_cache is None:
+        live = open_teacher(pair, model)
         if live is None:
             return ChosenTeacher()
         width = int(live.model.get_output_embeddings().weight.shape[0])
         note = f"teacher: {describe_model(live.model)}"
         return ChosenTeacher(live, live, {"teacher": width}, (note,))
-    return _choose_cached(config.model.teacher_cache, config, pair, examples, loss)
+    return _choose_cached(model, distilled, pair, examples, loss)
 
 
 def _choose_cached(
-    folder: str, config: RunConfig, pair: Pair, examples: Examples, loss: TokenLoss
+    model: ModelConfig, distilled: LossConfig, pair: Pair, examples: Examples, loss: TokenLoss
 ) -> ChosenTeacher:
-    cached = _open(folder, config, pair, examples, loss)
-    live = _named_teacher(cached, config, pair)
+    cached = _open(model, distilled, pair, examples, loss)
+    live = _named_teacher(cached, model, pair)
     evaluation: Teacher | None = live
     reason = (
         cached.missing(examples_in(examples.held_out))
@@ -108,7 +115,9 @@ def _choose_cached(
     )
 
 
-def check_cache(config: RunConfig, pair: Pair, examples: Examples, loss: TokenLoss) -> str:
+def check_cache(
+    model: ModelConfig, distilled: LossConfig, pair: Pair, examples: Examples, loss: TokenLoss
+) -> str:
     """Open a run's cache and check that it is the right one; no model is loaded.
 
     Returns:
@@ -117,20 +126,19 @@ def check_cache(config: RunConfig, pair: Pair, examples: Examples, loss: TokenLo
     Raises:
         InputError: as :func:`choose_teacher`, a live teacher's weights excepted.
     """
-    folder = config.model.teacher_cache
-    assert folder is not None
-    return describe_cache(_open(folder, config, pair, examples, loss))
+    return describe_cache(_open(model, distilled, pair, examples, loss))
 
 
 def _open(
-    folder: str, config: RunConfig, pair: Pair, examples: Examples, loss: TokenLoss
+    model: ModelConfig, distilled: LossConfig, pair: Pair, examples: Examples, loss: TokenLoss
 ) -> CachedTeacher:
     from kdrun.cache.read import Cache
     from kdrun.cache.teacher import CachedTeacher
 
-    cached = CachedTeacher(Cache(folder), pair.tokenizer, config.model.dtype)
-    if config.loss.kd_ratio > 0 or KD_RATIO in config.loss.schedules:
-        _check_training(cached, config, examples, loss)
+    assert model.teacher_cache is not None, "a cache is named"
+    cached = CachedTeacher(Cache(model.teacher_cache), pair.tokenizer, model.dtype)
+    if distilled.kd_ratio > 0 or KD_RATIO in distilled.schedules:
+        _check_training(cached, distilled, examples, loss)
     return cached
 
 
@@ -149,9 +157,9 @@ def describe_cache(cached: CachedTeacher) -> str:
 
 
 def _check_training(
-    cached: CachedTeacher, config: RunConfig, examples: Examples, loss: TokenLoss
+    cached: CachedTeacher, distilled: LossConfig, examples: Examples, loss: TokenLoss
 ) -> None:
-    if not cached.exact and "temperature" in config.loss.schedules:
+    if not cached.exact and "temperature" in distilled.schedules:
         raise InputError(
             f"{cached.cache.folder} was compressed at one temperature, and loss.schedules moves "
             "it; build a cache of --kind hidden, which serves every temperature"
@@ -162,17 +170,17 @@ def _check_training(
         raise InputError(reason)
 
 
-def _named_teacher(cached: CachedTeacher, config: RunConfig, pair: Pair) -> FrozenTeacher | None:
+def _named_teacher(cached: CachedTeacher, named: ModelConfig, pair: Pair) -> FrozenTeacher | None:
     """The live teacher, where one is named as well, once it has proved to be the cached one."""
     import torch
 
     from kdrun.cache.fingerprint import print_teacher
     from kdrun.models.heads import FrozenTeacher, find_split
 
-    stored_as = config.model.model_copy(update={"dtype": cached.cache.manifest.dtype})
+    stored_as = named.model_copy(update={"dtype": cached.cache.manifest.dtype})
     model = load_teacher(pair, stored_as)
     if model is None:
         return None
     cached.cache.check_teacher(print_teacher(model), str(pair.teacher))
-    model = model.to(getattr(torch, config.model.dtype))
+    model = model.to(getattr(torch, named.dtype))
     return FrozenTeacher(model, find_split(model))

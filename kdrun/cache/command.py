@@ -10,26 +10,38 @@ from typing import TYPE_CHECKING
 
 from kdrun.cache.manifest import MANIFEST, Kind
 from kdrun.cache.write import prepare_folder
-from kdrun.config import RunConfig
 from kdrun.data.prepare import encode_for, examples_in, read_rows
 from kdrun.errors import InputError
-from kdrun.pairs import check_context, describe_model, find_pair, locate_pair, open_teacher
-from kdrun.quiet import quiet_libraries
+from kdrun.models.pairs import check_context, describe_model, find_pair, locate_pair, open_teacher
+from kdrun.quiet import make_console, quiet_libraries
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from kdrun.cache.build import Report
+    from kdrun.config.sections import DataConfig, ModelConfig
 
 _LINES_WITHOUT_TERMINAL = 10
 
 
-def cache_teacher(config: RunConfig, folder: Path, kind: Kind, entries: int) -> None:
+def cache_teacher(
+    model: ModelConfig,
+    data: DataConfig,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+    folder: Path,
+    kind: Kind,
+    entries: int,
+) -> None:
     """Cache the teacher of a run on its training and held-out rows.
 
     Args:
-        config: names teacher, tokenizer (the student's), rows and their length, type,
-            temperature, seed and batch size.
+        model: names the teacher and its type, and the student, whose tokenizer encodes.
+        data: names the rows and their length.
+        temperature: softens what ``top_k`` and ``sampled`` keep.
+        seed: of the draws.
+        batch_size: rows that run through the teacher at once.
         folder: of the cache.
         kind: what is kept.
         entries: k, or draws.
@@ -38,17 +50,15 @@ def cache_teacher(config: RunConfig, folder: Path, kind: Kind, entries: int) -> 
         InputError: wrong input; no cache is written.
         TrainingError: the disk fails.
     """
-    if config.model.teacher is None:
+    if model.teacher is None:
         raise InputError("--teacher: name the teacher to cache")
-    if config.model.teacher_quantization is not None:
+    if model.teacher_quantization is not None:
         raise InputError(
             "model.teacher_quantization: a cache takes the teacher as it is; leave it out"
         )
-    locate_pair(config.model)
-    rows = read_rows(config.data)
+    locate_pair(model)
+    rows = read_rows(data)
     prepare_folder(folder)
-
-    from kdrun.progress import make_console
 
     console = make_console()
     with quiet_libraries():
@@ -56,29 +66,29 @@ def cache_teacher(config: RunConfig, folder: Path, kind: Kind, entries: int) -> 
 
         from kdrun.cache.build import Recipe, build_cache
 
-        pair = find_pair(config.model)
-        check_context(config, pair)
-        examples = encode_for(config, rows, pair.tokenizer, shift_windows=False)
+        pair = find_pair(model)
+        check_context(pair, data.max_length, model.trust_remote_code)
+        examples = encode_for(data, rows, pair.tokenizer, seed, shift_windows=False)
         for note in (*pair.notes, *rows.notes, *examples.notes):
             console.print(note, markup=False)
-        teacher = open_teacher(pair, config.model)
+        teacher = open_teacher(pair, model)
         assert teacher is not None
         console.print(f"teacher: {describe_model(teacher.model)}", markup=False)
         teacher.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         recipe = Recipe(
             kind=kind,
             entries=entries,
-            temperature=config.loss.temperature,
-            seed=config.training.seed,
+            temperature=temperature,
+            seed=seed,
             vocab_size=pair.vocab_size,
-            max_length=config.data.max_length,
-            batch_size=config.training.batch_size,
+            max_length=data.max_length,
+            batch_size=batch_size,
         )
         every = (*examples_in(examples.train), *examples_in(examples.held_out))
         started = time.monotonic()
         with show_progress(console) as report:
             manifest = build_cache(
-                folder, teacher, config.model.teacher, pair.tokenizer, every, recipe, report
+                folder, teacher, model.teacher, pair.tokenizer, every, recipe, report
             )
     seconds = time.monotonic() - started
     size = sum(file.bytes for file in manifest.files) + (folder / MANIFEST).stat().st_size

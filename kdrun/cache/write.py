@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kdrun.cache.manifest import MANIFEST, Manifest, StoredFile, is_unfinished, shard_name
 from kdrun.errors import InputError, TrainingError
-from kdrun.runs import write_text
+from kdrun.files import write_text
 
 if TYPE_CHECKING:
     from torch import Tensor

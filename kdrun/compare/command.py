@@ -34,7 +34,8 @@ from kdrun.compare.references import measure_references
 from kdrun.compare.run import Caches, Comparison, check_pairs, run_comparison, watch_nothing
 from kdrun.compare.teachers import cache_teachers, check_named_cache
 from kdrun.compare.trial import quiet_console
-from kdrun.config import BUILT_IN, KD_RATIO, ProcedureConfig, RunConfig, load_config, stated_keys
+from kdrun.config.load import load_config, stated_keys
+from kdrun.config.sections import BUILT_IN, KD_RATIO, ProcedureConfig, RunConfig
 from kdrun.data.prepare import read_rows
 from kdrun.data.rows import TextRow
 from kdrun.errors import InputError, Interrupted

@@ -20,7 +20,7 @@ from kdrun.compare.plan import (
     shared_settings,
 )
 from kdrun.compare.run import Comparison
-from kdrun.config import BUILT_IN, DataConfig
+from kdrun.config.sections import BUILT_IN, DataConfig
 from kdrun.data.prepare import read_rows
 from kdrun.data.split import content_hash
 from kdrun.errors import InputError
@@ -160,8 +160,8 @@ def print_models(comparison: Comparison) -> dict[str, str]:
     """
     from kdrun.cache.fingerprint import print_teacher, print_tokenizer
     from kdrun.models.load import load_model
+    from kdrun.models.pairs import locate_pair
     from kdrun.models.tokenizers import load_tokenizer
-    from kdrun.pairs import locate_pair
 
     model, axes = comparison.base.model, comparison.plan.axes
     sources = {}

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from kdrun.compare.record import Trial
 from kdrun.compare.trial import trial_config
-from kdrun.config import RunConfig
+from kdrun.config.sections import RunConfig
 from kdrun.models.context import load_model_config
 from kdrun.models.locate import ModelSource
-from kdrun.pairs import locate_pair
+from kdrun.models.pairs import locate_pair
 from kdrun.procedures.base import Cost
-from kdrun.procedures.run import procedure_of
 from kdrun.procedures.sampling import Sampling
+from kdrun.run.check import procedure_of
 
 _SHARE_OF_PRODUCTS = 0.35  # of the rate of a bare product, reached by a whole step (measured)
 _START_SECONDS = 15.0  # imports, loading, two evaluations
@@ -53,7 +53,7 @@ def trial_seconds(base: RunConfig, trial: Trial, cached: bool) -> float | None:
         passes = cost.rows * (3.0 if trained else float(live)) + written
         operations += passes * forward
         if written > 0:
-            new = batches * Sampling.of(config).max_new_tokens
+            new = batches * Sampling.of(config.procedure, config.data.max_length).max_new_tokens
             waits += written * new * (_TOKEN_SECONDS + _LAYER_SECONDS * layers)
     return _START_SECONDS + waits + operations / (_SHARE_OF_PRODUCTS * _product_rate())
 

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from kdrun.compare.record import Record
 from kdrun.errors import InputError
+from kdrun.files import write_text
 from kdrun.paths import did_you_mean
-from kdrun.runs import CONFIG, write_text
+from kdrun.run.folder import CONFIG
 
 COMPARISON, RECORDS, TRIALS, LOCKS = "comparison.yaml", "records", "trials", "locks"
 

@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any, Literal
 
 from kdrun.compare.record import Arm, Record, Stage, Trial
-from kdrun.config import RunConfig
+from kdrun.config.sections import RunConfig
 from kdrun.errors import InputError
 from kdrun.evaluation.yardsticks import YARDSTICKS, Yardstick
 

@@ -14,12 +14,12 @@ from kdrun.compare.record import Arm, Pair, Trial
 from kdrun.compare.run import Comparison
 from kdrun.compare.trial import quiet_console, trial_config
 from kdrun.errors import InputError
-from kdrun.runs import write_json
+from kdrun.files import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kdrun.config import RunConfig
+    from kdrun.config.sections import RunConfig
 
 FILE = "references.json"
 TEACHER, UNTRAINED = "teacher", "untrained student"
@@ -87,18 +87,19 @@ def _measure_pair(config: RunConfig) -> References:
     from kdrun.data.prepare import read_rows
     from kdrun.evaluation.judge import judge
     from kdrun.models.heads import FrozenTeacher, find_split
-    from kdrun.pairs import find_pair, load_student, load_teacher
+    from kdrun.models.pairs import find_pair, load_student, load_teacher
 
     pair = find_pair(config.model)
     rows = read_rows(config.data).held_out
     model = load_teacher(pair, config.model)
     assert model is not None, "a comparison has a teacher"
     quiet = quiet_console()
-    teacher_measures = judge(model, None, pair, config, rows, quiet)
+    asked = (config.data, config.loss, config.evaluation, config.training.batch_size)
+    teacher_measures = judge(model, None, pair, *asked, rows, quiet)
     teacher = FrozenTeacher(model, find_split(model))
     student = load_student(pair, config.model, config.training.seed)
     return {
-        UNTRAINED: judge(student, teacher, pair, config, rows, quiet),
+        UNTRAINED: judge(student, teacher, pair, *asked, rows, quiet),
         TEACHER: teacher_measures,
     }
 

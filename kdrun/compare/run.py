@@ -11,7 +11,7 @@ from kdrun.compare.ledger import Ledger
 from kdrun.compare.plan import Plan, methods
 from kdrun.compare.record import Pair, Record, Trial
 from kdrun.compare.trial import run_trial, trial_config
-from kdrun.config import RunConfig
+from kdrun.config.sections import RunConfig
 
 _WAIT = 2.0
 
@@ -96,9 +96,9 @@ def check_pairs(comparison: Comparison) -> None:
     Raises:
         InputError: naming the loss, the procedure or the model.
     """
-    from kdrun.distillation import build_loss, check_name
-    from kdrun.pairs import check_context, find_pair, locate_pair
-    from kdrun.procedures.run import procedure_of
+    from kdrun.losses.build import build_loss, check_name
+    from kdrun.models.pairs import check_context, find_pair, locate_pair
+    from kdrun.run.check import procedure_of
 
     base = comparison.base
     for spec in comparison.plan.axes.losses:
@@ -112,4 +112,4 @@ def check_pairs(comparison: Comparison) -> None:
         for student in comparison.plan.axes.students:
             model = base.model.model_copy(update={"teacher": teacher, "student": student})
             locate_pair(model)
-            check_context(base.model_copy(update={"model": model}), find_pair(model))
+            check_context(find_pair(model), base.data.max_length, model.trust_remote_code)

@@ -15,16 +15,16 @@ from kdrun.compare.ledger import Ledger
 from kdrun.compare.plan import Part
 from kdrun.compare.record import Pair, Trial
 from kdrun.compare.run import Comparison
-from kdrun.config import RunConfig
+from kdrun.config.sections import RunConfig
 from kdrun.data.prepare import encode_for, examples_in, read_rows
 from kdrun.data.rows import TextRow
 from kdrun.errors import InputError
-from kdrun.pairs import find_pair, open_teacher
+from kdrun.models.pairs import find_pair, open_teacher
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kdrun.pairs import Pair as Models
+    from kdrun.models.pairs import Pair as Models
 
 CACHES = "teacher-cache"
 SPARE_BYTES = 2**30
@@ -83,7 +83,7 @@ def check_named_cache(comparison: Comparison) -> None:
     Raises:
         InputError: naming the loss, the row or the teacher that it is not made for.
     """
-    from kdrun.distillation import build_loss, unchunked
+    from kdrun.losses.build import build_loss, unchunked
 
     base, axes = comparison.base, comparison.plan.axes
     if base.model.teacher_cache is None:
@@ -96,12 +96,13 @@ def check_named_cache(comparison: Comparison) -> None:
     for student in axes.students:
         model = base.model.model_copy(update={"teacher": axes.teachers[0], "student": student})
         loss = base.loss.model_copy(update={"kd_ratio": axes.kd_ratios[0]})
-        config = base.model_copy(update={"model": model, "loss": loss})
         models = find_pair(model)
-        examples = encode_for(config, read_rows(base.data), models.tokenizer, shift_windows=False)
+        examples = encode_for(
+            base.data, read_rows(base.data), models.tokenizer, base.training.seed, False
+        )
         for spec in axes.losses:
             plain = build_loss(unchunked(loss.model_copy(update={"spec": spec})), None)
-            check_cache(config, models, examples, plain)
+            check_cache(model, loss, models, examples, plain)
 
 
 def _find_or_build(
@@ -211,7 +212,7 @@ def _examples(
     """The training rows, then those that trials are measured on."""
     for number, part in enumerate(parts):
         rows = read_rows(base.data.model_copy(update={"part": part}))
-        examples = encode_for(base, rows, models.tokenizer, shift_windows=False)
+        examples = encode_for(base.data, rows, models.tokenizer, base.training.seed, False)
         if number == 0:
             yield from examples_in(examples.train)
         yield from examples_in(examples.held_out)

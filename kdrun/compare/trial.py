@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdrun import runs
 from kdrun.compare.plan import Part
 from kdrun.compare.record import Record, Trial
-from kdrun.config import LossConfig, ProcedureConfig, RunConfig
+from kdrun.config.sections import LossConfig, ProcedureConfig, RunConfig
 from kdrun.errors import InputError, Interrupted, TrainingError
+from kdrun.models.locate import STUDENT
+from kdrun.run import folder as runs
 
-_LARGE = (runs.STUDENT, runs.CHECKPOINTS, runs.ADAPTER, runs.BASE)
+_LARGE = (STUDENT, runs.CHECKPOINTS, runs.ADAPTER, runs.BASE)
 
 
 def trial_config(
@@ -88,7 +89,7 @@ def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool
         OSError: nothing can be written, likewise.
         Interrupted: by Ctrl-C; nothing is left of the trial, which has no record and runs again.
     """
-    from kdrun.distillation import distill
+    from kdrun.run.distill import distill
 
     forget_peak_memory()
     folder = Path(str(config.output.dir))

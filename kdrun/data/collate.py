@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 IGNORE_INDEX = -100
+LABELS = ("labels", "shift_labels")
 ROW = "row"
 """Under this name an example may carry its number in the training set."""
 
@@ -26,6 +27,15 @@ def shift_labels(labels: torch.Tensor) -> torch.Tensor:
     import torch
 
     return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def split_inputs(inputs: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The labels of a batch, aligned with the logits, and what a model is called with."""
+    labels = inputs.get("shift_labels")
+    if labels is None:
+        labels = shift_labels(inputs["labels"])
+    features = {name: value for name, value in inputs.items() if name not in (*LABELS, ROW)}
+    return labels, features
 
 
 @dataclass(frozen=True)

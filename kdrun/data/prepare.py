@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kdrun.builtin.text import load_text
-from kdrun.config import BUILT_IN, DataConfig, RunConfig
+from kdrun.config.sections import BUILT_IN, DataConfig
 from kdrun.data.encode import LongRows, encode, report_on
 from kdrun.data.origins import Origins
 from kdrun.data.rows import ChatRow, Position, Row, RowSet, TextRow, load_rows
@@ -103,19 +103,28 @@ def read_held_out(source: str, config: DataConfig) -> tuple[Sequence[Any], list[
 
 
 def encode_for(
-    config: RunConfig, rows: RawRows, tokenizer: PreTrainedTokenizerBase, shift_windows: bool
+    data: DataConfig,
+    rows: RawRows,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    shift_windows: bool,
 ) -> Examples:
     """Turn the rows of a run into examples, or take them from an earlier run.
+
+    Args:
+        data: how rows become tokens.
+        rows: of the run.
+        tokenizer: encodes them.
+        seed: decides where windows of plain text start.
+        shift_windows: whether those of training text move from epoch to epoch.
 
     Raises:
         InputError: no row fits ``data.max_length``, or ``data.cache_dir`` cannot be written.
     """
     from kdrun.data.token_cache import TokenCache
 
-    data = config.data
     cache = TokenCache.at(data.cache_dir)
-    seed, length = config.training.seed, data.max_length
-    return encode_rows(rows, tokenizer, length, seed, shift_windows, data.long_rows, cache)
+    return encode_rows(rows, tokenizer, data.max_length, seed, shift_windows, data.long_rows, cache)
 
 
 def check_packed_rows(config: DataConfig, rows: RawRows) -> None:

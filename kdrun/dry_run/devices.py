@@ -6,7 +6,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from kdrun.bench.memory import available
+from kdrun.dry_run.free_memory import available
 from kdrun.errors import InputError
 
 # GiB that a process can use, a little below what is printed on the box.

@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from kdlosses import KDObjective, Projected, RowLoss, parse_spec
-from kdrun.config import KD_RATIO
-from kdrun.distillation import build_loss
+from kdrun.config.sections import KD_RATIO
+from kdrun.losses.build import build_loss
 
 if TYPE_CHECKING:
-    from kdrun.config import LossConfig
+    from kdrun.config.sections import LossConfig
     from kdrun.dry_run.models import ModelSize
 
 _WIDTH = 4

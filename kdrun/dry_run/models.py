@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from kdrun.models.adapters import add_adapters
 from kdrun.models.heads import causal_lm
+from kdrun.models.pairs import check_head
 from kdrun.models.quantize import is_quantized
-from kdrun.pairs import check_head
 
 if TYPE_CHECKING:
     import torch
 
-    from kdrun.config import RunConfig
+    from kdrun.config.sections import RunConfig
     from kdrun.models.locate import ModelSource
-    from kdrun.pairs import Pair
+    from kdrun.models.pairs import Pair
 
 
 @dataclass(frozen=True)

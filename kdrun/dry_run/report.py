@@ -7,34 +7,27 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kdrun.cache.choose import check_cache, check_cached_rows
+from kdrun.cache.choose import check_cache
 from kdrun.cache.manifest import read_manifest
-from kdrun.config import KD_RATIO, RunConfig
+from kdrun.config.sections import KD_RATIO, RunConfig
 from kdrun.data.prepare import (
-    check_packed_rows,
-    encode_for,
     examples_in,
-    pack_training,
-    read_rows,
 )
-from kdrun.distillation import build_loss, check_name, settle, unchunked
 from kdrun.dry_run.devices import Device, find_device
 from kdrun.errors import InputError
-from kdrun.models.adapters import check_peft
+from kdrun.losses.build import build_loss, unchunked
 from kdrun.models.context import load_model_config
-from kdrun.models.quantize import check_quantization
-from kdrun.pairs import check_context, find_pair, locate_pair
 from kdrun.paths import expand_home
-from kdrun.procedures.run import leave_room, procedure_of, read_text
-from kdrun.processes import check_deepspeed
 from kdrun.quiet import quiet_libraries
-from kdrun.trackers import check_tracker
+from kdrun.run.arguments import settle
+from kdrun.run.check import check, procedure_of
+from kdrun.run.prepare import prepare
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from kdrun.dry_run.models import ModelSize
-    from kdrun.pairs import Pair
+    from kdrun.models.pairs import Pair
 
 _OPTIMIZER_STATES = 2  # AdamW's two moments, in the type of the weights
 _SPREAD = ("weights of the student", "weights of the teacher", "gradients", "optimiser")
@@ -86,44 +79,32 @@ def dry_run(
     Raises:
         InputError: what the run itself would refuse.
     """
-    check_name(config.loss.spec)
-    check_peft(config.lora)
+    rows = check(config)
     procedure, made = procedure_of(config), 1
-    check_tracker(config.training.report_to)
-    check_quantization(config)
-    check_deepspeed(config.training.deepspeed)
     processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
     if config.training.fsdp and processes == 1:
         raise InputError(
             "training.fsdp=true spreads the models over processes; say over how many: --processes N"
         )
-    locate_pair(config.model)
-    rows = read_rows(config.data)
-    check_cached_rows(config, rows)
-    check_packed_rows(config.data, rows)
-    build_loss(config.loss, vocab_size=None)
     device = find_device(device_name)
+    notes: list[str] = []
     with quiet_libraries():
-        pair = find_pair(config.model)
-        check_context(config, pair)
-        examples = encode_for(config, rows, pair.tokenizer, config.data.shift_windows)
-        if config.data.packing:
-            examples = pack_training(examples, config.data.max_length)
-        if procedure is not None:
-            from kdrun.procedures.sampling import Sampling, longest_written
-
-            sampling = Sampling.of(config)
-            examples = leave_room(examples, sampling, pair.tokenizer)
-            made = procedure.cost(config).rows
-        _, of_text = read_text(config, pair.tokenizer)
-        notes = [*pair.notes, *rows.notes, *examples.notes, *([of_text] if of_text else [])]
+        prepared = prepare(
+            config.model, config.data, config.procedure, rows, config.training.seed, notes.append
+        )
+        pair, examples = prepared.pair, prepared.examples
         if config.model.teacher_cache is not None:
             plain = build_loss(unchunked(config.loss), None)
-            notes.append(f"teacher: {check_cache(config, pair, examples, plain)}")
+            notes.append(
+                f"teacher: {check_cache(config.model, config.loss, pair, examples, plain)}"
+            )
         count = len(examples.train)  # type: ignore[arg-type]
         longest = max(len(example["input_ids"]) for example in examples_in(examples.train))
-        if procedure is not None:
-            longest = max(longest, longest_written(examples_in(examples.train), sampling))
+        if procedure is not None and prepared.sampling is not None:
+            from kdrun.procedures.sampling import longest_written
+
+            made = procedure.cost(config).rows
+            longest = max(longest, longest_written(examples_in(examples.train), prepared.sampling))
         batch = made * min(config.training.batch_size, count)
         student, teacher, memory = _memory(config, pair, longest, count, batch, device)
         if processes > 1:

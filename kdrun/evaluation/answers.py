@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kdrun.config import EvaluationConfig
+from kdrun.config.sections import EvaluationConfig
 from kdrun.data.formats import BadRowError, ChatRow, Message
 from kdrun.data.records import Position
 from kdrun.data.split import content_hash
 from kdrun.evaluation.scores import check_rouge, exact_match, rouge_l
-from kdrun.generation import encode_prompt, generate
 from kdrun.models.context import context_limit
+from kdrun.models.generation import encode_prompt, generate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,21 +9,25 @@ from kdrun.data.prepare import encode_held_out
 from kdrun.data.token_cache import TokenCache
 from kdrun.evaluation.answers import Question, ask, choose_questions, mean_scores
 from kdrun.evaluation.measures import measure_model
+from kdrun.losses.build import build_loss
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel
 
-    from kdrun.config import RunConfig
+    from kdrun.config.sections import DataConfig, EvaluationConfig, LossConfig
     from kdrun.models.heads import Teacher
-    from kdrun.pairs import Pair
+    from kdrun.models.pairs import Pair
 
 
 def judge(
     model: PreTrainedModel,
     teacher: Teacher | None,
     pair: Pair,
-    config: RunConfig,
+    data: DataConfig,
+    loss: LossConfig,
+    evaluation: EvaluationConfig,
+    batch_size: int,
     rows: Sequence[Any],
     progress: Console,
     questions: Sequence[Question] | None = None,
@@ -34,7 +38,10 @@ def judge(
         model: a causal language model with the pair's tokenizer.
         teacher: what it is compared with, or None.
         pair: gives tokenizer and vocabulary.
-        config: length of rows, chunk size, batch sizes, and what is asked.
+        data: how rows become tokens.
+        loss: gives the chunk size.
+        evaluation: what is asked.
+        batch_size: rows at once.
         rows: to measure on, texts or conversations.
         progress: is told what becomes of the rows.
         questions: what it is asked; None chooses those that it has room for.
@@ -46,15 +53,12 @@ def judge(
     Raises:
         InputError: no row fits.
     """
-    from kdrun.distillation import build_loss
-
-    data = config.data
     cache = TokenCache.at(data.cache_dir)
     settings = (pair.tokenizer, data.max_length, data.long_rows, cache)
     examples, notes = encode_held_out(rows, *settings)
     note = None
     if questions is None:
-        questions, note = choose_questions(rows, pair.tokenizer, config.evaluation, model)
+        questions, note = choose_questions(rows, pair.tokenizer, evaluation, model)
     if teacher is None:  # it comes first, or is alone: what is said of the rows is said once
         for line in (*notes, note):
             if line is not None:
@@ -62,12 +66,11 @@ def judge(
     found = measure_model(
         model,
         teacher,
-        build_loss(config.loss, pair.vocab_size),
+        build_loss(loss, pair.vocab_size),
         examples,
         pair.tokenizer,
-        config.training.batch_size,
+        batch_size,
     )
-    measures = {key.removeprefix("eval_"): value for key, value in found.items()}
     if questions:
-        measures |= mean_scores(ask(model, pair.tokenizer, questions, config.evaluation))
-    return measures
+        found |= mean_scores(ask(model, pair.tokenizer, questions, evaluation))
+    return found

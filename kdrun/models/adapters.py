@@ -13,7 +13,7 @@ from kdrun.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kdrun.config import LoraConfig
+    from kdrun.config.sections import LoraConfig
 
 _INSTALL = "pip install 'kdlosses[lora]'"
 

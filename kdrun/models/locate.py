@@ -10,6 +10,8 @@ from pathlib import Path
 from kdrun.errors import InputError
 from kdrun.paths import did_you_mean, expand_home
 
+STUDENT = "student"
+"""The folder of the trained student, in the folder of its run."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _ADAPTER = "adapter_config.json"
 _GGUF_ON_HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)/([\w.-]+\.gguf)")

@@ -10,28 +10,32 @@ from kdrun.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kdrun.config import RunConfig
+    from kdrun.config.sections import ModelConfig
 
 _KEY = "model.teacher_quantization"
 
 
-def check_quantization(config: RunConfig) -> None:
+def check_quantization(model: ModelConfig, fsdp: bool) -> None:
     """Refuse a quantised teacher that cannot be had; nothing is loaded.
+
+    Args:
+        model: names the teacher.
+        fsdp: whether both models are to be spread over processes.
 
     Raises:
         InputError: torchao is not installed, there is no live teacher, or it is to be spread.
     """
-    kind = config.model.teacher_quantization
+    kind = model.teacher_quantization
     if kind is None:
         return
-    if config.model.teacher is None:
+    if model.teacher is None:
         raise InputError(f"{_KEY}={kind} has no effect without a teacher; leave it out")
-    if config.model.teacher_cache is not None:
+    if model.teacher_cache is not None:
         raise InputError(
             f"{_KEY}={kind}: a teacher beside its cache has to be the one that was cached, weight "
             "for weight; leave out the one or the other"
         )
-    if config.training.fsdp:
+    if fsdp:
         raise InputError(
             f"{_KEY}={kind}: such weights are not spread over processes; leave it out, or "
             "training.fsdp"

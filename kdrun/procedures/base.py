@@ -6,18 +6,18 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from kdlosses import KDObjective, KDOutput, TokenLoss
-    from kdrun.config import RunConfig
-    from kdrun.procedures.session import Session
 
 MicroBatch = dict[str, Any]
 """What the collator makes. Under ``"rollout"`` it may carry the origins of its rows, one each, and
@@ -52,6 +52,105 @@ class Cost:
     teacher_answers_once: bool = False
 
 
+class Settings(Protocol):
+    """A run's configuration as a procedure reads it: its sections, each with its keys."""
+
+    @property
+    def model(self) -> Any:
+        """Which models."""
+
+    @property
+    def data(self) -> Any:
+        """Which rows."""
+
+    @property
+    def loss(self) -> Any:
+        """The objective."""
+
+    @property
+    def procedure(self) -> Any:
+        """The procedure and its sampling."""
+
+    @property
+    def training(self) -> Any:
+        """Steps and batches."""
+
+
+class Desk(Protocol):
+    """What a procedure works with in a run; :class:`kdrun.procedures.Session` is it.
+
+    Attributes:
+        settings: how answers are sampled.
+        teacher: the live teacher.
+        vocab_size: heads are cut to this many tokens before anything is drawn.
+        seed: of all random decisions.
+        place: of this process.
+        answers_folder: where the teacher's texts are kept for other runs; None keeps none.
+        text: windows of plain text, for procedures that take some.
+        state: what the procedure carries from step to step.
+        step: optimiser steps done.
+        steps: of the whole training.
+        kd_ratio: weight of the loss at that step.
+    """
+
+    settings: Any
+    teacher: Any
+    vocab_size: int
+    seed: int
+    place: Any
+    answers_folder: Path | None
+    text: Any
+    state: dict[str, Any]
+    step: int
+    steps: int
+    kd_ratio: float
+
+    @property
+    def stops(self) -> set[int]:
+        """The tokens that end an answer."""
+
+    def say(self, line: str) -> None:
+        """Show a line to the user."""
+
+    def draw(self, *what: object) -> float:
+        """A random number in [0, 1) of this step, the same on every process."""
+
+    def order(self, count: int, *what: object) -> list[int]:
+        """The numbers below ``count`` in a random order, likewise."""
+
+    def text_rows(self, number: int, count: int) -> list[Any]:
+        """Windows of :attr:`text` for the rows of a micro-batch."""
+
+    def collate(self, rows: Sequence[Any], like: MicroBatch) -> MicroBatch:
+        """A micro-batch of rows, on the device of another one."""
+
+    def write(
+        self,
+        examples: Sequence[Any],
+        number: int,
+        writers: Mapping[Origin, float] | None = None,
+        with_log_probs: bool = False,
+        what: str = "answer",
+    ) -> list[Any]:
+        """Answers to what rows ask."""
+
+    def continuations(
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        writers: Mapping[Origin, float],
+        with_log_probs: bool = False,
+        what: str = "answer",
+    ) -> list[Any]:
+        """Prompts continued, in batches."""
+
+    def is_empty(self, answer: Sequence[int]) -> bool:
+        """Whether an answer is no more than its end token."""
+
+    def gather(self, things: Sequence[Any]) -> list[Any]:
+        """The things of all processes, those of the first one first."""
+
+
 class Procedure(BaseModel):
     """Which text is learned from, and how the losses on it are weighed.
 
@@ -83,7 +182,7 @@ class Procedure(BaseModel):
         """
         return {field.alias or name: name for name, field in cls.model_fields.items()}
 
-    def check(self, config: RunConfig) -> None:
+    def check(self, config: Settings) -> None:
         """Refuse a run that the procedure has no meaning with, before anything is loaded.
 
         Raises:
@@ -114,7 +213,7 @@ class Procedure(BaseModel):
                 f"{name}: at --kd-ratio 0 nothing is learned from the student's own text; raise it"
             )
 
-    def cost(self, config: RunConfig) -> Cost:
+    def cost(self, config: Settings) -> Cost:
         """What the procedure takes in a run: by default an answer of the student to each row."""
         return Cost(student_answers=1.0 if self.on_policy else 0.0)
 
@@ -122,7 +221,7 @@ class Procedure(BaseModel):
         """The state before the first step."""
         return {}
 
-    def prepare(self, rows: Sequence[Any], session: Session) -> Sequence[Any]:
+    def prepare(self, rows: Sequence[Any], session: Desk) -> Sequence[Any]:
         """Replace the training rows once, before the first step.
 
         Args:
@@ -131,7 +230,7 @@ class Procedure(BaseModel):
         """
         return rows
 
-    def batches(self, given: Sequence[MicroBatch], session: Session) -> list[MicroBatch]:
+    def batches(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
         """The micro-batches of an optimiser step.
 
         Args:

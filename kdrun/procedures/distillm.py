@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from kdrun.procedures.base import MicroBatch, Origin, Procedure, State
-
-if TYPE_CHECKING:
-    from kdrun.procedures.session import Session
+from kdrun.procedures.base import Desk, MicroBatch, Origin, Procedure, State
 
 Source = Literal["fresh", "buffer", "data"]
 
@@ -64,7 +61,7 @@ class DistiLLM(Procedure):
             return "fresh"
         return "buffer" if uniform < phi else "data"
 
-    def batches(self, given: Sequence[MicroBatch], session: Session) -> list[MicroBatch]:
+    def batches(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
         """All micro-batches of a step come from one source."""
         source = self.source(session.state, session.draw("source"), session.step / session.steps)
         if source == "data":
@@ -85,7 +82,7 @@ class DistiLLM(Procedure):
             "data; lower margin, or evaluate more often (training.eval_steps)"
         ]
 
-    def _fresh(self, given: Sequence[MicroBatch], session: Session) -> list[MicroBatch]:
+    def _fresh(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
         from kdrun.procedures.sampling import examples_of
 
         made = []
@@ -97,7 +94,7 @@ class DistiLLM(Procedure):
             session.state["buffer"] = [*session.state["buffer"], *pairs][-self.capacity :]
         return made
 
-    def _stored(self, given: Sequence[MicroBatch], session: Session) -> list[MicroBatch]:
+    def _stored(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
         from kdrun.procedures.sampling import Sample
 
         buffer = session.state["buffer"]

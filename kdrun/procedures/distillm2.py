@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, field_validator
 
 from kdrun.errors import InputError
-from kdrun.procedures.base import Cost, LossRows, MicroBatch, Origin, Procedure
+from kdrun.procedures.base import Cost, Desk, LossRows, MicroBatch, Origin, Procedure, Settings
 
 if TYPE_CHECKING:
     from kdlosses import KDOutput, Term, TokenLoss
-    from kdrun.config import RunConfig
-    from kdrun.procedures.session import Session
 
 
 class DistiLLM2(Procedure):
@@ -59,7 +57,7 @@ class DistiLLM2(Procedure):
             raise ValueError("leave out _chunked; it is chunked where the run's loss is")
         return spec
 
-    def check(self, config: RunConfig) -> None:
+    def check(self, config: Settings) -> None:
         """As every procedure, and the loss on the student's answers too.
 
         Raises:
@@ -68,7 +66,7 @@ class DistiLLM2(Procedure):
         super().check(config)
         _check_buildable(self.student_loss, config.loss.match_curvature)
 
-    def prepare(self, rows: Sequence[Any], session: Session) -> Sequence[Any]:
+    def prepare(self, rows: Sequence[Any], session: Desk) -> Sequence[Any]:
         """The rows with the teacher's answers.
 
         Raises:
@@ -79,11 +77,11 @@ class DistiLLM2(Procedure):
         _check_buildable(self.student_loss, match_curvature=False)
         return teacher_rows(rows, session)
 
-    def cost(self, config: RunConfig) -> Cost:
+    def cost(self, config: Settings) -> Cost:
         """Each prompt has the teacher's answer, written once, and the student's."""
         return Cost(rows=2, student_answers=1.0, teacher_answers_once=True)
 
-    def batches(self, given: Sequence[MicroBatch], session: Session) -> list[MicroBatch]:
+    def batches(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
         """The teacher's answers, and the student's to the same prompts."""
         from kdrun.procedures.sampling import examples_of, sample_of
 

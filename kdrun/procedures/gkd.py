@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from kdrun.procedures.base import Cost, LossRows, MicroBatch, Origin, Procedure
+from kdrun.procedures.base import Cost, Desk, LossRows, MicroBatch, Origin, Procedure, Settings
 
 if TYPE_CHECKING:
     from kdlosses import KDOutput
-    from kdrun.config import RunConfig
-    from kdrun.procedures.session import Session
 
 
 class GKD(Procedure):
@@ -33,11 +31,11 @@ class GKD(Procedure):
         False, description="cross-entropy on the student's own answers too, as on the data's"
     )
 
-    def cost(self, config: RunConfig) -> Cost:
+    def cost(self, config: Settings) -> Cost:
         """A share of the batches is answered."""
         return Cost(student_answers=self.lambda_)
 
-    def batches(self, given: Sequence[MicroBatch], session: Session) -> list[MicroBatch]:
+    def batches(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
         """Answers in the place of the data's, by the draw of each micro-batch.
 
         In a step at ``kd_ratio`` 0 nothing could be learned from them, and the data's stay.

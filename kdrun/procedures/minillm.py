@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from kdrun.config import KD_RATIO
 from kdrun.errors import InputError
-from kdrun.procedures.base import Cost, LossRows, MicroBatch, Origin, Procedure
+from kdrun.procedures.base import Cost, Desk, LossRows, MicroBatch, Origin, Procedure, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kdlosses import KDOutput
-    from kdrun.config import RunConfig
     from kdrun.procedures.sampling import Sample
-    from kdrun.procedures.session import Session
 
 
 class MiniLLM(Procedure):
@@ -58,7 +55,7 @@ class MiniLLM(Procedure):
     )
     reuse: int = Field(1, ge=1, description="consecutive steps that learn from the same samples")
 
-    def check(self, config: RunConfig) -> None:
+    def check(self, config: Settings) -> None:
         """As every procedure; and plain text needs a weight.
 
         Raises:
@@ -71,7 +68,7 @@ class MiniLLM(Procedure):
                 "cross-entropy on it; lower the ratio, or leave it out"
             )
 
-    def cost(self, config: RunConfig) -> Cost:
+    def cost(self, config: Settings) -> Cost:
         """Both models read every answer; the rows of the data come on top where they count."""
         written = 1.0 / self.reuse
         return Cost(1 + _takes_data(config), student_answers=written, teacher_answers=written)
@@ -80,7 +77,7 @@ class MiniLLM(Procedure):
         """No samples yet."""
         return {"samples": []}
 
-    def batches(self, given: Sequence[MicroBatch], session: Session) -> list[MicroBatch]:
+    def batches(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
         """Samples, and the rows of the data where cross-entropy takes part."""
         from kdrun.procedures.sampling import examples_of
 
@@ -101,7 +98,7 @@ class MiniLLM(Procedure):
             share = len(stored[number]) // session.place.size
             own = stored[number][session.place.rank * share :][:share]
             rows = self._weighted(own)
-            data = []
+            data: list[Any] = []
             if session.kd_ratio < 1:
                 count = len(batch["input_ids"])
                 plain = session.text is not None
@@ -144,7 +141,7 @@ class MiniLLM(Procedure):
         count = rows.origin_tokens[int(Origin.STUDENT)].clamp_min(1)
         return -surrogate.sum() / count
 
-    def _write(self, batch: MicroBatch, number: int, session: Session) -> list[Sample]:
+    def _write(self, batch: MicroBatch, number: int, session: Desk) -> list[Sample]:
         from kdrun.procedures.sampling import examples_of
 
         # The teacher takes part at a share of 0 too: its log-probabilities are the rewards.
@@ -190,9 +187,9 @@ class MiniLLM(Procedure):
         return [math.exp(x) for x in logs]
 
 
-def _takes_data(config: RunConfig) -> bool:
+def _takes_data(config: Settings) -> bool:
     """Whether cross-entropy takes part at some step."""
-    return config.loss.kd_ratio < 1 or KD_RATIO in config.loss.schedules
+    return config.loss.kd_ratio < 1 or "kd_ratio" in config.loss.schedules
 
 
 def later_returns(rewards: Sequence[float], gamma: float, normalised: bool) -> list[float]:

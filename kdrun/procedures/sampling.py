@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kdrun.data.collate import IGNORE_INDEX, Collator
+from kdrun.data.collate import IGNORE_INDEX, Collator, shift_labels
 from kdrun.data.encode import Example
 from kdrun.errors import InputError
 from kdrun.procedures.base import ROLLOUT, MicroBatch, Origin
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from kdrun.config import RunConfig
+    from kdrun.config.sections import ProcedureConfig
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,25 @@ class Sampling:
     batch_size: int = 16
 
     @classmethod
-    def of(cls, config: RunConfig) -> Sampling:
+    def of(cls, given: ProcedureConfig, max_length: int) -> Sampling:
         """The sampling of a run.
+
+        Args:
+            given: the section of the procedure.
+            max_length: tokens a row.
 
         Raises:
             InputError: answers that leave no room for a prompt.
         """
-        given, length = config.procedure, config.data.max_length
-        new = given.max_new_tokens or length // 2
-        if new >= length:
+        new = given.max_new_tokens or max_length // 2
+        if new >= max_length:
             raise InputError(
                 f"procedure.max_new_tokens={new}: leaves no room for a prompt in "
-                f"data.max_length={length}; lower it, or raise --max-length"
+                f"data.max_length={max_length}; lower it, or raise --max-length"
             )
         return cls(
             new,
-            length,
+            max_length,
             given.sampling_temperature,
             given.top_p,
             given.top_k,
@@ -206,3 +209,16 @@ def _last_answer(labels: Sequence[int]) -> int | None:
     if stop is None:
         return None
     return next((i for i in range(stop, 0, -1) if labels[i - 1] == IGNORE_INDEX), 0)
+
+
+def tokens_by_origin(batches: list[dict[str, Any]]) -> Tensor:
+    """Supervised tokens of micro-batches by the origin of their rows, ``[len(Origin)]``."""
+    import torch
+
+    found = torch.zeros(len(Origin), dtype=torch.int64)
+    for batch in batches:
+        labels = batch["shift_labels"] if "shift_labels" in batch else shift_labels(batch["labels"])
+        rows = (labels != IGNORE_INDEX).sum(-1).cpu()
+        origins = batch.get(ROLLOUT, {}).get("origins", (Origin.DATA,) * len(rows))
+        found.index_add_(0, torch.tensor([int(origin) for origin in origins]), rows)
+    return found

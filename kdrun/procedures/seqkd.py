@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from kdrun.procedures.base import Cost, Procedure
-
-if TYPE_CHECKING:
-    from kdrun.config import RunConfig
-    from kdrun.procedures.session import Session
+from kdrun.procedures.base import Cost, Desk, Procedure, Settings
 
 
 class SeqKD(Procedure):
@@ -29,11 +25,11 @@ class SeqKD(Procedure):
     )
     on_policy: ClassVar[bool] = False
 
-    def cost(self, config: RunConfig) -> Cost:
+    def cost(self, config: Settings) -> Cost:
         """All is written before training."""
         return Cost(teacher_answers_once=True)
 
-    def prepare(self, rows: Sequence[Any], session: Session) -> Sequence[Any]:
+    def prepare(self, rows: Sequence[Any], session: Desk) -> Sequence[Any]:
         """The rows with the teacher's answers."""
         from kdrun.procedures.teacher_text import teacher_rows
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdrun.data.encode import Example
 from kdrun.errors import TrainingError
-from kdrun.generation import stop_tokens
+from kdrun.models.generation import stop_tokens
 from kdrun.procedures import sampling
 from kdrun.procedures.base import ROLLOUT, MicroBatch, Origin, Procedure
 from kdrun.procedures.decode import Draw, Writer, Written, decode

@@ -11,19 +11,18 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from kdrun.data.encode import Example
 from kdrun.errors import InputError
-from kdrun.procedures.base import Origin
+from kdrun.procedures.base import Desk, Origin
 from kdrun.procedures.sampling import Sample
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from kdrun.procedures.session import Session
 
 _FORMAT = 1
 """To be raised when the same prompts would get other answers."""
 
 
-def teacher_rows(rows: Sequence[Any], session: Session) -> list[Example]:
+def teacher_rows(rows: Sequence[Any], session: Desk) -> list[Example]:
     """The prompts of rows with the teacher's answers.
 
     They are written in parts by all processes. A file of them is named by a hash of all that they
@@ -71,7 +70,7 @@ def teacher_rows(rows: Sequence[Any], session: Session) -> list[Example]:
     return kept
 
 
-def _write_all(prompts: Sequence[list[int]], session: Session) -> list[list[int]]:
+def _write_all(prompts: Sequence[list[int]], session: Desk) -> list[list[int]]:
     rank, size = session.place.rank, session.place.size
     # Prompts of like length together, which fills batches best.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))[rank::size]
@@ -82,7 +81,7 @@ def _write_all(prompts: Sequence[list[int]], session: Session) -> list[list[int]
     return [found[number] for number in range(len(prompts))]
 
 
-def _file(prompts: Sequence[list[int]], session: Session) -> Path | None:
+def _file(prompts: Sequence[list[int]], session: Desk) -> Path | None:
     if session.answers_folder is None:
         return None
     from kdrun.cache.fingerprint import print_teacher
@@ -115,7 +114,7 @@ def _save(file: Path, answers: Sequence[list[int]]) -> None:
     """Write a file whole or not at all; without space or leave, nothing is kept."""
     from contextlib import suppress
 
-    from kdrun.runs import write_text
+    from kdrun.files import write_text
 
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -112,13 +112,10 @@ def _documentation(procedure: Procedure) -> None:
 
 def _defaults(procedure: Procedure) -> None:
     """Defaults of a run name existing keys."""
-    from kdrun.config import RunConfig
+    from kdrun.config.load import every_key
 
     for key in procedure.defaults:
-        section, _, name = key.partition(".")
-        field = RunConfig.model_fields.get(section)
-        known: Any = None if field is None else field.annotation
-        if known is None or name not in known.model_fields:
+        if key not in every_key():
             raise AssertionError(f"defaults: there is no key {key!r}")
 
 
@@ -402,7 +399,7 @@ def _content(batches: Sequence[MicroBatch]) -> list[list[Any]]:
 
 
 def _counts(batch: MicroBatch) -> Tensor:
-    from kdrun.trainer import tokens_by_origin
+    from kdrun.procedures.sampling import tokens_by_origin
 
     return tokens_by_origin([batch])
 

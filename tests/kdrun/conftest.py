@@ -76,7 +76,7 @@ def distil(tiny_pair: TinyPair) -> Callable[..., Path]:
 
     from rich.console import Console
 
-    from kdrun.distillation import distill
+    from kdrun.run.distill import distill
 
     def run(
         folder: Path, said: list[str] | None = None, resume: bool = False, **given: Any

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from kdrun import distill
-from kdrun.config import RunConfig, load_config, parse_value
+from kdrun.config.load import load_config, parse_value
+from kdrun.config.sections import RunConfig
 
 ARMS: dict[str, dict[str, Any]] = {
     "plain, cross-entropy alone": {"loss.kd_ratio": 0.0},

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from kdrun.compare.report.content import ReportInput, summarise
-from kdrun.runs import write_text
+from kdrun.files import write_text
 
 PAGE, CSV, LATEX, FIGURES = "report.html", "results.csv", "results.tex", "figures"
 

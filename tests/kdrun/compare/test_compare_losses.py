@@ -27,7 +27,13 @@ from kdrun.errors import InputError
 for package in ("scipy", "matplotlib", "jinja2"):
     pytest.importorskip(package)
 
-COMMAND = (sys.executable, "-c", "from kdrun.cli import main; main()", "compare-losses", *QUICK)
+COMMAND = (
+    sys.executable,
+    "-c",
+    "from kdrun.cli import main; main()",
+    "compare-losses",
+    *QUICK,
+)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from kdrun.compare.plan import (
     tuning_trials,
 )
 from kdrun.compare.record import Record, Trial
-from kdrun.config import load_config
+from kdrun.config.load import load_config
 from kdrun.errors import InputError
 
 CE = find_yardstick("ce")

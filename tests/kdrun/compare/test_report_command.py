@@ -16,7 +16,7 @@ from kdrun.compare.declare import declare
 from kdrun.compare.ledger import Ledger
 from kdrun.compare.plan import Plan
 from kdrun.compare.record import Record, Trial
-from kdrun.config import load_config
+from kdrun.config.load import load_config
 from kdrun.errors import InputError
 
 for package in ("scipy", "matplotlib", "jinja2"):

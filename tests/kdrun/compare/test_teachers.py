@@ -23,7 +23,7 @@ from kdrun.compare.ledger import Ledger
 from kdrun.compare.run import Comparison
 from kdrun.compare.teachers import cache_teachers
 from kdrun.data.prepare import encode_rows, examples_in, read_rows
-from kdrun.pairs import find_pair
+from kdrun.models.pairs import find_pair
 
 for package in ("scipy", "matplotlib", "jinja2"):
     pytest.importorskip(package)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from kdrun.distillation import distill
 from kdrun.models.heads import FrozenTeacher
+from kdrun.run.distill import distill
 
 
 def main(settings: Path, times: int) -> None:

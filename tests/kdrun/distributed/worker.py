@@ -29,9 +29,9 @@ from kdrun import DistillTrainer
 from kdrun.data.collate import Collator
 from kdrun.data.origins import Numbered
 from kdrun.errors import TrainingError
-from kdrun.loss_guard import LossGuard
 from kdrun.models.heads import causal_lm
 from kdrun.models.shard import shard
+from kdrun.training.guard import LossGuard
 
 VOCAB, ROWS, STEPS = 37, 8, 2
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from kdrun.config import EvaluationConfig
+from kdrun.config.sections import EvaluationConfig
 from kdrun.data.formats import ChatRow, Message
 from kdrun.data.records import Position
 from kdrun.evaluation.answers import (
@@ -19,7 +19,7 @@ from kdrun.evaluation.answers import (
     choose_questions,
     mean_scores,
 )
-from kdrun.generation import generate, stop_tokens
+from kdrun.models.generation import generate, stop_tokens
 
 
 @pytest.fixture(scope="module")

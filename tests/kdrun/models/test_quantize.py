@@ -13,12 +13,12 @@ import torch
 from click.testing import CliRunner
 
 from kdrun.cli import cli
-from kdrun.config import load_config
+from kdrun.config.load import load_config
 from kdrun.dry_run.report import dry_run
 from kdrun.errors import InputError
 from kdrun.models.heads import FrozenTeacher, find_split
+from kdrun.models.pairs import find_pair, load_teacher
 from kdrun.models.quantize import check_quantization
-from kdrun.pairs import find_pair, load_teacher
 
 Distil = Callable[..., Path]
 needs_torchao = pytest.mark.skipif(

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from kdrun.cli import cli
-from kdrun.config import load_config
+from kdrun.config.load import load_config
 from kdrun.errors import InputError
 from kdrun.procedures import available_procedures, get_procedure
 from kdrun.procedures.gkd import GKD

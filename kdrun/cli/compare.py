@@ -1,0 +1,147 @@
+"""``kdrun compare-losses`` and ``kdrun report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kdrun.cli.options import overrides_of
+
+
+@click.command("compare-losses")
+@click.option("--loss", "losses", multiple=True, metavar="SPEC", help="Loss; repeat for more.")
+@click.option(
+    "--kd-ratio", "kd_ratios", multiple=True, type=float, metavar="R", help="Weight of the losses."
+)
+@click.option("--lr", "lrs", multiple=True, type=float, metavar="LR", help="Learning rate.")
+@click.option("--teacher", "teachers", multiple=True, metavar="MODEL", help="Teacher.")
+@click.option("--student", "students", multiple=True, metavar="MODEL", help="Initial student.")
+@click.option(
+    "--procedure",
+    "procedures",
+    multiple=True,
+    metavar="SPEC",
+    help="Whose text is learned from, with every loss; 'none' is the data's.",
+)
+@click.option(
+    "--seeds",
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Trials of each arm; 2 for a verdict.",
+)
+@click.option(
+    "--tuning-seeds",
+    default=2,
+    show_default=True,
+    metavar="N",
+    help="Trials that choose where --lr or --kd-ratio is given several times.",
+)
+@click.option("--yardstick", default="ce", show_default=True, metavar="NAME", help="Primary one.")
+@click.option(
+    "--difference", type=float, metavar="D", help="Smallest difference of interest on it."
+)
+@click.option("--data", metavar="FILE", help="Training rows: a file or a hub id.")
+@click.option("--eval-data", metavar="FILE", help="Held-out rows.")
+@click.option("--temperature", metavar="T", help="Softens both sides of every loss.")
+@click.option("--max-steps", metavar="N", help="Optimiser steps of a trial.")
+@click.option("--batch-size", metavar="B", help="Rows per micro-batch.")
+@click.option("--max-length", metavar="L", help="Tokens a row.")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML with what all trials share.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set section.key; repeatable."
+)
+@click.option("--output", metavar="DIR", help="Folder; by default runs/<time>-comparison.")
+@click.option("--keep-students", is_flag=True, help="Keep the weights of every trial.")
+@click.option(
+    "--teacher-cache/--no-teacher-cache",
+    default=True,
+    show_default=True,
+    help="Run each teacher once for all trials, or in every trial.",
+)
+@click.option(
+    "--jobs", default=1, show_default=True, type=click.IntRange(1), metavar="N", help="Processes."
+)
+@click.option(
+    "--launcher",
+    default="local",
+    show_default=True,
+    type=click.Choice(("local", "ray")),
+    help="ray runs trials as tasks of a cluster.",
+)
+@click.option(
+    "--trial-cpus",
+    type=click.FloatRange(0, min_open=True),
+    metavar="N",
+    help="Cores of a trial on Ray; 1.",
+)
+@click.option(
+    "--trial-gpus",
+    type=click.FloatRange(0),
+    metavar="N",
+    help="GPUs of a trial on Ray, also a share of one; 1 where there are any.",
+)
+@click.option("--ray-address", metavar="HOST:PORT", help="Of a running Ray cluster.")
+@click.option("--dry-run", is_flag=True, help="Show the trials and the time they take.")
+def compare_losses(
+    data: str | None,
+    eval_data: str | None,
+    temperature: str | None,
+    max_steps: str | None,
+    batch_size: str | None,
+    max_length: str | None,
+    settings: tuple[str, ...],
+    launcher: str,
+    trial_cpus: float | None,
+    trial_gpus: float | None,
+    ray_address: str | None,
+    **given: Any,
+) -> None:
+    """Compare losses fairly: paired trials over seeds, a verdict for each, a report.
+
+    Every option that says so may be repeated. All trials share initial student, steps and
+    evaluation; those of a seed also the order of rows. A baseline on cross-entropy alone is always
+    there. The same command on the same --output resumes, and runs only what is new.
+    """
+    from kdrun.compare.cluster import Cluster
+    from kdrun.compare.command import Options
+    from kdrun.compare.command import compare_losses as compare
+    from kdrun.quiet import make_console
+
+    flags = {
+        "data.train": data,
+        "data.eval": eval_data,
+        "loss.temperature": temperature,
+        "training.max_steps": max_steps,
+        "training.batch_size": batch_size,
+        "data.max_length": max_length,
+    }
+    cluster = None
+    if launcher == "ray":
+        if given["jobs"] > 1:
+            raise click.UsageError(
+                "--jobs goes with --launcher local; Ray runs as many trials as there is room for"
+            )
+        cluster = Cluster(trial_cpus or 1.0, trial_gpus, ray_address)
+    else:
+        for option, value in (
+            ("--trial-cpus", trial_cpus),
+            ("--trial-gpus", trial_gpus),
+            ("--ray-address", ray_address),
+        ):
+            if value is not None:
+                raise click.UsageError(f"{option} goes with --launcher ray")
+    overrides = tuple(overrides_of(settings, list(flags.items())))
+    compare(Options(overrides=overrides, cluster=cluster, **given), make_console())
+
+
+@click.command("report")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+def report(folder: Path) -> None:
+    """Write the report of a comparison anew, finished or not; DIR is its --output."""
+    from kdrun.compare.command import report_again
+    from kdrun.quiet import make_console
+
+    report_again(folder, make_console())

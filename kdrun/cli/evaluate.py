@@ -1,0 +1,84 @@
+"""``kdrun evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kdrun.cli.options import overrides_of
+
+
+@click.command("evaluate")
+@click.argument("students", nargs=-1, required=True, metavar="STUDENT...")
+@click.option("--teacher", metavar="MODEL", help="Measure it too, and the distance to it.")
+@click.option("--data", metavar="FILE", help="Rows to measure on, or 'builtin'.")
+@click.option("--max-length", metavar="L", help="Tokens a row.")
+@click.option("--batch-size", metavar="B", help="Rows at once.")
+@click.option("--answers", metavar="N", help="Prompts to answer and score.")
+@click.option("--max-new-tokens", metavar="N", help="Where an answer is cut.")
+@click.option("--answer-pattern", metavar="REGEX", help="Its group is the final answer.")
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Task of lm-eval; repeatable.")
+@click.option(
+    "--task-folder", type=click.Path(path_type=Path), metavar="DIR", help="With task files."
+)
+@click.option(
+    "--task-data", type=click.Path(path_type=Path), metavar="FILE", help="Read by such a task."
+)
+@click.option(
+    "--task-limit", type=click.IntRange(1), metavar="N", help="Questions of each task; all."
+)
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file of a run.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set section.key; repeatable."
+)
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Results as JSON.")
+def evaluate(
+    students: tuple[str, ...],
+    teacher: str | None,
+    data: str | None,
+    max_length: str | None,
+    batch_size: str | None,
+    answers: str | None,
+    max_new_tokens: str | None,
+    answer_pattern: str | None,
+    tasks: tuple[str, ...],
+    task_folder: Path | None,
+    task_data: Path | None,
+    task_limit: int | None,
+    config: Path | None,
+    settings: tuple[str, ...],
+    output: Path | None,
+) -> None:
+    """Measure models on the same rows: STUDENT is a folder, a run's folder or a hub id.
+
+    With --task they also answer tasks of lm-eval, such as truthfulqa_mc2 or hellaswag.
+    """
+    for option, value in (
+        ("--task-folder", task_folder),
+        ("--task-data", task_data),
+        ("--task-limit", task_limit),
+    ):
+        if value is not None and not tasks:
+            raise click.UsageError(f"{option} goes with --task")
+    from kdrun.config.load import load_config
+    from kdrun.config.sections import BUILT_IN
+    from kdrun.evaluation.tasks import TaskChoice
+    from kdrun.quiet import make_console
+    from kdrun.run.evaluate import evaluate as run
+
+    given = [
+        ("model.teacher", teacher),
+        ("model.student", students[0]),
+        ("loss.kd_ratio", "0" if teacher is None else None),
+        ("data.train", data or BUILT_IN),  # a student without training rows would be refused
+        ("data.eval", data),
+        ("data.max_length", max_length),
+        ("training.batch_size", batch_size),
+        ("evaluation.answers", answers),
+        ("evaluation.max_new_tokens", max_new_tokens),
+        ("evaluation.answer_pattern", answer_pattern),
+    ]
+    choice = TaskChoice(tuple(dict.fromkeys(tasks)), task_folder, task_data, task_limit)
+    run_config = load_config(config, overrides_of(settings, given))
+    run(run_config, students, choice, output, make_console())

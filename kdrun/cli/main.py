@@ -1,0 +1,67 @@
+"""The command line as a whole, and its exit codes; nothing heavy is imported before its use."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from kdrun.cli.bench import bench
+from kdrun.cli.cache import cache_teacher
+from kdrun.cli.compare import compare_losses, report
+from kdrun.cli.config import config_command
+from kdrun.cli.evaluate import evaluate
+from kdrun.cli.losses import losses
+from kdrun.cli.models import generate, init_student
+from kdrun.cli.procedures import procedures
+from kdrun.cli.train import cli as cli
+from kdrun.errors import InputError, Interrupted, TrainingError
+
+for command in (
+    losses,
+    procedures,
+    bench,
+    compare_losses,
+    report,
+    evaluate,
+    config_command,
+    generate,
+    init_student,
+    cache_teacher,
+):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command line with the project's exit codes."""
+    from kdlosses import BrokenLossError, LossSpecError
+    from kdrun.quiet import quiet_environment
+
+    quiet_environment()
+
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (InputError, LossSpecError, BrokenLossError) as error:
+        click.echo(f"kdrun: {error}", err=True)
+        sys.exit(2)
+    except TrainingError as error:
+        click.echo(f"kdrun: {error}", err=True)
+        sys.exit(1)
+    except Interrupted as error:
+        click.echo(f"kdrun: {error}", err=True)
+        sys.exit(130)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("kdrun: interrupted", err=True)
+        sys.exit(130)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        click.echo(f"kdrun: {place}{error.strerror or error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,58 @@
+"""``kdrun generate`` and ``kdrun init-student``."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("generate")
+@click.argument("student")
+@click.option("--prompt", required=True, metavar="TEXT", help="The user's message.")
+@click.option(
+    "--max-new-tokens", default=128, show_default=True, metavar="N", type=click.IntRange(1)
+)
+@click.option(
+    "--sampling-temperature",
+    default=0.0,
+    show_default=True,
+    metavar="T",
+    type=click.FloatRange(0),
+    help="0 takes the most likely token.",
+)
+@click.option("--seed", default=0, show_default=True, metavar="SEED")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+def generate(
+    student: str,
+    prompt: str,
+    max_new_tokens: int,
+    sampling_temperature: float,
+    seed: int,
+    trust_remote_code: bool,
+) -> None:
+    """Let a model answer a prompt; STUDENT is a folder, a run's folder or a hub id."""
+    from kdrun.models.generation import answer
+
+    for piece in answer(
+        student, prompt, max_new_tokens, sampling_temperature, seed, trust_remote_code
+    ):
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+@click.command("init-student")
+@click.argument("teacher")
+@click.option("--keep-layers", required=True, type=click.IntRange(1), metavar="N")
+@click.option("--output", required=True, metavar="DIR", help="Folder of the student.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+def init_student(teacher: str, keep_layers: int, output: str, trust_remote_code: bool) -> None:
+    """Make a student of evenly spaced layers of TEACHER, first and last kept."""
+    from kdrun.models.init_student import init_student as make
+    from kdrun.quiet import quiet_libraries
+
+    with quiet_libraries():
+        made = make(teacher, keep_layers, output, trust_remote_code)
+    layers = ", ".join(str(layer) for layer in made.kept_layers)
+    click.echo(
+        f"{made.folder}: {made.parameters / 1e6:.1f} M parameters, layers {layers} of "
+        f"{made.teacher_layers}"
+    )

@@ -1,0 +1,247 @@
+"""Where the values of a configuration come from, and how they are checked.
+
+Later sources win: the schema's defaults, the built-in pair's defaults, a YAML file, then
+``--set section.key=value`` and the flags in the order of the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from kdrun.builtin import DEFAULTS
+from kdrun.config.sections import BUILT_IN, KD_RATIO, RunConfig
+from kdrun.errors import InputError
+
+_NULL = ("", "null")
+_NONE = ("model.teacher", "procedure.spec")
+"""Keys that the word none unsets: it is no name of a teacher or procedure."""
+
+
+def load_config(file: Path | None = None, overrides: Sequence[tuple[str, Any]] = ()) -> RunConfig:
+    """Build the configuration of a run.
+
+    Args:
+        file: YAML with sections and keys.
+        overrides: ``("section.key", value)``; :func:`parse_value` reads values that are text.
+
+    Raises:
+        InputError: unreadable YAML, an unknown key (with a suggestion), or a wrong value.
+    """
+    given = _read_yaml(file) if file is not None else {}
+    for key, value in overrides:
+        _put(given, key, value)
+    _check_keys(given, origin=str(file) if file is not None else "configuration")
+    return validate(complete_pair(given))
+
+
+def validate(values: Mapping[str, Any]) -> RunConfig:
+    """Check values against the schema.
+
+    Raises:
+        InputError: a wrong value, naming its key.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{key}={first['input']!r}: {reason}") from error
+
+
+def complete_pair(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in the teacher, and the settings of the built-in pair and of a procedure.
+
+    Raises:
+        InputError: a student without a teacher or data, or the reverse, or no such procedure.
+    """
+    given = _with_procedure(given)
+    model = dict(_section(given, "model"))
+    data = _section(given, "data")
+    loss = _section(given, "loss")
+    # A schedule of the ratio is never 0 throughout; its bounds are checked later.
+    ratio = 1.0 if KD_RATIO in _section(loss, "schedules") else loss.get(KD_RATIO, 0.5)
+    student = model.get("student")
+    cached = model.get("teacher_cache") is not None
+    if student in (None, BUILT_IN):
+        if model.get("teacher") not in (None, BUILT_IN):
+            raise InputError(
+                f"--teacher {model['teacher']} was given without --student; "
+                "'kdrun init-student' makes one from the teacher's layers"
+            )
+        if "teacher" not in model:
+            model["teacher"] = None if cached else BUILT_IN
+        elif model["teacher"] is None and ratio != 0 and not cached:
+            raise InputError(
+                "--teacher none goes with --kd-ratio 0 only: there is nothing to distil"
+            )
+    else:
+        if model.get("teacher") is None and ratio != 0 and not cached:
+            raise InputError(
+                f"--student {student} was given without --teacher; add one (or --teacher-cache), "
+                "or --kd-ratio 0 to train on the data alone"
+            )
+        if "train" not in data:
+            raise InputError(
+                f"--student {student} was given without --data; name a file, or 'builtin' for the "
+                "built-in text"
+            )
+    result = {**given, "model": model}
+    if student in (None, BUILT_IN):
+        for section, defaults in DEFAULTS.items():
+            result[section] = {**defaults, **_section(given, section)}
+        training = _section(given, "training")
+        if "num_epochs" in training and "max_steps" not in training:
+            del result["training"]["max_steps"]  # it would win over what the user asks for
+    return result
+
+
+def _with_procedure(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Fill in what a procedure wants of a run, where the user leaves it open."""
+    spec = _section(given, "procedure").get("spec")
+    if not isinstance(spec, str):
+        return given
+    from kdrun.procedures.registry import get_procedure
+
+    result = dict(given)
+    for key, value in get_procedure(spec).defaults.items():
+        section, _, name = key.partition(".")
+        result[section] = {name: value, **_section(result, section)}
+    return result
+
+
+def _section(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = given.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def stated_keys(file: Path | None) -> set[str]:
+    """The keys, ``section.key``, that a file states, whatever their values.
+
+    Raises:
+        InputError: unreadable YAML.
+    """
+    sections = {} if file is None else _read_yaml(file)
+    return {f"{section}.{key}" for section in sections for key in _section(sections, section)}
+
+
+def every_key() -> list[str]:
+    """All keys of a configuration, ``section.key``."""
+    return [
+        f"{name}.{key}" for name in RunConfig.model_fields for key in _model_of(name).model_fields
+    ]
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}; name an existing YAML file") from error
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file}: not valid YAML: {reason}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise InputError(f"{file}: expected sections such as 'loss:', got {type(loaded).__name__}")
+    return loaded
+
+
+def parse_value(key: str, text: str) -> Any:
+    """Read what the command line gives a key, by ``--set`` or by its flag.
+
+    A key that holds text takes it as it stands: a folder may be called ``1e3``, and ``#`` and
+    ``:`` belong to a regular expression. Where it may be null, ``null`` and nothing at all make it
+    so, and ``none`` does for a teacher and a procedure. Every other value is YAML, with plain
+    exponents (``1e-3``) as numbers.
+
+    Args:
+        key: ``section.key``.
+        text: what is given.
+
+    Raises:
+        InputError: an unknown key, or YAML that is broken.
+    """
+    annotation = _field(key).annotation
+    if annotation == str | None:
+        return None if text in _NULL or (text == "none" and key in _NONE) else text
+    if annotation is str:
+        return text
+    if "e" in text.lower():
+        with suppress(ValueError):
+            return float(text)
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # a date without such a day is a ValueError
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise InputError(
+            f"{key}={text!r}: not valid YAML ({reason}); check its brackets and quotes"
+        ) from error
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    _field(key)
+    section, _, name = key.partition(".")
+    target = values.get(section)
+    values[section] = {**target, name: value} if isinstance(target, dict) else {name: value}
+
+
+def _field(key: str) -> FieldInfo:
+    """The field of a key that ``--set`` or a flag names."""
+    section, dot, name = key.partition(".")
+    if not dot or not name:
+        raise InputError(f"--set {key}: expected section.key=value, such as optimizer.lr=1e-3")
+    _check_key(section, name, "--set")
+    fields: dict[str, FieldInfo] = _model_of(section).model_fields
+    return fields[name]
+
+
+def _check_keys(values: Mapping[str, Any], origin: str) -> None:
+    for section, content in values.items():
+        _check_is_word(section, origin)
+        _check_key(section, None, origin)
+        if content is None:
+            continue
+        if not isinstance(content, Mapping):
+            raise InputError(f"{origin}: section {section!r} must hold keys, got {content!r}")
+        for name in content:
+            _check_is_word(name, origin, f"{section}: ")
+            _check_key(section, name, origin)
+
+
+def _check_is_word(name: Any, origin: str, place: str = "") -> None:
+    if not isinstance(name, str):
+        raise InputError(
+            f"{origin}: {place}the key is read as {name!r}, not as a word (YAML takes on, off, yes "
+            "and no for true and false); 'kdrun config' prints all sections and keys"
+        )
+
+
+def _check_key(section: str, name: str | None, origin: str) -> None:
+    sections = list(RunConfig.model_fields)
+    if section not in sections:
+        raise InputError(f"{origin}: unknown section {section!r}{_hint(section, sections)}")
+    keys = list(_model_of(section).model_fields)
+    if name is not None and name not in keys:
+        hint = _hint(name, keys, f"{section}.") or _hint(f"{section}.{name}", every_key())
+        raise InputError(f"{origin}: unknown key '{section}.{name}'{hint}")
+
+
+def _model_of(section: str) -> type[BaseModel]:
+    model = RunConfig.model_fields[section].annotation
+    assert isinstance(model, type)
+    assert issubclass(model, BaseModel)
+    return model
+
+
+def _hint(word: str, known: list[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean '{prefix}{close[0]}'?" if close else f"; known: {', '.join(known)}"

@@ -1,0 +1,64 @@
+"""The default configuration as YAML, each key with its description as a comment."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from kdrun.config.load import load_config
+from kdrun.config.sections import RunConfig
+
+_WIDTH = 100
+_HEAD = (
+    "Every key of a run, with the values that a run without options takes: those of the built-in "
+    "pair. Keep what you change and leave out the rest; 'kdrun --config FILE' reads it."
+)
+
+
+def default_yaml() -> str:
+    """What ``kdrun config`` prints; ``kdrun --config`` takes it back."""
+    return "\n".join(_lines(load_config())) + "\n"
+
+
+def _lines(config: RunConfig) -> Iterator[str]:
+    yield from _comment(_HEAD, "")
+    for name, field in type(config).model_fields.items():
+        section: BaseModel = getattr(config, name)
+        yield ""
+        yield from _comment(str(type(section).__doc__).split("\n")[0], "")
+        yield f"{name}:"
+        elsewhere = field.get_default(call_default_factory=True)
+        values = section.model_dump(mode="json")
+        for key, inner in type(section).model_fields.items():
+            other = elsewhere.model_dump(mode="json")[key]
+            yield from _comment(_describe(inner, values[key], other), "  ")
+            yield f"  {key}: {_dump(values[key])}"
+
+
+def _describe(field: FieldInfo, value: Any, elsewhere: Any) -> str:
+    parts = [str(field.description)]
+    if choices := _choices(field.annotation):
+        parts.append(f"one of {', '.join(choices)}")
+    if value != elsewhere and elsewhere is not None:
+        parts.append(f"{_dump(elsewhere)} for other pairs")
+    return "; ".join(parts)
+
+
+def _dump(value: Any) -> str:
+    """A value on one line."""
+    return str(yaml.safe_dump(value, default_flow_style=True, width=10_000)).splitlines()[0]
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The words that a key takes, where it takes nothing else."""
+    return list(map(str, get_args(annotation))) if get_origin(annotation) is Literal else []
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    prefix = f"{indent}# "
+    return textwrap.wrap(text, _WIDTH, initial_indent=prefix, subsequent_indent=prefix)

@@ -1,0 +1,1 @@
+"""Losses on the command line: built, listed, described, plotted, checked and begun anew."""

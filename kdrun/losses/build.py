@@ -1,0 +1,56 @@
+"""The loss of a configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kdrun.config.sections import KD_RATIO
+from kdrun.errors import InputError
+
+if TYPE_CHECKING:
+    from kdlosses import TokenLoss
+    from kdrun.config.sections import LossConfig
+
+
+def check_name(spec: str) -> None:
+    """Refuse a spec whose name is registered by no distribution; imports no loss.
+
+    Raises:
+        InputError: with a close name.
+    """
+    from kdlosses import LossSpecError, find_loss, parse_spec
+
+    try:
+        for term in parse_spec(spec).terms:
+            find_loss(term.name)
+    except LossSpecError as error:
+        raise InputError(str(error)) from error
+
+
+def build_loss(config: LossConfig, vocab_size: int | None) -> TokenLoss:
+    """The loss of a configuration.
+
+    Raises:
+        InputError: an unknown loss, a parameter that it does not take or a value out of bounds.
+    """
+    from kdlosses import BrokenLossError, LossSpecError, get_loss
+
+    try:
+        return get_loss(
+            config.spec,
+            chunk_size=config.chunk_size,
+            temperature=config.temperature,
+            temperature_scaling=config.temperature_scaling,
+            vocab_size=vocab_size,
+            match_curvature=config.match_curvature,
+            compiled=config.compiled,
+            schedules={key: at for key, at in config.schedules.items() if key != KD_RATIO},
+        )
+    except (LossSpecError, BrokenLossError) as error:
+        raise InputError(str(error)) from error
+
+
+def unchunked(config: LossConfig) -> LossConfig:
+    """The same loss as plain autograd, for a look at whether it accepts a teacher."""
+    plain = {"spec": config.spec.replace("_chunked", ""), "chunk_size": None, "compiled": None}
+    return config.model_copy(update=plain)

@@ -1,0 +1,91 @@
+"""What ``kdrun losses check`` prints."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kdlosses import BrokenLossError, LossSpecError, available_losses, testing
+from kdrun.losses.describe import single_loss
+
+_COLOURS = {"passed": "green", "failed": "red", "expected failure": "yellow"}
+
+
+def check_one(spec: str) -> bool:
+    """Run the conformance checks of a loss and print a row for each.
+
+    Returns:
+        Whether none failed.
+
+    Raises:
+        LossSpecError: no such loss.
+        BrokenLossError: it cannot be imported.
+    """
+    results = _results(spec)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("check", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("reason")
+    for result in results:
+        table.add_row(result.name, _coloured(result.verdict), escape(result.reason))
+    console = _console()
+    console.print(table)
+    console.print(f"\n{escape(spec)}: {_verdict(results)}")
+    return not _failed(results)
+
+
+def check_all() -> bool:
+    """Run the checks of every registered loss, one line each, and the failures below it.
+
+    Returns:
+        Whether none failed. A loss that cannot be used counts as failed.
+    """
+    console = _console()
+    names = sorted({ref.name for ref in available_losses()})
+    good = 0
+    for name in names:
+        try:
+            results = _results(name)
+        except (BrokenLossError, LossSpecError) as error:
+            console.print(f"{name}: [red]broken[/red]: {escape(str(error))}")
+            continue
+        good += not _failed(results)
+        console.print(f"{name}: {_verdict(results)}")
+        for result in results:
+            if result.verdict != "passed":
+                verdict = _coloured(result.verdict)
+                console.print(f"  {result.name}: {verdict}: {escape(result.reason)}")
+    console.print(f"\n{good} of {len(names)} losses pass")
+    return good == len(names)
+
+
+def _results(spec: str) -> list[testing.CheckResult]:
+    loss = single_loss(spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return testing.run_checks(loss)
+
+
+def _failed(results: list[testing.CheckResult]) -> int:
+    return sum(result.verdict == "failed" for result in results)
+
+
+def _verdict(results: list[testing.CheckResult]) -> str:
+    failed = _failed(results)
+    expected = sum(result.verdict == "expected failure" for result in results)
+    declared = f", {expected} expected to fail" if expected else ""
+    if failed:
+        return f"[red]failed[/red] ({failed} of {len(results)} checks{declared})"
+    return f"[green]passed[/green] ({len(results) - expected} checks{declared})"
+
+
+def _coloured(verdict: str) -> str:
+    return f"[{_COLOURS[verdict]}]{verdict}[/]"
+
+
+def _console() -> Any:
+    return Console(highlight=False, soft_wrap=True)

@@ -1,0 +1,109 @@
+"""What ``kdrun losses`` prints."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kdlosses import (
+    BrokenLossError,
+    LossRef,
+    LossSpecError,
+    available_losses,
+    find_loss,
+    parse_spec,
+)
+from kdrun.errors import InputError
+from kdrun.losses.describe import doc_parts, family, parameters, single_loss, traits
+
+if TYPE_CHECKING:
+    from kdlosses import Loss
+
+
+def print_list(details: bool) -> None:
+    """One row a loss; with ``details`` each is imported, and a broken one says so."""
+    console = _console()
+    if details:
+        for ref in available_losses():
+            for line in _details(ref):
+                console.print(line, markup=False)
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "distribution"):
+        table.add_column(heading, no_wrap=True)
+    for ref in available_losses():
+        table.add_row(escape(ref.name), escape(ref.distribution))
+    console.print(table)
+
+
+def print_loss(name: str, plot: Path | None = None) -> None:
+    """Formula, parameters, traits and plot of one loss.
+
+    Args:
+        name: of the loss, with parameters or without.
+        plot: a picture of the plot to write.
+
+    Raises:
+        LossSpecError: no such loss.
+        InputError: a picture that cannot be written, or a sum of losses.
+    """
+    loss = single_loss(name)
+    if plot is not None:
+        from kdrun.losses.plot import check_plot_file, write_plot
+
+        check_plot_file(plot)
+        write_plot(name, plot)
+    console = _console()
+    console.print(inspect.cleandoc(type(loss).__doc__ or "(no docstring)"), markup=False)
+    console.print()
+    if fields := parameters(loss):
+        table = Table(box=None, pad_edge=False)
+        for heading in ("parameter", "value", "bounds", "meaning"):
+            table.add_column(heading)
+        for field in fields:
+            table.add_row(*map(escape, (field.name, field.value, field.bounds, field.meaning)))
+        console.print(table)
+        console.print()
+    for trait, value in traits(loss).items():
+        console.print(f"{trait}: {value}", markup=False)
+    ref = find_loss(parse_spec(name).terms[0].name)
+    console.print(f"registered by {ref.distribution} as {ref.name} and {ref.name}_chunked")
+    console.print()
+    _print_plot(console, name)
+    if plot is not None:
+        console.print(f"\n{plot} written", markup=False)
+
+
+def _print_plot(console: Any, name: str) -> None:
+    from kdrun.losses.plot import SETTING, draw_text
+
+    try:
+        lines = draw_text(name, console.encoding)
+    except InputError as error:  # whoever wrote the loss still wants to see the rest
+        console.print(f"no plot: {error}", markup=False)
+        return
+    for line in lines:
+        console.print(line, markup=False)
+    console.print(SETTING)
+
+
+def _details(ref: LossRef) -> list[str]:
+    """Lines about one loss; a table's cells would be too narrow for formula and reference."""
+    heading = [ref.name, ref.distribution]
+    try:
+        loss: Loss = single_loss(ref.name)
+    except (BrokenLossError, LossSpecError) as error:
+        return ["  ".join([*heading, "broken"]), f"    {error}"]
+    heading += [family(loss), ", ".join(f"{k}={v}" for k, v in loss.model_dump().items())]
+    parts = doc_parts(loss)
+    more = [parts.formula or parts.title, parts.reference]
+    return ["  ".join(heading).rstrip(), *(f"    {line}" for line in more)]
+
+
+def _console() -> Any:
+    return Console(highlight=False, soft_wrap=True)

@@ -1,0 +1,189 @@
+"""Text from a model: batches of prompts to token ids, and one answer for a look at a student."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrun.builtin import TEACHER_DIR
+from kdrun.config.sections import BUILT_IN
+from kdrun.data.chat import ChatRenderer
+from kdrun.data.formats import Message
+from kdrun.errors import InputError
+from kdrun.models.load import load_model
+from kdrun.models.locate import STUDENT, ModelSource, holds_model, locate_model
+from kdrun.models.tokenizers import load_tokenizer
+from kdrun.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling_temperature: float = 0.0,
+    batch_size: int = 16,
+) -> list[list[int]]:
+    """Continue prompts, in batches of similar length padded on the left.
+
+    Nothing is inherited from the model's generation settings but its end-of-text tokens: a
+    repetition penalty that a model brings along would make answers another model's.
+
+    Args:
+        model: in evaluation mode meanwhile; no gradient is recorded.
+        tokenizer: gives padding and end tokens.
+        prompts: token ids; none is empty.
+        max_new_tokens: where a continuation is cut.
+        sampling_temperature: 0 takes the most likely token; else the whole distribution is
+            sampled at this temperature, with torch's global generator.
+        batch_size: prompts at once.
+
+    Returns:
+        The new ids of each prompt, in the order of the prompts, without the end token.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    stops = stop_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
+    sampled = sampling_temperature > 0
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=sampled,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=pad,
+        **({"temperature": sampling_temperature, "top_p": 1.0, "top_k": 0} if sampled else {}),
+    )
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    found: dict[int, list[int]] = {}
+    with _for_generation(model):
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            width = len(prompts[batch[-1]])
+            ids = torch.full((len(batch), width), pad, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, number in enumerate(batch):
+                ids[row, width - len(prompts[number]) :] = torch.tensor(prompts[number])
+                mask[row, width - len(prompts[number]) :] = 1
+            output: Any = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=settings,
+            )
+            for number, new in zip(batch, output[:, width:].tolist(), strict=True):
+                end = next((i for i, token in enumerate(new) if token in stops), len(new))
+                found[number] = new[:end]
+    return [found[number] for number in range(len(prompts))]
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer: the tokenizer's, the model's, and the chat template's."""
+    from kdrun.data.encode import encode_chats
+    from kdrun.data.formats import ChatRow
+    from kdrun.data.records import Position
+
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    found = set(ids if isinstance(ids, list) else [ids])
+    found.add(tokenizer.eos_token_id)
+    turn = ChatRow((Message("user", "a"), Message("assistant", "b")), Position("", 0))
+    try:
+        example = encode_chats([turn], tokenizer, 1 << 20).examples[0]
+    except InputError:  # a template that refuses so short a conversation
+        return found - {None}
+    answer = [label for label in example["labels"] if label >= 0]
+    if answer[-1] in tokenizer.added_tokens_decoder:
+        found.add(answer[-1])
+    return found - {None}
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """The ids that a model is given to answer a conversation, exactly as in training.
+
+    Raises:
+        BadRowError: the chat template refuses the conversation.
+    """
+    text = ChatRenderer(tokenizer).render(messages, for_generation=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def answer(
+    model_name: str,
+    prompt: str,
+    max_new_tokens: int,
+    sampling_temperature: float,
+    seed: int,
+    trust_remote_code: bool,
+) -> Iterator[str]:
+    """Generate an answer, prompted exactly as chats are in training.
+
+    Args:
+        model_name: a model's folder or hub id, a run's folder, or 'builtin'.
+        prompt: the user's message; given as it is to a model without a chat template.
+        max_new_tokens: where the answer is cut.
+        sampling_temperature: 0 takes the most likely token.
+        seed: of the sampling.
+        trust_remote_code: run Python code that comes with the model.
+
+    Yields:
+        The text, so far all at once.
+
+    Raises:
+        InputError: no such model, or an empty prompt.
+    """
+    import torch
+
+    with quiet_libraries():
+        source = find_model(model_name)
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        model = load_model(source, trust_remote_code=trust_remote_code)
+        if tokenizer.chat_template:
+            ids = encode_prompt(tokenizer, [Message("user", prompt)])
+        else:
+            ids = list(tokenizer(prompt)["input_ids"])
+        if not ids:
+            raise InputError("--prompt is empty; give the model something to answer")
+        torch.manual_seed(seed)
+        (new,) = generate(
+            model,
+            tokenizer,
+            [ids],
+            max_new_tokens=max_new_tokens,
+            sampling_temperature=sampling_temperature,
+        )
+    yield tokenizer.decode(new, skip_special_tokens=True)
+
+
+def find_model(name: str) -> ModelSource:
+    """Where a model is that is looked at: as for training, or the student of a run's folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name == BUILT_IN:
+        return ModelSource(str(TEACHER_DIR))
+    if holds_model(Path(name) / STUDENT):
+        return locate_model(Path(name) / STUDENT)
+    return locate_model(name)
+
+
+@contextmanager
+def _for_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and no generation settings of the model's own, for a while."""
+    from transformers import GenerationConfig
+
+    training, own = model.training, model.generation_config
+    model.eval()
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.train(training)
+        model.generation_config = own

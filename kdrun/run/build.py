@@ -1,0 +1,177 @@
+"""The trainer of a run, with all that it says and writes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kdrun.config.sections import KD_RATIO
+from kdrun.files import write_text
+from kdrun.losses.build import build_loss
+from kdrun.run import folder as runs
+from kdrun.run.arguments import settle, training_arguments
+from kdrun.run.check import procedure_of
+from kdrun.run.trackers import place_logs
+from kdrun.training.checkpoint import broken_checkpoints
+
+if TYPE_CHECKING:
+    from kdrun.config.sections import DataConfig, RunConfig, TrainingConfig
+    from kdrun.run.load import Loaded
+    from kdrun.run.prepare import Prepared
+    from kdrun.run.start import Start
+    from kdrun.training.progress import ShowProgress, TokenRate
+    from kdrun.training.trainer import DistillTrainer
+
+
+@dataclass(frozen=True)
+class Built:
+    """A run that is ready to train.
+
+    Attributes:
+        config: with what was chosen automatically written down.
+        trainer: trains.
+        rate: counts supervised tokens a second.
+        progress: shows the steps.
+    """
+
+    config: RunConfig
+    trainer: DistillTrainer
+    rate: TokenRate
+    progress: ShowProgress
+
+
+def build(config: RunConfig, prepared: Prepared, loaded: Loaded, start: Start) -> Built:
+    """Put models, rows and loss into a trainer, and begin the run's records.
+
+    Nothing is refused any more once this returns, and an earlier run in the folder is gone.
+
+    Args:
+        config: of the run.
+        prepared: gives the examples.
+        loaded: gives the models.
+        start: gives folder and processes.
+    """
+    from kdrun.data.collate import Collator
+    from kdrun.data.origins import Numbered
+    from kdrun.training.trainer import DistillTrainer
+
+    pair, examples = prepared.pair, prepared.examples
+    arguments = training_arguments(
+        config.optimizer, config.training, start.folder / runs.CHECKPOINTS
+    )
+    width = loaded.student.get_output_embeddings().weight.shape[1]
+    count = len(examples.train)  # type: ignore[arg-type]
+    config = settle(config, pair.vocab_size, width, arguments.device, count)
+    if config.training.fsdp:
+        _shard(loaded)
+    trainer = DistillTrainer(
+        model=loaded.student,
+        teacher=loaded.teacher.training,
+        loss=build_loss(config.loss, pair.vocab_size),
+        kd_ratio=config.loss.schedules.get(KD_RATIO, config.loss.kd_ratio),
+        args=arguments,
+        data_collator=Collator(pair.tokenizer.pad_token_id),
+        train_dataset=Numbered(examples.train),
+        eval_dataset=examples.held_out,
+        processing_class=pair.tokenizer,
+        procedure=procedure_of(config),
+        sampling=prepared.sampling,
+    )
+    arguments.save_only_model = False  # SavingTrainer keeps the optimiser's parts as well
+    trainer.eval_teacher = loaded.teacher.evaluation
+    _begin_procedure(trainer, config.data, prepared, start)
+    _guard(trainer, config.training, prepared, start)
+    _tell(trainer, start)
+    rate, show = _listen(trainer, config.training, start)
+    if start.world.is_main:
+        _begin_records(trainer, config, pair.fresh_student, start)
+    return Built(config, trainer, rate, show)
+
+
+def _shard(loaded: Loaded) -> None:
+    from kdrun.models.heads import FrozenTeacher, causal_lm
+    from kdrun.models.shard import shard
+
+    shard(causal_lm(loaded.student))
+    for live in dict.fromkeys((loaded.teacher.training, loaded.teacher.evaluation)):
+        if isinstance(live, FrozenTeacher):
+            shard(live.model)
+
+
+def _begin_procedure(
+    trainer: DistillTrainer, data: DataConfig, prepared: Prepared, start: Start
+) -> None:
+    """Give a procedure what it needs beside the trainer's models, and let it prepare the rows."""
+    from kdrun.data.token_cache import TokenCache
+
+    session = trainer.session
+    if session is None:
+        return
+    cache = TokenCache.at(data.cache_dir)
+    session.answers_folder = None if cache is None else cache.folder
+    session.text = prepared.text
+    session.say = start.say
+    trainer.train_dataset = session.procedure.prepare(trainer.train_dataset, session)
+
+
+def _guard(
+    trainer: DistillTrainer, training: TrainingConfig, prepared: Prepared, start: Start
+) -> None:
+    from kdrun.training.guard import LossGuard
+
+    trainer.guard = LossGuard(
+        skip=training.nan_loss == "skip",
+        limit=training.max_skipped_steps,
+        name_rows=prepared.examples.origins.name,
+        say=start.say,
+    )
+
+
+def _tell(trainer: DistillTrainer, start: Start) -> None:
+    """Say how logits are made, and where the run goes on."""
+    for name, split in trainer.splits.items():
+        if split.reason is not None:
+            start.console.print(f"{name}: chunks of its full logits are used: {split.reason}")
+    if start.resume:
+        for name in broken_checkpoints(start.folder / runs.CHECKPOINTS):
+            start.say(f"{name} is incomplete and left out")
+        if start.checkpoint is None:
+            start.console.print("no complete checkpoint: the run starts anew")
+
+
+def _listen(
+    trainer: DistillTrainer, training: TrainingConfig, start: Start
+) -> tuple[TokenRate, ShowProgress]:
+    """Replace the Trainer's own display, ahead of trackers."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from kdrun.training.gradient_parts import GradientParts
+    from kdrun.training.progress import ShowProgress, TokenRate
+
+    rate = TokenRate(trainer, time.monotonic)
+    show = ShowProgress(start.console)
+    # The rate does not count the gradient's parts.
+    parts = [GradientParts(trainer)] if training.gradient_parts else []
+    added: list[Any] = [*parts, rate, show]
+    for unwanted in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(unwanted)
+    for callback in added:
+        trainer.add_callback(callback)
+    # Trackers would not see what these add to a line of the log.
+    trainer.callback_handler.callbacks.sort(key=lambda callback: callback not in added)
+    place_logs(trainer, start.folder / runs.TENSORBOARD)
+    return rate, show
+
+
+def _begin_records(
+    trainer: DistillTrainer, config: RunConfig, fresh_student: bool, start: Start
+) -> None:
+    from kdrun.training.progress import MetricsFile, WriteMetrics
+
+    folder = start.folder
+    if not start.resume:
+        adapted = config.lora.rank is not None and fresh_student
+        runs.clear(folder, keep_base=adapted)
+    write_text(folder / runs.CONFIG, config.to_yaml())
+    trainer.add_callback(WriteMetrics(MetricsFile(folder / runs.METRICS, start.first_step)))

@@ -1,0 +1,71 @@
+"""What is checked before anything heavy is imported or anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kdrun.cache.choose import check_cached_rows
+from kdrun.config.load import complete_pair, validate
+from kdrun.config.sections import RunConfig
+from kdrun.data.prepare import RawRows, check_packed_rows, read_rows
+from kdrun.errors import InputError
+from kdrun.losses.build import build_loss, check_name
+from kdrun.models.adapters import check_peft
+from kdrun.models.pairs import locate_pair
+from kdrun.models.quantize import check_quantization
+from kdrun.procedures.registry import get_procedure
+from kdrun.run.processes import check_deepspeed
+from kdrun.run.trackers import check_tracker
+
+if TYPE_CHECKING:
+    from kdrun.procedures.base import Procedure
+
+
+def resolve(given: RunConfig | Mapping[str, Any]) -> RunConfig:
+    """A configuration as it is, or from its sections.
+
+    Raises:
+        InputError: an unknown key or a wrong value.
+    """
+    return given if isinstance(given, RunConfig) else validate(complete_pair(given))
+
+
+def check(config: RunConfig) -> RawRows:
+    """Check a run's input, and read its rows.
+
+    Raises:
+        InputError: what is wrong, in one line.
+    """
+    check_name(config.loss.spec)
+    check_peft(config.lora)
+    procedure_of(config)
+    check_tracker(config.training.report_to)
+    check_quantization(config.model, config.training.fsdp)
+    check_deepspeed(config.training.deepspeed)
+    locate_pair(config.model)
+    rows = read_rows(config.data)
+    check_cached_rows(config.model.teacher_cache, config.data.shift_windows, rows)
+    check_packed_rows(config.data, rows)
+    build_loss(config.loss, vocab_size=None)
+    if config.training.fsdp and config.lora.merge:
+        raise InputError(
+            "lora.merge=true: not with training.fsdp=true; leave it out and merge the saved adapter"
+        )
+    return rows
+
+
+def procedure_of(config: RunConfig) -> Procedure | None:
+    """The procedure of a run, once it is known to have a meaning with it; loads no model.
+
+    Raises:
+        InputError: an unknown procedure, or a run that it does not go with.
+    """
+    if config.procedure.spec is None:
+        return None
+    from kdrun.procedures.sampling import Sampling
+
+    procedure = get_procedure(config.procedure.spec)
+    procedure.check(config)
+    Sampling.of(config.procedure, config.data.max_length)
+    return procedure

@@ -1,0 +1,87 @@
+"""One run from its configuration to its folder: what ``kdrun`` and ``kdrun.distill`` do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrun.models.locate import STUDENT
+from kdrun.quiet import quiet_libraries
+from kdrun.run.check import check, resolve
+from kdrun.run.folder import one_line_where_nothing_can_be_written
+from kdrun.run.prepare import prepare
+from kdrun.run.start import open_folder
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kdrun.config.sections import RunConfig
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves.
+
+    Attributes:
+        folder: the run's folder.
+        summary: the content of ``summary.json``.
+    """
+
+    folder: Path
+    summary: Mapping[str, Any]
+
+    @property
+    def student(self) -> Path:
+        """The folder of the trained student."""
+        return self.folder / STUDENT
+
+
+def distill(
+    config: RunConfig | Mapping[str, Any],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> RunResult:
+    """Distil a student, as the command ``kdrun`` does.
+
+    Args:
+        config: a :class:`RunConfig` or its sections as a mapping.
+        resume: continue the run in ``output.dir`` from its newest complete checkpoint.
+        overwrite: replace the run in ``output.dir``.
+        console: where progress is shown; by default standard error.
+
+    Returns:
+        The run's folder and its summary.
+
+    Raises:
+        InputError: wrong input; nothing was written over.
+        TrainingError: training failed, such as a loss that became NaN.
+        Interrupted: stopped by Ctrl-C, after a checkpoint was saved.
+        UnwritableError: the disk is full, or the folder cannot be written any more.
+    """
+    config = resolve(config)
+    rows = check(config)
+    start = open_folder(config, resume, overwrite, console)
+    if start.finished is not None:
+        start.say(f"the run in {start.folder} is finished; nothing is left to do")
+        return RunResult(start.folder, start.finished)
+
+    with quiet_libraries(), one_line_where_nothing_can_be_written(start.folder):
+        from kdrun.run.build import build
+        from kdrun.run.finish import finish
+        from kdrun.run.load import load
+        from kdrun.run.train import train
+
+        began = time.monotonic()
+        prepared = prepare(
+            config.model, config.data, config.procedure, rows, config.training.seed, start.say
+        )
+        loaded = load(config, prepared, start)
+        built = build(config, prepared, loaded, start)
+        before = train(built, start)
+        summary = finish(built, loaded, before, began, start)
+    return RunResult(start.folder, summary)

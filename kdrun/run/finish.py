@@ -1,0 +1,151 @@
+"""The end of a run: the trained student is measured, saved, asked, and summed up."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from kdrun.evaluation.yardsticks import YARDSTICKS
+from kdrun.files import write_json, write_lines
+from kdrun.models.locate import STUDENT
+from kdrun.run import folder as runs
+from kdrun.run.environment import git_state, versions
+from kdrun.run.train import held_out_measures
+
+if TYPE_CHECKING:
+    from kdrun.run.build import Built
+    from kdrun.run.load import Loaded
+    from kdrun.run.start import Start
+    from kdrun.training.trainer import DistillTrainer
+
+
+def finish(
+    built: Built, loaded: Loaded, before: Mapping[str, Any], began: float, start: Start
+) -> dict[str, Any]:
+    """Measure and save the student, and write ``summary.json``.
+
+    Args:
+        built: the run, trained.
+        loaded: what its student is asked.
+        before: the measures before training.
+        began: when the run did, by :func:`time.monotonic`.
+        start: gives folder and console.
+
+    Returns:
+        The summary.
+    """
+    trainer = built.trainer
+    after = held_out_measures(trainer)
+    save_student(trainer, start, built.config.lora.merge)
+    if loaded.questions:
+        after |= _ask(built, loaded, start)
+    written = {} if trainer.session is None else trainer.session.figures()
+    summary = {
+        "before": dict(before),
+        "after": after,
+        "steps": trainer.state.global_step,
+        **({"procedure": written} if written else {}),
+        "skipped_steps": trainer.guard.skipped,
+        "supervised_tokens_per_second": round(built.rate.rate * trainer.args.world_size, 1),
+        "training_seconds": round(built.rate.seconds, 2),
+        "total_seconds": round(time.monotonic() - began, 2),
+        "peak_memory_mib": _peak_memory_mib(),
+        "seed": built.config.training.seed,
+        "versions": versions(),
+        "git": git_state(),
+        "command": sys.argv,
+    }
+    if start.world.is_main:
+        write_json(start.folder / runs.SUMMARY, summary)
+    _show(built, summary, written, start)
+    return summary
+
+
+def _ask(built: Built, loaded: Loaded, start: Start) -> dict[str, Any]:
+    """The student's answers, and their mean scores."""
+    from kdrun.evaluation.answers import ask, mean_scores
+    from kdrun.models.heads import causal_lm
+
+    tokenizer = built.trainer.processing_class
+    answers = ask(causal_lm(loaded.student), tokenizer, loaded.questions, built.config.evaluation)
+    write_lines(start.folder / runs.ANSWERS, [answer.line() for answer in answers])
+    return {f"eval_{name}": value for name, value in mean_scores(answers).items()}
+
+
+def save_student(trainer: DistillTrainer, start: Start, merge: bool) -> None:
+    """Write the student as a Hugging Face folder.
+
+    Args:
+        trainer: has it.
+        start: gives the folder.
+        merge: merge the adapters into it, and keep them beside it.
+    """
+    from kdrun.models.heads import uninstall
+    from kdrun.models.shard import gather
+
+    model, tokenizer = trainer.model, trainer.processing_class
+    weights = {}
+    if trainer.is_distributed_loading_by_transformers:
+        weights = {"state_dict": gather(model)}
+    if not trainer.args.should_save:
+        return
+    uninstall(model)
+    folder = start.folder
+    if merge:
+        model.save_pretrained(folder / runs.ADAPTER)
+        tokenizer.save_pretrained(folder / runs.ADAPTER)
+        model = model.merge_and_unload()
+    model.save_pretrained(folder / STUDENT, **weights)
+    tokenizer.save_pretrained(folder / STUDENT)
+
+
+def _show(
+    built: Built, summary: Mapping[str, Any], written: Mapping[str, float], start: Start
+) -> None:
+    start.console.print(before_after(summary["before"], summary["after"]))
+    start.console.print(
+        f"{summary['steps']} steps in {built.rate.seconds:.0f} s "
+        f"({summary['supervised_tokens_per_second']:.0f} supervised tokens/s), "
+        f"{summary['total_seconds']:.0f} s in all, peak memory {summary['peak_memory_mib']} MiB"
+    )
+    session = built.trainer.session
+    if session is not None:
+        for line in session.remarks(written):
+            start.say(f"procedure {built.config.procedure.spec}: {line}")
+    start.say(f"student: {start.folder / STUDENT}")
+
+
+def _peak_memory_mib() -> int | None:
+    """The most memory of this process, or of its GPU; None where the system does not tell."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated() / 2**20)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    divisor = 2**20 if platform.system() == "Darwin" else 2**10
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / divisor)
+
+
+def before_after(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
+    """The measures on held-out rows before and after training."""
+    table = Table(title="held-out rows", title_justify="left")
+    for heading in ("measure", "before", "after", ""):
+        table.add_column(heading, justify="right" if heading in ("before", "after") else "left")
+    for yardstick in YARDSTICKS:
+        key = f"eval_{yardstick.name}"
+        values = [_figure(measures.get(key)) for measures in (before, after)]
+        if key in after:
+            table.add_row(yardstick.title, *values, yardstick.explained)
+    return table
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

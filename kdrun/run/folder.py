@@ -1,0 +1,134 @@
+"""The folder of a run: what is in it, and which folder a new run may take."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kdrun.errors import InputError, UnwritableError
+from kdrun.models.locate import STUDENT
+from kdrun.paths import expand_home
+from kdrun.training.checkpoint import newest_checkpoint
+
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+ANSWERS = "answers.jsonl"
+CHECKPOINTS, BEFORE = "checkpoints", "before.json"
+TENSORBOARD = "tensorboard"
+ADAPTER, BASE = "adapter", "base"
+"""The adapter of a merged student; the initial weights of a built-in student with adapters."""
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+
+
+def choose_folder(given: str | None, loss: str) -> Path:
+    """The folder of a run: the one given, or a new ``runs/<time>-<loss>``."""
+    if given is not None:
+        return expand_home(given)
+    from kdlosses import parse_spec
+
+    parsed = parse_spec(loss)
+    name = "+".join(term.name for term in parsed.terms) + ("_chunked" if parsed.chunked else "")
+    base = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    folder, count = base, 1
+    while folder.exists():
+        count += 1
+        folder = base.with_name(f"{base.name}-{count}")
+    return folder
+
+
+def prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Create the folder of a run, or refuse one that holds something else; removes nothing.
+
+    Raises:
+        InputError: it holds another run or foreign files, or cannot be written.
+    """
+    if folder.is_file():
+        raise InputError(f"--output {folder} is a file; name a folder")
+    holds_run = (folder / CONFIG).is_file()
+    if resume and not holds_run:
+        raise InputError(f"--resume: {folder} holds no run to continue")
+    if folder.is_dir() and not resume and _holds_anything(folder):
+        if not holds_run:
+            raise InputError(
+                f"--output {folder} is not empty and holds no run; name another folder"
+            )
+        if not overwrite:
+            raise InputError(
+                f"--output {folder} holds a run; add --resume to continue it, --overwrite to "
+                "replace it, or name another folder"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder}: {error.strerror}; name a writable folder") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--output {folder} cannot be written; name another folder")
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Whether there is more in a folder than a start that was refused leaves."""
+    left = folder / CHECKPOINTS
+    return any(entry != left or not _is_empty(entry) for entry in folder.iterdir())
+
+
+def _is_empty(entry: Path) -> bool:
+    return entry.is_dir() and not any(entry.iterdir())
+
+
+def clear(folder: Path, keep_base: bool) -> None:
+    """Remove what an earlier run wrote, and nothing else.
+
+    Called only once nothing can be refused any more: wrong input costs no finished run.
+
+    Args:
+        folder: of the run.
+        keep_base: leave :data:`BASE` as it is, which the new run has just written.
+    """
+    for name in (CONFIG, METRICS, SUMMARY, ANSWERS):
+        (folder / name).unlink(missing_ok=True)
+    for name in (STUDENT, CHECKPOINTS, ADAPTER, TENSORBOARD, *(() if keep_base else (BASE,))):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+@contextmanager
+def one_line_where_nothing_can_be_written(folder: Path) -> Iterator[None]:
+    """Turn what libraries raise on a full disk into one line that says how to go on.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        UnwritableError: in place of the error, which is its cause.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _storage_reason(error, folder)
+        if reason is None:
+            raise
+        newest = newest_checkpoint(folder / CHECKPOINTS)
+        kept = "no checkpoint was complete yet" if newest is None else f"{newest.name} is complete"
+        raise UnwritableError(
+            f"{folder} cannot be written ({reason}); {kept}: make room, and continue with "
+            f"--resume --output {folder}"
+        ) from error
+
+
+def _storage_reason(error: Exception, folder: Path) -> str | None:
+    """Why a folder did not take a file, in the words of the system; None for other errors."""
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        inside = folder.resolve() in Path(error.filename or folder / "file").resolve().parents
+        return os.strerror(error.errno) if inside else None
+    # safetensors writes the number into its message; torch tells it to nobody.
+    text = str(error)
+    number = re.search(r"os error (\d+)", text)
+    if number is not None and int(number[1]) in _STORAGE:
+        return os.strerror(int(number[1]))
+    if "PytorchStreamWriter" in text or "unexpected pos" in text:
+        return "torch could not write all of a file"
+    return None

@@ -1,0 +1,92 @@
+"""The models of a run: teacher and student with their weights, and what the student is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrun.cache.choose import ChosenTeacher, choose_teacher
+from kdrun.errors import InputError
+from kdrun.losses.build import build_loss, unchunked
+from kdrun.models.adapters import add_adapters, describe_adapters
+from kdrun.models.pairs import Pair, describe_cut, describe_model, load_student
+from kdrun.run import folder as runs
+
+if TYPE_CHECKING:
+    from kdrun.config.sections import LoraConfig, RunConfig
+    from kdrun.evaluation.answers import Question
+    from kdrun.run.prepare import Prepared
+    from kdrun.run.start import Start
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The models of a run.
+
+    Attributes:
+        teacher: what is distilled, and what is measured against.
+        student: the causal language model, under peft where adapters are trained.
+        questions: held-out prompts that the trained student answers.
+    """
+
+    teacher: ChosenTeacher
+    student: Any
+    questions: Sequence[Question]
+
+
+def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
+    """Load teacher and student, and put adapters on the student.
+
+    Args:
+        config: names the models, the loss and the adapters, and says what is asked.
+        prepared: gives the pair and its examples.
+        start: gives folder and processes, and shows what is loaded.
+
+    Raises:
+        InputError: a model or a cache does not suit the run.
+    """
+    from kdrun.evaluation.answers import choose_questions
+    from kdrun.models.heads import FrozenTeacher
+    from kdrun.models.packing import check_packing
+
+    pair = prepared.pair
+    loss = build_loss(unchunked(config.loss), None)
+    teacher = choose_teacher(config.model, config.loss, pair, prepared.examples, loss)
+    student: Any = load_student(pair, config.model, config.training.seed)
+    widths = {"student": student.get_output_embeddings().weight.shape[0], **teacher.widths}
+    describe_cut(widths, pair.vocab_size, start.say)
+    questions, asked = choose_questions(
+        prepared.held_out, pair.tokenizer, config.evaluation, student
+    )
+    for line in (*teacher.notes, f"student: {describe_model(student)}"):
+        start.say(line)
+    if asked is not None:
+        start.say(asked)
+    if config.data.packing:
+        check_packing(student, str(pair.student))
+        if isinstance(teacher.training, FrozenTeacher):
+            check_packing(teacher.training.model, str(pair.teacher))
+    if config.lora.rank is not None:
+        student = _with_adapters(student, pair, config.lora, config.training.seed, start)
+        start.say(describe_adapters(student, config.lora))
+    if questions and start.world.size > 1:
+        raise InputError(
+            "evaluation.answers: not in several processes; set it to 0, and let 'kdrun evaluate' "
+            "ask the trained student"
+        )
+    return Loaded(teacher, student, questions)
+
+
+def _with_adapters(student: Any, pair: Pair, lora: LoraConfig, seed: int, start: Start) -> Any:
+    """The student with adapters, whose base model is on disk under the name they keep."""
+    base = str(pair.student)
+    if pair.fresh_student:  # nothing else has these weights, and an adapter is of no use alone
+        base = str((start.folder / runs.BASE).resolve())
+        if start.world.is_main:
+            student.save_pretrained(base)
+            pair.tokenizer.save_pretrained(base)
+    elif pair.student.is_local:
+        base = str(Path(base).resolve())
+    return add_adapters(student, lora, base, seed)

@@ -1,0 +1,72 @@
+"""Tokenizers and examples of a run: all that is known before weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kdrun.data.prepare import Examples, RawRows, encode_for, pack_training
+from kdrun.models.pairs import Pair, check_context, find_pair
+from kdrun.run.procedure import leave_room, read_text
+
+if TYPE_CHECKING:
+    from kdrun.config.sections import DataConfig, ModelConfig, ProcedureConfig
+    from kdrun.procedures.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its weights are loaded.
+
+    Attributes:
+        pair: teacher and student, and their tokenizer.
+        examples: encoded training and held-out rows.
+        held_out: the rows to measure on, before they are tokens.
+        sampling: how a procedure's answers are sampled; None without one.
+        text: windows of plain text for a procedure that takes some.
+    """
+
+    pair: Pair
+    examples: Examples
+    held_out: Sequence[Any]
+    sampling: Sampling | None
+    text: Any
+
+
+def prepare(
+    model: ModelConfig,
+    data: DataConfig,
+    procedure: ProcedureConfig,
+    rows: RawRows,
+    seed: int,
+    say: Callable[[str], None],
+) -> Prepared:
+    """Compare the tokenizers and turn the rows into examples.
+
+    Args:
+        model: names the pair.
+        data: how rows become tokens.
+        procedure: how answers are sampled, where text is written.
+        rows: of the run.
+        seed: of the windows of plain text.
+        say: is told of the pair's differences and what became of the rows.
+
+    Raises:
+        InputError: the models do not go together, or no row can be used.
+    """
+    pair = find_pair(model)
+    check_context(pair, data.max_length, model.trust_remote_code)
+    examples = encode_for(data, rows, pair.tokenizer, seed, data.shift_windows)
+    if data.packing:
+        examples = pack_training(examples, data.max_length)
+    sampling = None
+    if procedure.spec is not None:
+        from kdrun.procedures.sampling import Sampling
+
+        sampling = Sampling.of(procedure, data.max_length)
+        examples = leave_room(examples, sampling, pair.tokenizer)
+    text, of_text = read_text(procedure.text, data, pair.tokenizer)
+    for note in (*pair.notes, *rows.notes, *examples.notes, *of_text):
+        say(note)
+    return Prepared(pair, examples, rows.held_out, sampling, text)

@@ -1,0 +1,94 @@
+"""The rows that a procedure of a run works on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from kdrun.data.prepare import Examples, encode_held_out
+from kdrun.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from kdrun.config.sections import DataConfig
+    from kdrun.procedures.sampling import Sampling
+
+
+def leave_room(
+    examples: Examples, sampling: Sampling, tokenizer: PreTrainedTokenizerBase
+) -> Examples:
+    """Leave out the training rows whose prompts leave no room for an answer.
+
+    Raises:
+        InputError: the tokenizer has no end token, or no row is left.
+    """
+    from kdrun.data.windows import TextWindows
+    from kdrun.procedures.sampling import need_end_token
+
+    need_end_token(tokenizer)
+    rows: Any = examples.train
+    looked_at = 1 if isinstance(rows, TextWindows) else len(rows)  # windows are of one length
+    asked = [bool(sampling.prompt_of(rows[number])) for number in range(looked_at)]
+    if all(asked):
+        return examples
+    cure = (
+        f"{sampling.max_new_tokens} new tokens in data.max_length={sampling.max_length}; lower "
+        "procedure.max_new_tokens, or raise --max-length"
+    )
+    if not any(asked):
+        raise InputError(f"procedure: no prompt leaves room for {cure}")
+    numbers = [number for number, fits in enumerate(asked) if fits]
+    kept = Kept(rows, numbers)
+    left_out = len(asked) - len(kept)
+    note = (
+        f"procedure: left out {left_out} of {len(asked)} training rows, whose prompts leave no "
+        f"room for {cure}"
+    )
+    positions = examples.origins.positions
+    if positions is not None:
+        positions = [positions[number] for number in numbers]
+    origins = replace(examples.origins, positions=positions)
+    notes = (*examples.notes, note)
+    return replace(examples, train=kept, notes=notes, origins=origins)  # type: ignore[arg-type]
+
+
+def read_text(
+    source: str | None, data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Any, list[str]]:
+    """Windows of ``procedure.text``, and notes on them; None and no note without one.
+
+    Raises:
+        InputError: it cannot be read, or is no plain text.
+    """
+    from kdrun.data.rows import TextRow, load_rows
+    from kdrun.data.token_cache import TokenCache
+
+    if source is None:
+        return None, []
+    rows = load_rows(source, strict=data.strict).rows
+    if not isinstance(rows[0], TextRow):
+        raise InputError(f"procedure.text={source}: holds conversations; name plain text")
+    cache = TokenCache.at(data.cache_dir)
+    windows, notes = encode_held_out(rows, tokenizer, data.max_length, cache=cache)
+    return windows, [f"procedure.text: {notes[0]}"]
+
+
+class Kept(Sequence[Any]):
+    """Some rows of a data set.
+
+    Args:
+        rows: the data set.
+        numbers: of the rows that are kept.
+    """
+
+    def __init__(self, rows: Any, numbers: Sequence[int]) -> None:
+        self._rows, self._numbers = rows, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One of them."""
+        return self._rows[self._numbers[index]]

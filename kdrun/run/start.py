@@ -1,0 +1,100 @@
+"""Where a run takes place: its folder, its processes, and the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrun.errors import InputError
+from kdrun.quiet import make_console
+from kdrun.run import folder as runs
+from kdrun.run.processes import World
+from kdrun.training.checkpoint import SHARDS, is_last, newest_checkpoint, step_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kdrun.config.sections import RunConfig, TrainingConfig
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run takes place and where it begins.
+
+    Attributes:
+        folder: the run's.
+        world: its processes.
+        console: shows what it does; quiet on all processes but the main one.
+        resume: whether it goes on in a folder that has it already.
+        checkpoint: that it goes on from; None begins anew.
+        trained: whether the checkpoint is that of its last step.
+    """
+
+    folder: Path
+    world: World
+    console: Console
+    resume: bool
+    checkpoint: Path | None
+    trained: bool
+
+    @property
+    def first_step(self) -> int:
+        """Optimiser steps that are done already."""
+        return 0 if self.checkpoint is None else step_of(self.checkpoint)
+
+    @property
+    def finished(self) -> Mapping[str, Any] | None:
+        """The summary of a run that has nothing left to do, or None."""
+        file = self.folder / runs.SUMMARY
+        if not self.trained or not file.is_file():
+            return None
+        summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return summary
+
+    def say(self, line: str) -> None:
+        """Show a line."""
+        self.console.print(line, markup=False)
+
+
+def open_folder(config: RunConfig, resume: bool, overwrite: bool, console: Console | None) -> Start:
+    """Take the folder of a run, in the same way on all processes.
+
+    Args:
+        config: names the folder, the loss and the steps.
+        resume: go on from its newest complete checkpoint.
+        overwrite: replace the run in it, once nothing can be refused any more.
+        console: by default standard error.
+
+    Raises:
+        InputError: the folder holds something else, or the processes do not suit the run.
+    """
+    world = World(config.training.fsdp)
+    folder = Path(world.share(str(runs.choose_folder(config.output.dir, config.loss.spec))))
+    if world.is_main:
+        runs.prepare_folder(folder, resume, overwrite)
+    world.wait()
+    console = console or make_console()
+    console.quiet = console.quiet or not world.is_main
+    checkpoint = newest_checkpoint(folder / runs.CHECKPOINTS) if resume else None
+    _check_kind(checkpoint, config.training.fsdp)
+    return Start(
+        folder, world, console, resume, checkpoint, _is_trained(checkpoint, config.training)
+    )
+
+
+def _is_trained(checkpoint: Path | None, training: TrainingConfig) -> bool:
+    if checkpoint is None:
+        return False
+    return is_last(checkpoint, training.max_steps, training.num_epochs)
+
+
+def _check_kind(checkpoint: Path | None, fsdp: bool) -> None:
+    """Refuse to continue with models spread over processes what began otherwise, or the reverse."""
+    if checkpoint is not None and (checkpoint / SHARDS).is_dir() != fsdp:
+        was = "without" if fsdp else "with"
+        raise InputError(
+            f"--resume: {checkpoint} was written {was} training.fsdp=true; continue it likewise"
+        )

@@ -1,0 +1,109 @@
+"""The training itself: measures before it, its steps, and a stop on request."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from kdrun.errors import Interrupted
+from kdrun.evaluation.measures import KEYS
+from kdrun.files import write_json
+from kdrun.run import folder as runs
+from kdrun.training.progress import StopOnRequest
+
+if TYPE_CHECKING:
+    from kdrun.run.build import Built
+    from kdrun.run.start import Start
+    from kdrun.training.trainer import DistillTrainer
+
+
+def train(built: Built, start: Start) -> dict[str, Any]:
+    """Measure the student on the held-out rows, then train it, or take it from its last step.
+
+    Returns:
+        The measures before training.
+
+    Raises:
+        TrainingError: training failed.
+        Interrupted: it was stopped, after a checkpoint was saved.
+    """
+    from transformers import set_seed
+
+    trainer = built.trainer
+    before = _measures_before(trainer, start)
+    if start.checkpoint is None:
+        # Evaluation drew random numbers, and a run that begins anew does not evaluate again.
+        set_seed(built.config.training.seed)
+    if start.trained:  # the run ended between its last checkpoint and its summary
+        assert start.checkpoint is not None, "what is trained has a checkpoint"
+        trainer.load_weights(start.checkpoint)
+        trainer.load_objective(start.checkpoint)
+        trainer.state.global_step = start.first_step
+        return before
+    try:
+        _steps(trainer, start)
+    finally:
+        built.progress.close()
+    return before
+
+
+def held_out_measures(trainer: DistillTrainer) -> dict[str, Any]:
+    """Sums over supervised tokens of the trainer's held-out rows, each over their number.
+
+    Those that need a teacher are None without one. An evaluation at the present step, such as the
+    one at the end of a training, is not done again.
+    """
+    step = trainer.state.global_step
+    done = (line for line in reversed(trainer.state.log_history) if line.get("step") == step)
+    found = next((line for line in done if "eval_ce" in line), None) or trainer.evaluate()
+    return {f"eval_{name}": found[f"eval_{name}"] for name in KEYS}
+
+
+def _measures_before(trainer: DistillTrainer, start: Start) -> dict[str, Any]:
+    """The measures before training; a resumed run keeps those of its first start."""
+    path = start.folder / runs.CHECKPOINTS / runs.BEFORE
+    if start.resume and path.is_file():
+        before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if trainer.session is not None:
+            trainer.session.evaluated(before["eval_ce"])
+        return before
+    before = held_out_measures(trainer)
+    if start.world.is_main:
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, before)
+    return before
+
+
+def _steps(trainer: DistillTrainer, start: Start) -> None:
+    stop = StopOnRequest()
+    trainer.add_callback(stop)
+
+    def request(signum: int, frame: Any) -> None:
+        if stop.requested:  # a second Ctrl-C does not wait for the step to end
+            raise KeyboardInterrupt
+        stop.requested = True
+
+    checkpoint = None if start.checkpoint is None else str(start.checkpoint)
+    with _handler(signal.SIGINT, request):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.requested:
+        raise Interrupted(
+            f"interrupted and saved at step {trainer.state.global_step}; continue with "
+            f"--resume --output {start.folder}"
+        )
+
+
+@contextmanager
+def _handler(signum: int, function: Any) -> Iterator[None]:
+    try:
+        previous = signal.signal(signum, function)
+    except ValueError:  # not in the main thread: the caller handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signum, previous)

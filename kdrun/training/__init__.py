@@ -1,0 +1,1 @@
+"""The trainer, and the parts that work inside it."""

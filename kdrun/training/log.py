@@ -1,0 +1,109 @@
+"""What a line of the training log is a mean of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kdrun.evaluation.measures import named_terms
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from kdlosses import KDObjective
+
+
+class LossSums:
+    """Sums of the parts of the loss since the last line of the log, of this process.
+
+    Args:
+        terms: of the loss.
+        device: of the training.
+
+    Attributes:
+        supervised_tokens: of all micro-batches so far.
+        moving_values: what was scheduled or carried state in the last step, by name.
+    """
+
+    def __init__(self, terms: int, device: torch.device) -> None:
+        self._shares = torch.zeros(2 + terms, device=device)
+        self._step_terms = torch.zeros(terms, device=device)
+        self._logged_step = 0
+        self._before_step = self._shares.clone()
+        self.supervised_tokens = 0
+        self.moving_values: Mapping[str, float] = {}
+
+    def add(self, outputs: Mapping[str, Tensor]) -> None:
+        """Add a micro-batch's class loss, KD loss and terms."""
+        both = torch.stack([outputs["class_loss"], outputs["kd_loss"]])
+        self._shares += torch.cat([both, outputs["kd_terms"]]).detach()
+        self._step_terms += outputs["kd_terms"].detach()
+        self.supervised_tokens += int(outputs["num_tokens"])
+
+    def begin_step(self) -> None:
+        """Remember the sums, which a step that is left out has no part in."""
+        self._before_step = self._shares.clone()
+
+    def leave_out_step(self) -> None:
+        """Take back what came since :meth:`begin_step`."""
+        self._shares.copy_(self._before_step)
+
+    def take_step_terms(self, accelerator: Accelerator, wanted: bool) -> list[float] | None:
+        """The terms of the loss in the step that ends, over all processes; None if not wanted."""
+        found = accelerator.reduce(self._step_terms).tolist() if wanted else None
+        self._step_terms.zero_()
+        return found
+
+    def begin_line(self, step: int) -> None:
+        """Let the means of the next line begin after a step."""
+        self._logged_step = step
+        self._shares.zero_()
+
+    def line(
+        self,
+        logs: dict[str, Any],
+        step: int,
+        skipped: int,
+        objective: KDObjective,
+        accelerator: Accelerator,
+        more: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """The Trainer's line with class loss, KD loss, terms and moving values.
+
+        Args:
+            logs: the Trainer's, whose ``loss`` was divided by all steps.
+            step: optimiser steps done.
+            skipped: steps since the last line that were left out.
+            objective: names the terms.
+            accelerator: adds the processes up; all have to call.
+            more: what else belongs to the training, such as a procedure's figures.
+        """
+        logs, steps = dict(logs), step - self._logged_step
+        loss = logs.pop("loss")
+        if skipped:
+            loss *= steps / max(1, steps - skipped)
+            steps -= skipped
+            logs["skipped_steps"] = skipped
+            if not math.isfinite(logs.get("grad_norm", 0.0)):  # that of the last step
+                del logs["grad_norm"]
+        if not steps:
+            return logs
+        shares = (accelerator.reduce(self._shares) / steps).tolist()
+        moving = {name: x for name, x in self.moving_values.items() if math.isfinite(x)}
+        return {
+            "loss": loss,
+            "class_loss": shares[0],
+            "kd_loss": shares[1] if objective.needs_teacher else None,
+            **named_terms(objective.loss, shares[2:]),
+            **moving,
+            **more,
+            **logs,
+        }
+
+    def has_steps(self, step: int) -> bool:
+        """Whether there was a step since the last line."""
+        return step != self._logged_step

@@ -1,0 +1,170 @@
+"""What is shown and written while a run trains: the bar, ``metrics.jsonl``, the rate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from kdrun.evaluation.yardsticks import YARDSTICKS
+from kdrun.files import write_text
+
+if TYPE_CHECKING:
+    from kdrun.training.trainer import DistillTrainer
+
+_LINES_WITHOUT_TERMINAL = 10
+
+
+class ShowProgress(TrainerCallback):
+    """A bar with the losses and the rate on a terminal, a few plain lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._every = 1
+        self._shown = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the bar."""
+        self._every = max(1, state.max_steps // _LINES_WITHOUT_TERMINAL)
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TextColumn("{task.fields[shown]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(
+                "train", total=state.max_steps, completed=state.global_step, shown=""
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Moves the bar."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step, shown=self._shown)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Shows the figures of a line of the log."""
+        if "loss" in logs:
+            kd = "" if logs.get("kd_loss") is None else f"  KD {logs['kd_loss']:.4f}"
+            rate = logs.get("supervised_tokens_per_second", 0.0)
+            self._shown = (
+                f"loss {logs['loss']:.4f}  class {logs['class_loss']:.4f}{kd}  {rate:.0f} tokens/s"
+            )
+            last = state.global_step >= state.max_steps
+            if self._progress is None and (state.global_step % self._every == 0 or last):
+                self._console.print(f"step {state.global_step}/{state.max_steps}  {self._shown}")
+        elif "eval_ce" in logs:
+            shown = [
+                f"{yardstick.title} {value:.4f}"
+                for yardstick in YARDSTICKS
+                if (value := logs.get(f"eval_{yardstick.name}")) is not None
+            ]
+            self._console.print(f"step {state.global_step}  held out: {', '.join(shown)}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ends the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Ends the bar, also after a failure."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one object a line, each flushed when written.
+
+    Args:
+        path: the file.
+        from_step: lines of later steps are dropped, since a resumed run writes them again.
+    """
+
+    def __init__(self, path: Path, from_step: int = 0) -> None:
+        self._path = path
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= from_step]
+        write_text(path, "".join(f"{line}\n" for line in kept))
+
+    def _lines(self) -> list[str]:
+        if not self._path.is_file():
+            return []
+        lines = self._path.read_text(encoding="utf-8").split("\n")
+        return [line for line in lines if line.endswith("}")]  # a killed run may leave half a line
+
+    def append(self, values: dict[str, Any]) -> None:
+        """Add a line."""
+        with open(self._path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
+class WriteMetrics(TrainerCallback):
+    """Writes each line of the log to ``metrics.jsonl``, on the main process."""
+
+    def __init__(self, file: MetricsFile) -> None:
+        self._file = file
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Writes a line; the trainer's closing summary of itself is left out."""
+        wanted = {"loss", "eval_ce", "skipped_steps"}
+        if state.is_world_process_zero and not wanted.isdisjoint(logs):
+            line = {"step": state.global_step, **logs}
+            line["lr"] = line.pop("learning_rate", None)
+            self._file.append({key: value for key, value in line.items() if value is not None})
+
+
+class TokenRate(TrainerCallback):
+    """Adds ``supervised_tokens_per_second`` to the log: steps only, evaluation left out."""
+
+    def __init__(self, trainer: DistillTrainer, clock: Any) -> None:
+        self._trainer = trainer
+        self._clock = clock
+        self._started = 0.0
+        self._first_tokens = 0
+        self.seconds = 0.0
+        self.tokens = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the clock of a step."""
+        self._started = self._clock()
+        self._first_tokens = self._trainer.sums.supervised_tokens
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops it."""
+        self.seconds += self._clock() - self._started
+        self.tokens += self._trainer.sums.supervised_tokens - self._first_tokens
+
+    @property
+    def rate(self) -> float:
+        """Supervised tokens a second of this process, over all steps so far."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Adds the rate to a line about training."""
+        if "loss" in logs:
+            logs["supervised_tokens_per_second"] = round(self.rate * args.world_size, 1)
+
+
+class StopOnRequest(TrainerCallback):
+    """Ends training after the current step, with a checkpoint, once ``requested`` is set."""
+
+    requested = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks the trainer to save and stop."""
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True

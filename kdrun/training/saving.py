@@ -1,0 +1,134 @@
+"""The Trainer's own methods that are overridden, and why each cannot be a callback.
+
+The Trainer has no public hook at these places; whatever else it does stays as it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from kdlosses import KDObjective
+from kdrun.errors import InputError
+from kdrun.models.heads import causal_lm
+from kdrun.models.shard import gather_trained, load_shards, save_shards
+from kdrun.procedures.session import Session
+from kdrun.training.checkpoint import (
+    SCHEDULER,
+    SHARDS,
+    load_objective,
+    mark_complete,
+    save_objective,
+)
+from kdrun.training.guard import LossGuard
+
+
+class SavingTrainer(Trainer):
+    """A Trainer whose checkpoints hold the objective, are marked once whole, and may be sharded.
+
+    Attributes:
+        objective: what is trained.
+        guard: watches losses and gradients.
+        session: the procedure at work, or None.
+    """
+
+    objective: KDObjective
+    guard: LossGuard
+    session: Session | None
+
+    def load_objective(self, checkpoint: str | Path) -> None:
+        """Take schedules, the loss's state and the procedure's back from a checkpoint.
+
+        Raises:
+            TrainingError: it was saved for another loss or procedure.
+        """
+        load_objective(Path(checkpoint), self.objective, self.guard, self.session)
+
+    def load_weights(self, checkpoint: str | Path) -> None:
+        """Take the student's weights alone from a checkpoint.
+
+        Raises:
+            InputError: they have other sizes than the student's.
+        """
+        self._load_from_checkpoint(str(checkpoint))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Notes the norm: no event comes between clipping, which finds it, and the optimiser."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        # A scaler of fp16 leaves out such a step itself, and lowers its scale for the next.
+        if self.accelerator.scaler is None:
+            self.guard.note_gradient(float(norm))
+        return norm
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """Gathers adapters over a sharded base, which every process has to take part in.
+
+        transformers gathers models that it sharded itself, and peft gathers none.
+        """
+        spread = self.is_distributed_loading_by_transformers
+        if spread and causal_lm(self.model) is not self.model:
+            state_dict = gather_trained(self.model)
+            if not self.args.should_save:
+                return
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Reads sharded weights in parts, and tells weights of other sizes in one line."""
+        if self.is_distributed_loading_by_transformers:
+            load_shards(self.model, None, Path(resume_from_checkpoint) / SHARDS)
+            return
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise InputError(
+                f"{resume_from_checkpoint}: has weights of other sizes than the student; continue "
+                "the run with the model that it began with"
+            ) from error
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads the objective too: on_train_begin comes after the first values are logged."""
+        if checkpoint is not None and self.is_distributed_loading_by_transformers:
+            folder = Path(checkpoint)
+            load_shards(self.model, self.optimizer.optimizer, folder / SHARDS)
+            self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.load_objective(checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Saves every process's part; the Trainer would save that of the main process alone."""
+        if not self.is_distributed_loading_by_transformers:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_shards(self.model, self.optimizer.optimizer, Path(output_dir) / SHARDS)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Completes the checkpoint before older ones go; on_save comes after they are removed."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # each process has a file of its own in it
+        procedure = None if self.session is None else self.session.state_dict()
+        if self.args.should_save and not self.args.save_only_model:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            save_objective(folder, self.objective, self.guard, procedure)
+            mark_complete(folder)
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(self.args.output_dir, limit, best, use_mtime=True)

@@ -1,0 +1,348 @@
+"""The transformers.Trainer that distils: any registered loss, mixed with cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from kdlosses import KDObjective, Schedule, TokenLoss, get_loss
+from kdrun.evaluation.measures import figures, prepare_measures, silence_repeats
+from kdrun.models.heads import (
+    Consumer,
+    FrozenTeacher,
+    HeadSplit,
+    Teacher,
+    call,
+    causal_lm,
+    find_split,
+    install,
+)
+from kdrun.procedures.base import Origin, Procedure
+from kdrun.procedures.registry import get_procedure
+from kdrun.procedures.sampling import Sampling, tokens_by_origin
+from kdrun.procedures.session import Place, Session
+from kdrun.training.callbacks import Advance, MoveToEpoch, TellProcedure
+from kdrun.training.guard import LossGuard
+from kdrun.training.log import LossSums
+from kdrun.training.loss import StepTokens, prepare_loss
+from kdrun.training.saving import SavingTrainer
+
+StepBatches = tuple[list[Any], Tensor | int | None]
+
+
+class DistillTrainer(SavingTrainer):
+    """A ``transformers.Trainer`` whose loss is ``(1 - kd_ratio) * CE + kd_ratio * KD``.
+
+    Everything else - optimiser, schedule, accumulation, checkpoints, trackers, devices - is the
+    Trainer's. With a ``_chunked`` loss neither model's logits are ever stored as a whole. Batches
+    need ``input_ids``, ``attention_mask`` and ``labels`` (Hugging Face's convention, -100 where
+    not supervised); ``shift_labels``, where given, are taken as aligned with the logits.
+
+    Args:
+        model: the student, a causal language model (also under peft).
+        teacher: the teacher, a :class:`kdrun.cache.teacher.CachedTeacher`, or None, which needs
+            ``kd_ratio`` 0. It is frozen, in eval mode, and never part of the student, its
+            optimiser or its checkpoints.
+        loss: a spec such as ``"reverse_kl_chunked"`` or what :func:`kdlosses.get_loss` returns.
+        kd_ratio: weight of the distillation loss, in [0, 1], or its schedule.
+        procedure: which text is learned from, a spec such as ``"gkd:lambda=0.5"`` or what
+            :func:`kdrun.procedures.get_procedure` returns; None learns from the data. It needs a
+            live teacher, and the tokenizer as ``processing_class``.
+        sampling: how the procedure's answers are sampled.
+        args: as for Trainer. ``average_tokens_across_devices`` must be on, its default.
+        **options: as for Trainer.
+
+    Attributes:
+        teacher: what training distils.
+        eval_teacher: what evaluation compares with, by default ``teacher``. It may be set to
+            another or to None; measures that need a teacher are then None. It has to give full
+            distributions.
+        session: the procedure at work; None without one.
+        step_batches: the micro-batches of the present step, and its supervised tokens.
+        guard: what is done about a loss that is not finite; by default training stops.
+        sums: what the next line of the log is a mean of.
+
+    Raises:
+        ValueError: no teacher at a ``kd_ratio`` above 0, tokens averaged per device, or options
+            that would have no effect.
+    """
+
+    # The loss is divided by the supervised tokens of the whole step, not of a micro-batch.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        teacher: PreTrainedModel | Teacher | None,
+        loss: TokenLoss | str = "forward_kl_chunked",
+        kd_ratio: float | Schedule = 0.5,
+        args: TrainingArguments | None = None,
+        procedure: Procedure | str | None = None,
+        sampling: Sampling | None = None,
+        **options: Any,
+    ) -> None:
+        objective = KDObjective(get_loss(loss) if isinstance(loss, str) else loss, kd_ratio)
+        if teacher is None and objective.needs_teacher:
+            raise ValueError(f"teacher: needed at kd_ratio {kd_ratio}, got None")
+        _refuse_without_effect(args, options)
+        self.student_split: HeadSplit = find_split(model)
+        install(model, self.student_split)
+        self.objective = objective
+        super().__init__(model=model, args=args, **options)
+        # Of several GPUs one process takes the first, not torch's DataParallel, which deals a batch
+        # out to replicas: labels and teacher are one process's.
+        self.args._n_gpu = min(self.args.n_gpu, 1)
+        self._train_batch_size = self.args.train_batch_size
+        self.add_callback(MoveToEpoch(self))
+        self.add_callback(Advance(self))
+        if isinstance(teacher, nn.Module):
+            teacher = FrozenTeacher(teacher, find_split(teacher))
+        self.teacher: Teacher | None = teacher
+        self.eval_teacher: Teacher | None = teacher
+        if teacher is not None:
+            teacher.to(self.args.device)
+        self.model_accepts_loss_kwargs = True
+        self.args.logging_nan_inf_filter = False  # it would log an old value in place of a NaN
+        self.guard = LossGuard()
+        self.sums = LossSums(len(self.objective.loss.terms), self.args.device)
+        self._origin_tokens = torch.zeros(len(Origin), dtype=torch.int64, device=self.args.device)
+        self.session: Session | None = None
+        if procedure is not None:
+            self.session = self._open_session(procedure, sampling or Sampling())
+            self.add_callback(TellProcedure(self.session))
+        self.step_batches: StepBatches = ([], None)
+        self._loss_before_step: Tensor | None = None
+        self._left_out = False
+
+    def _open_session(self, procedure: Procedure | str, sampling: Sampling) -> Session:
+        teacher = self.teacher.model if isinstance(self.teacher, FrozenTeacher) else None
+        if teacher is None:
+            raise ValueError("procedure: needs a live teacher, got none")
+        if self.processing_class is None:
+            raise ValueError("procedure: needs the tokenizer as processing_class, got None")
+        student = causal_lm(self.model)
+        heads = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
+        given = self.objective.loss.vocab_size
+        return Session(
+            procedure=get_procedure(procedure) if isinstance(procedure, str) else procedure,
+            settings=sampling,
+            student=student,
+            teacher=teacher,
+            tokenizer=self.processing_class,
+            vocab_size=min([*heads, *([] if given is None else [given])]),
+            seed=self.args.seed,
+            place=Place(
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+                self.args.train_batch_size,
+            ),
+        )
+
+    @property
+    def splits(self) -> dict[str, HeadSplit]:
+        """How the models were split into backbone and head, by ``student`` and ``teacher``."""
+        splits = {"student": self.student_split}
+        return splits if self.teacher is None else {**splits, "teacher": self.teacher.split}
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> StepBatches:
+        """The micro-batches of a step, and their supervised tokens over all processes.
+
+        A procedure may put other rows in their place; tokens are counted on what is learned from.
+        """
+        if self.session is None:
+            self.step_batches = super().get_batch_samples(epoch_iterator, num_batches, device)
+        else:
+            self.step_batches = self._written_batches(
+                self.session, list(islice(epoch_iterator, num_batches)), device
+            )
+        return self.step_batches
+
+    def _written_batches(
+        self, session: Session, batches: list[Any], device: torch.device
+    ) -> StepBatches:
+        if not batches:
+            return batches, None
+        session.step, session.steps = self.state.global_step, max(1, self.state.max_steps)
+        session.kd_ratio = self.objective.kd_ratio
+        batches = session.micro_batches(batches)
+        self._origin_tokens = self.accelerator.reduce(tokens_by_origin(batches).to(device))
+        return batches, self._origin_tokens.sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective of a micro-batch, over the supervised tokens of the whole step."""
+        outputs = self._outputs(model, inputs, num_items_in_batch, self.guard)
+        self.sums.add(outputs)
+        loss = outputs["loss"]
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP and FSDP average gradients
+        return (loss, outputs) if return_outputs else loss
+
+    def backward_at(self, kd_ratio: float, inputs: dict[str, Any]) -> None:
+        """Add a micro-batch's gradients at another ratio; no figure of the training counts it.
+
+        Args:
+            kd_ratio: 0 for those of cross-entropy, 1 for those of the loss.
+            inputs: one of :attr:`step_batches`.
+        """
+        kept, self.objective.kd_ratio = self.objective.kd_ratio, kd_ratio
+        _, tokens = self.step_batches
+        try:
+            with self.compute_loss_context_manager():
+                outputs = self._outputs(
+                    self.model_wrapped, self._prepare_inputs(inputs), tokens, None
+                )
+            self.accelerator.backward(outputs["loss"] * self.accelerator.num_processes)
+        finally:
+            self.objective.kd_ratio = kept
+
+    def _outputs(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        step_tokens: Tensor | int | None,
+        guard: LossGuard | None,
+    ) -> dict[str, Tensor]:
+        """Losses and tokens of a micro-batch."""
+        procedure = None if self.session is None else self.session.procedure
+        tokens = StepTokens(step_tokens, self._origin_tokens)
+        consume, features = prepare_loss(
+            inputs, self.objective, self.teacher, procedure, tokens, guard
+        )
+        return call(model, self._apart(consume), **features)
+
+    def _apart(self, consume: Consumer) -> Consumer:
+        """A consumer that is no part of the model's compiled graphs; losses compile their own."""
+        if not self.args.torch_compile:
+            return consume
+        apart: Consumer = torch.compiler.disable(consume)  # type: ignore[no-untyped-call]
+        return apart
+
+    def begin_step(self) -> None:
+        """Remember the sums of the log, which a step that is left out has no part in."""
+        self._loss_before_step = self._tr_loss.clone()
+        self.sums.begin_step()
+
+    def end_step(self) -> None:
+        """Leave the step out where loss or gradient is not finite, before the optimiser sees it.
+
+        Raises:
+            TrainingError: it is not, and training is to stop.
+        """
+        step = self.state.global_step + 1
+        self._left_out = self.guard.leaves_out(step, self.accelerator)
+        if not self._left_out:
+            return
+        # Without gradients an optimiser of torch touches neither weights nor its own state.
+        self.model.zero_grad(set_to_none=True)
+        assert self._loss_before_step is not None, "a step has a beginning"
+        self._tr_loss.copy_(self._loss_before_step)
+        self.sums.leave_out_step()
+
+    def advance_objective(self) -> None:
+        """Move schedules and state on, at the end of an optimiser step.
+
+        A step that was left out moves the schedules, which follow the number of the step, alone.
+        """
+        stateful = self.objective.loss.stateful and self.objective.kd_ratio > 0
+        terms = self.sums.take_step_terms(self.accelerator, stateful and not self._left_out)
+        if self._left_out:
+            self.move_schedules()
+        else:
+            self.sums.moving_values = self.objective.moving_values
+            self.objective.advance(self._progress, terms)
+
+    def move_schedules(self) -> None:
+        """Move schedules to the share of the training that is done; states stay as they are."""
+        self.objective.move(self._progress)
+
+    @property
+    def _progress(self) -> float:
+        done: float = self.state.global_step / max(1, self.state.max_steps)
+        return min(1.0, done)
+
+    def begin_log(self, step: int) -> None:
+        """Let the means of the next line begin after a step."""
+        self.sums.begin_line(step)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Adds class loss and KD loss, averaged over the steps since the last line.
+
+        Also the terms of a weighted sum, the values in the last step of what is scheduled or
+        carries state, and the number of steps that were left out, which no mean counts.
+        """
+        step = self.state.global_step
+        if "loss" in logs and self.sums.has_steps(step):
+            skipped = self.guard.take_unlogged()
+            written = {} if self.session is None else self.session.figures()
+            logs = self.sums.line(logs, step, skipped, self.objective, self.accelerator, written)
+            self.begin_log(step)
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Measures the student: sums over supervised tokens, not means of means."""
+        model = self.model_wrapped if self.is_in_train else self.model
+        was_training = model.training
+        model.eval()
+        sums: Tensor | None = None
+        rows = 0
+        try:
+            for number, batch in enumerate(dataloader):
+                inputs = self._prepare_inputs(batch)
+                rows += silence_repeats(
+                    inputs,
+                    number=number,
+                    total=len(dataloader.dataset),
+                    batch_size=self.args.eval_batch_size,
+                    rank=self.accelerator.process_index,
+                    world=self.accelerator.num_processes,
+                )
+                consume, features = prepare_measures(inputs, self.objective.loss, self.eval_teacher)
+                with torch.no_grad():
+                    found = call(model, self._apart(consume), **features)["sums"]
+                sums = found if sums is None else sums + found
+        finally:
+            model.train(was_training)
+        assert sums is not None, "a data loader has a batch"
+        with_teacher = self.eval_teacher is not None
+        metrics = figures(self.accelerator.reduce(sums), self.objective, with_teacher)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=rows)
+
+
+def _refuse_without_effect(args: TrainingArguments | None, options: dict[str, Any]) -> None:
+    if args is not None and not args.average_tokens_across_devices:
+        raise ValueError(
+            "average_tokens_across_devices: must be on; otherwise the loss depends on how the "
+            "tokens are spread over devices"
+        )
+    if args is not None and args.label_smoothing_factor:
+        raise ValueError(
+            "label_smoothing_factor: the class loss takes no smoothed labels; leave it at 0"
+        )
+    for name in ("compute_metrics", "compute_loss_func"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"{name}: is never called; the loss is given as loss, and evaluation measures "
+                "without predictions that it could be given"
+            )

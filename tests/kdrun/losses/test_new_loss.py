@@ -1,0 +1,97 @@
+"""`kdrun losses new`: what it writes installs and passes its own tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdrun.cli import cli
+from kdrun.errors import InputError
+from kdrun.losses.new import new_loss
+
+
+def run(*command: object, cwd: Path, path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1"},
+        timeout=280,
+        check=False,
+    )
+
+
+def test_a_new_loss_installs_and_passes_its_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cli.main(["losses", "new", "my_divergence"], standalone_mode=False)
+    folder = Path("kdlosses-my-divergence").absolute()
+    assert "kdlosses-my-divergence" in capsys.readouterr().out
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert written == {
+        "README.md",
+        "pyproject.toml",
+        "src/kdlosses_my_divergence/__init__.py",
+        "src/kdlosses_my_divergence/py.typed",
+        "tests/test_my_divergence.py",
+    }
+    installed = tmp_path / "installed"
+    pip = ("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index")
+    done = run(*pip, "--target", installed, folder, cwd=tmp_path, path=installed)
+    assert done.returncode == 0, done.stderr
+    done = run("-m", "pytest", "-q", "-W", "error", cwd=folder, path=installed)
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout
+    listing = "import kdlosses; print(kdlosses.find_loss('my_divergence').distribution)"
+    done = run("-c", listing, cwd=tmp_path, path=installed)
+    assert done.stdout.strip() == "kdlosses-my-divergence"
+
+
+@pytest.mark.parametrize("name", ["my_divergence", "a_longer_name_than_most_losses_have"])
+def test_what_is_written_is_formatted(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("ruff")
+    folder = new_loss(name, str(tmp_path / "made"))
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    tests = ("--extend-per-file-ignores", "*/tests/*:D1")
+    for command in (["check", *tests], ["format", "--check"]):
+        done = run("-m", "ruff", *command, "--config", project, folder, cwd=tmp_path, path=tmp_path)
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("forward_kl", "already registered by kdlosses"),
+        ("mine_chunked", "use 'mine'"),
+        ("_chunked", "lower-case"),
+        ("My_Loss", "lower-case"),
+        ("my-loss", "lower-case"),
+        ("2fast", "lower-case"),
+        ("ends_", "lower-case"),
+        ("../up", "lower-case"),
+        ("", "lower-case"),
+    ],
+)
+def test_unusable_names_are_refused(name: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=reason):
+        new_loss(name, str(tmp_path / "made"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="exists"):
+        new_loss("my_divergence", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["none", "tensor", "divergence", "my_loss", "field"])
+def test_class_names_clash_with_nothing(name: str, tmp_path: Path) -> None:
+    folder = new_loss(name, str(tmp_path / "made"))
+    [source] = folder.glob("src/*/__init__.py")
+    compile(source.read_text(encoding="utf-8"), str(source), "exec")
