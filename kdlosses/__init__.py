@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdlosses import testing as testing
+    from kdlosses.compressed import Sampled as Sampled
+    from kdlosses.compressed import TopK as TopK
     from kdlosses.divergence import Divergence as Divergence
     from kdlosses.divergence import Loss as Loss
     from kdlosses.divergence import RowLoss as RowLoss
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from kdlosses.measures import measure as measure
     from kdlosses.objective import KDObjective as KDObjective
     from kdlosses.objective import KDOutput as KDOutput
-    from kdlosses.objective import TokenLoss as TokenLoss
     from kdlosses.plugins import PluginGroup as PluginGroup
     from kdlosses.plugins import PluginRef as PluginRef
     from kdlosses.registry import BrokenLossError as BrokenLossError
@@ -35,10 +36,9 @@ if TYPE_CHECKING:
     from kdlosses.schedules import Step as Step
     from kdlosses.sources import Logits as Logits
     from kdlosses.sources import Projected as Projected
-    from kdlosses.sources import Sampled as Sampled
-    from kdlosses.sources import TopK as TopK
     from kdlosses.sources import VocabParallel as VocabParallel
     from kdlosses.terms import Term as Term
+    from kdlosses.token_loss import TokenLoss as TokenLoss
 
 _HOME = {
     "BrokenLossError": "registry",
@@ -57,12 +57,12 @@ _HOME = {
     "PluginRef": "plugins",
     "Projected": "sources",
     "RowLoss": "divergence",
-    "Sampled": "sources",
+    "Sampled": "compressed",
     "Schedule": "schedules",
     "Step": "schedules",
     "Term": "terms",
-    "TokenLoss": "objective",
-    "TopK": "sources",
+    "TokenLoss": "token_loss",
+    "TopK": "compressed",
     "VocabParallel": "sources",
     "automatic_chunk_size": "engine.plan",
     "available_losses": "registry",

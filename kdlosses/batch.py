@@ -5,15 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdlosses.compressed import Compressed, TeacherSource, as_teacher
 from kdlosses.engine import Supervised, supervised_rows
-from kdlosses.sources import (
-    Compressed,
-    Source,
-    TeacherSource,
-    VocabParallel,
-    as_source,
-    as_teacher,
-)
+from kdlosses.sources import Source, VocabParallel, as_source
 
 Denominator = int | float | Tensor
 

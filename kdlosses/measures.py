@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdlosses.compressed import Compressed
 from kdlosses.engine import Chunking, measure_rows
-from kdlosses.objective import TokenLoss
-from kdlosses.sources import Compressed, Source, VocabParallel
+from kdlosses.sources import Source, VocabParallel
+from kdlosses.token_loss import TokenLoss
 
 CALIBRATION_BINS = 15
 

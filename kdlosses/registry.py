@@ -11,8 +11,8 @@ from kdlosses.plugins import PluginGroup, PluginRef
 
 if TYPE_CHECKING:
     from kdlosses.divergence import Loss
-    from kdlosses.objective import TokenLoss
     from kdlosses.schedules import Schedule
+    from kdlosses.token_loss import TokenLoss
 
 CHUNKED = "_chunked"
 
@@ -209,8 +209,8 @@ def get_loss(
         raise LossSpecError(f"chunk_size: must be at least 1, got {chunk_size}")
     losses = [build_loss(term) for term in parsed.terms]
     from kdlosses.engine import Chunking
-    from kdlosses.objective import TokenLoss
     from kdlosses.terms import Term
+    from kdlosses.token_loss import TokenLoss
 
     try:
         return TokenLoss(

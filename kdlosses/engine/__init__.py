@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kdlosses.compressed import TeacherSource
 from kdlosses.engine.chunked import (
     Job,
     chunked_measures,
@@ -18,7 +19,7 @@ from kdlosses.engine.plan import Chunking, automatic_chunk_size, compiles
 from kdlosses.engine.rows import Program, row_values
 from kdlosses.engine.views import refusal, view_of
 from kdlosses.numerics import restore_infinity
-from kdlosses.sources import Logits, Projected, Source, TeacherSource, VocabParallel
+from kdlosses.sources import Logits, Projected, Source, VocabParallel
 from kdlosses.vocabulary import copied
 
 __all__ = [

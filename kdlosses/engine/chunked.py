@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdlosses.compressed import TeacherSource
 from kdlosses.engine import compiled
 from kdlosses.engine.gather import Gradients, Rows, StoredRows
 from kdlosses.engine.plan import keep_freed_tiles, spans, tile_rows
 from kdlosses.engine.rows import Program, row_gradients, row_measures, row_values
 from kdlosses.numerics import restore_infinity
-from kdlosses.sources import Logits, Projected, Source, TeacherSource
+from kdlosses.sources import Logits, Projected, Source
 
 _HANDED_OVER = (
     "a chunked loss hands its gradients over in the first backward pass and keeps none: "

@@ -4,15 +4,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from kdlosses.sources import (
-    Compressed,
-    Logits,
-    Projected,
-    Source,
-    VocabParallel,
-    float32_products,
-    project,
-)
+from kdlosses.compressed import Compressed
+from kdlosses.sources import Logits, Projected, Source, VocabParallel, float32_products, project
 
 
 class Rows:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdlosses.compressed import Sampled, TeacherSource, TopK
 from kdlosses.divergence import Divergence, Loss, RowLoss
 from kdlosses.numerics import LOG_ZERO, finite_log_probs
-from kdlosses.sources import IDENTITY, Postprocess, Sampled, TeacherSource, TopK
+from kdlosses.sources import IDENTITY, Postprocess
 from kdlosses.vocabulary import WHOLE, Vocabulary
 
 

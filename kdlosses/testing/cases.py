@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdlosses.divergence import Loss
 from kdlosses.engine import Chunking
-from kdlosses.objective import TokenLoss
+from kdlosses.token_loss import TokenLoss
 
 WIDE = 49152
 IGNORED = -100

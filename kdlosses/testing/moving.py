@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from kdlosses.divergence import Loss
-from kdlosses.objective import TokenLoss
 from kdlosses.schedules import Constant
 from kdlosses.testing.cases import close, pair
 from kdlosses.testing.catalogue import conformance
+from kdlosses.token_loss import TokenLoss
 
 # A relative change of one to the next may be 1e15, and there may be nothing to compare with.
 _STEP_LOSSES = (3.0, 2.0, 1e-15, 2.5, 0.0, 1.0)

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from kdlosses.compressed import Sampled, TeacherSource, TopK
 from kdlosses.divergence import Divergence, Loss, RowLoss
-from kdlosses.objective import TokenLoss
-from kdlosses.sources import Sampled, TeacherSource, TopK
 from kdlosses.testing.cases import close, pair, paths
 from kdlosses.testing.catalogue import conformance
+from kdlosses.token_loss import TokenLoss
 
 _ROWS, _WIDTH = 5, 9
 

@@ -14,7 +14,7 @@ from kdrun.compare.record import Arm, Record, Trial
 from kdrun.evaluation.yardsticks import YARDSTICKS, Yardstick
 
 if TYPE_CHECKING:
-    from kdrun.compare.statistics import ArmVerdict
+    from kdrun.compare.verdicts import ArmVerdict
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Summary:
 
 def summarise(given: ReportInput) -> Summary:
     """Bring a comparison into the order of a report."""
-    from kdrun.compare.statistics import compare_all
+    from kdrun.compare.verdicts import compare_all
 
     # Numbers are shown as finely as the comparison's own difference needs.
     finest = min(given.difference, given.yardstick.difference)

@@ -12,13 +12,25 @@ from kdrun.compare.extra import compare_extra
 from kdrun.compare.record import Record
 from kdrun.compare.report import words
 from kdrun.compare.report.content import ArmSummary, Summary
-from kdrun.compare.statistics import ArmVerdict
+from kdrun.compare.report.look import (
+    GRID,
+    GROUND,
+    INK,
+    MUTED,
+    SETTINGS,
+    THEMED,
+    ZONE,
+    legend,
+    legend_height,
+    look,
+    shortened,
+)
+from kdrun.compare.verdicts import ArmVerdict
 
 with compare_extra():
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
@@ -27,49 +39,12 @@ if TYPE_CHECKING:
 WIDE, NARROW = 7.2, 3.7
 """Inches: a page of print, and a telephone."""
 
-INK, MUTED, GRID, ZONE, GROUND = "#1b1b1f", "#66666f", "#e3e3e8", "#eeeef3", "#ffffff"
-# Colours that the colour-blind tell apart (Okabe and Ito, without their yellow); shapes and dashes
-# for those who print in grey.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 _VERDICTS = {
     "better": "#009e73",
     "worse": "#d55e00",
     "diverged": "#d55e00",
     "equivalent": "#0072b2",
     "identical": "#0072b2",
-}
-THEMED = {
-    INK: "ink",
-    MUTED: "muted",
-    GRID: "grid",
-    ZONE: "zone",
-    GROUND: "ground",
-    **{colour: f"c{place}" for place, colour in enumerate(_COLOURS)},
-}
-"""Colours that a page replaces by its own, light or dark, by name."""
-
-_SETTINGS: Any = {
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-    "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text: searchable, and small
-    "savefig.facecolor": "white",
 }
 _CURVES = (
     ("eval_ce", "cross-entropy on held-out rows", "nats a token"),
@@ -140,7 +115,7 @@ def svg_text(drawing: Drawing, width: float) -> str:
     """The figure as an SVG file; the same input gives the same text."""
     stream = io.StringIO()
     # Ids are hashed with the salt: figures on one page must not share them.
-    with rc_context({**_SETTINGS, "svg.hashsalt": f"{drawing.name} {width}"}):
+    with rc_context({**SETTINGS, "svg.hashsalt": f"{drawing.name} {width}"}):
         drawing.draw(width).savefig(
             stream, format="svg", metadata={"Date": None, "Title": drawing.title}
         )
@@ -150,7 +125,7 @@ def svg_text(drawing: Drawing, width: float) -> str:
 def png_bytes(drawing: Drawing, width: float) -> bytes:
     """The figure as a PNG file of 250 dots an inch."""
     stream = io.BytesIO()
-    with rc_context(_SETTINGS):
+    with rc_context(SETTINGS):
         drawing.draw(width).savefig(stream, format="png", dpi=250)
     return stream.getvalue()
 
@@ -194,7 +169,7 @@ def _differences(summary: Summary, width: float) -> Figure:
         note = verdict.verdict if verdict.comparison else f"{verdict.verdict}: {verdict.reason}"
         title = f"{arm.label}  –  {note}"
         axis.annotate(
-            _shortened(title, int(width * 14.5)),
+            shortened(title, int(width * 14.5)),
             (0, place - 0.27),
             xycoords=("axes fraction", "data"),
             va="center",
@@ -219,7 +194,7 @@ def _differences(summary: Summary, width: float) -> Figure:
             color=MUTED,
         )
     axis.set_xlabel(f"{yardstick.title}, {yardstick.unit}  (shaded: ±{delta:g})")
-    axis.set_title(_shortened(f"Difference to {baseline}", int(width * 13)), pad=14)
+    axis.set_title(shortened(f"Difference to {baseline}", int(width * 13)), pad=14)
     return figure
 
 
@@ -300,26 +275,26 @@ def _learning_curves(
     across = len(curves) if width > 5 else 1
     down = 1 if width > 5 else len(curves)
     used = sorted({place for key, _, _ in curves for place in _drawn_arms(summary, key)})
-    figure = _figure(width, 2.1 * down + 0.3 + _legend_height(summary, used, width))
+    figure = _figure(width, 2.1 * down + 0.3 + legend_height(summary, used, width))
     axes = figure.subplots(down, across, squeeze=False, sharex="col")
     for axis, (key, title, unit) in zip(axes.flat, curves, strict=True):
         tops = []
         for place in _drawn_arms(summary, key):
             points = _points(summary.arms[place].records, key)
-            look = _look(place)
+            shown = look(place)
             means = [sum(values) / len(values) for values in points.values()]
             lows, highs = list(map(min, points.values())), list(map(max, points.values()))
             every = 1 + len(points) // 6
             axis.fill_between(
-                list(points), lows, highs, color=look["color"], alpha=0.15, linewidth=0
+                list(points), lows, highs, color=shown["color"], alpha=0.15, linewidth=0
             )
             axis.plot(
                 list(points),
                 means,
-                color=look["color"],
-                linestyle=look["linestyle"],
+                color=shown["color"],
+                linestyle=shown["linestyle"],
                 linewidth=1.3,
-                marker=look["marker"],
+                marker=shown["marker"],
                 markersize=3.5,
                 markevery=(place % every, every),
             )
@@ -332,7 +307,7 @@ def _learning_curves(
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for axis in axes[-1]:
         axis.set_xlabel("optimiser step")
-    _legend(figure, summary, used, width)
+    legend(figure, summary, used, width)
     return figure
 
 
@@ -346,16 +321,16 @@ def _has_speed(summary: Summary, arm: ArmSummary) -> bool:
 def _speed(summary: Summary, width: float) -> Figure:
     yardstick = summary.given.yardstick
     used = [place for place, arm in enumerate(summary.arms) if _has_speed(summary, arm)]
-    figure = _figure(width, 2.8 + _legend_height(summary, used, width))
+    figure = _figure(width, 2.8 + legend_height(summary, used, width))
     axis = figure.subplots()
     for place in used:
-        arm, look = summary.arms[place], _look(place)
+        arm, shown = summary.arms[place], look(place)
         seeds = [
             (record.supervised_tokens_per_second, value)
             for record in arm.records
             if (value := record.measures.get(yardstick.name)) is not None
         ]
-        common: dict[str, Any] = {"color": look["color"], "marker": look["marker"]}
+        common: dict[str, Any] = {"color": shown["color"], "marker": shown["marker"]}
         axis.plot(*zip(*seeds, strict=True), **common, linestyle="none", markersize=3, alpha=0.5)
         speed, quality = arm.speed, arm.measures[yardstick.name]
         if speed is not None:
@@ -374,56 +349,5 @@ def _speed(summary: Summary, width: float) -> Figure:
     arrow = "↓" if yardstick.lower_is_better else "↑"
     axis.set_ylabel(f"{yardstick.title}\n{yardstick.unit}  ({arrow} better)")
     axis.grid(color=GRID, linewidth=0.6)
-    _legend(figure, summary, used, width, linestyle="none")
+    legend(figure, summary, used, width, linestyle="none")
     return figure
-
-
-# What figures share
-
-
-def _look(place: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the arm at a place; the baseline is at 0."""
-    if place == 0:
-        return {"color": INK, "marker": "X", "linestyle": _DASHES[1]}
-    turn, colour = divmod(place - 1, len(_COLOURS))
-    return {
-        "color": _COLOURS[colour],
-        "marker": _MARKERS[(colour + turn) % len(_MARKERS)],
-        "linestyle": _DASHES[(0, 2, 3, 1)[turn % len(_DASHES)]],
-    }
-
-
-def _columns(summary: Summary, used: Sequence[int], width: float) -> int:
-    longest = max(len(_legend_label(summary, place, width)) for place in used)
-    return max(1, min(len(used), int(width * 13 / (longest + 6))))
-
-
-def _legend_height(summary: Summary, used: Sequence[int], width: float) -> float:
-    return 0.17 * -(-len(used) // _columns(summary, used, width)) + 0.15
-
-
-def _legend_label(summary: Summary, place: int, width: float) -> str:
-    return _shortened(summary.arms[place].label, int(width * 12))
-
-
-def _legend(
-    figure: Figure, summary: Summary, used: Sequence[int], width: float, **look: Any
-) -> None:
-    handles = [
-        Line2D([], [], **{**_look(place), **look}, linewidth=1.3, markersize=5) for place in used
-    ]
-    legend = figure.legend(
-        handles=handles,
-        labels=["."] * len(used),
-        loc="outside lower center",
-        ncols=_columns(summary, used, width),
-        columnspacing=1.6,
-        handlelength=2.6,
-    )
-    # Set afterwards: a legend drops labels that begin with an underscore.
-    for text, place in zip(legend.get_texts(), used, strict=True):
-        text.set_text(_legend_label(summary, place, width))
-
-
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"

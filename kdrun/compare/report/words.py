@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from kdrun.compare.record import Trial
 from kdrun.compare.report.content import ArmSummary, Spread, Summary
-from kdrun.compare.statistics import LEVEL, ArmVerdict
+from kdrun.compare.statistics import LEVEL
+from kdrun.compare.verdicts import ArmVerdict
 from kdrun.evaluation.yardsticks import Yardstick
 
 _ORDER = ("better", "equivalent", "identical", "undecided", "worse", "diverged", "no verdict")

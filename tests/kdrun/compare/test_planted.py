@@ -64,7 +64,7 @@ def read(folder: Path) -> list[Record]:
 def test_two_names_of_a_loss_are_identical_and_one_without_a_gradient_is_worse(
     serial: tuple[list[Record], str],
 ) -> None:
-    from kdrun.compare.statistics import compare_all
+    from kdrun.compare.verdicts import compare_all
 
     found, printed = serial
     assert len(found) == 12

@@ -11,13 +11,13 @@ from synthetic import BASELINE, arm, record, records_of
 from kdrun.compare.statistics import (
     LEVEL,
     MOST_SEEDS,
-    compare_all,
     family_tests,
     holm,
     needed_seeds,
     power,
     upper_standard_deviation,
 )
+from kdrun.compare.verdicts import compare_all
 from kdrun.evaluation.yardsticks import YARDSTICKS
 
 stats = pytest.importorskip("scipy.stats")

@@ -1,0 +1,165 @@
+"""Compressed teachers: the most likely tokens with a tail, or tokens that were drawn."""
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from kdlosses.numerics import log_softmax
+from kdlosses.sources import Source, as_source, require_float
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A teacher's k most likely tokens and one bucket for all others.
+
+    The distributions of teacher and student are compared over k + 1 events. For a loss with the
+    trait ``coarse_graining_monotone`` the value never exceeds the full one, and grows with k up to
+    it at k = V. Any :class:`Divergence` works with it; a ``RowLoss`` where it says so.
+
+    Not where the tail of the teacher matters: the student is free to arrange the mass of the
+    bucket as it likes.
+
+    Args:
+        log_probs: ``[..., k]`` the tokens' log-probabilities, softened by ``temperature``.
+        indices: ``[..., k]`` int64, the tokens, each once.
+        tail_log_prob: ``[...]`` the log-probability of all others; ``-inf`` at k = V.
+        vocab_size: number of tokens that the probabilities are shared among.
+        temperature: the temperature they were softened by; the loss must use the same.
+
+    Raises:
+        ValueError: on shapes that do not fit together.
+        TypeError: on tensors of the wrong type.
+    """
+
+    log_probs: Tensor
+    indices: Tensor
+    tail_log_prob: Tensor
+    vocab_size: int
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_tokens("TopK", self.log_probs, self.indices, self.vocab_size)
+        if self.tail_log_prob.shape != self.log_probs.shape[:-1]:
+            raise ValueError(
+                f"TopK: tail_log_prob has shape {list(self.tail_log_prob.shape)}, expected "
+                f"{list(self.log_probs.shape[:-1])}"
+            )
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, k: int, temperature: float = 1.0) -> Self:
+        """Compress logits ``[..., V]``, cut to the shared vocabulary beforehand.
+
+        Raises:
+            ValueError: k outside [1, V].
+        """
+        vocab_size = logits.shape[-1]
+        if not 1 <= k <= vocab_size:
+            raise ValueError(f"k: must lie in [1, {vocab_size}], got {k}")
+        log_probs = _log_probs(logits, temperature)
+        kept, indices = log_probs.topk(k, dim=-1)
+        others = log_probs.scatter(-1, indices, -math.inf)
+        return cls(kept, indices, others.logsumexp(-1), vocab_size, temperature)
+
+    @property
+    def leading_shape(self) -> torch.Size:
+        """The shape without the axis of tokens."""
+        return self.log_probs.shape[:-1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored, each with the leading shape first."""
+        return self.log_probs, self.indices, self.tail_log_prob
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Tokens drawn from a teacher, each with its log-probability.
+
+    A loss ``sum_v f(p_v, q_v)`` is estimated by the mean of ``f(p_v, q_v) / p_v`` over the draws.
+    Value and gradient are unbiased for a :class:`Divergence` with ``linear_finish`` and a plain
+    sum, where the teacher gives every token some mass; others are refused.
+
+    Not for few draws and losses that weigh by the student (reverse KL): tokens that the student
+    overrates are rarely drawn, and then count ``q / p`` times.
+
+    Args:
+        log_probs: ``[..., n]`` the teacher's log-probabilities, softened by ``temperature``.
+        indices: ``[..., n]`` int64, the drawn tokens, with repetitions.
+        vocab_size: number of tokens that were drawn from.
+        temperature: the temperature they were softened by; the loss must use the same.
+
+    Raises:
+        ValueError: on shapes that do not fit together.
+        TypeError: on tensors of the wrong type.
+    """
+
+    log_probs: Tensor
+    indices: Tensor
+    vocab_size: int
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_tokens("Sampled", self.log_probs, self.indices, self.vocab_size)
+
+    @classmethod
+    def from_logits(
+        cls,
+        logits: Tensor,
+        draws: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Self:
+        """Draw from logits ``[..., V]``, cut to the shared vocabulary beforehand.
+
+        Raises:
+            ValueError: fewer than one draw.
+        """
+        if draws < 1:
+            raise ValueError(f"draws: must be at least 1, got {draws}")
+        log_probs = _log_probs(logits, temperature)
+        flat = log_probs.reshape(-1, log_probs.shape[-1])
+        indices = torch.multinomial(flat.exp(), draws, replacement=True, generator=generator)
+        indices = indices.view(*log_probs.shape[:-1], draws)
+        return cls(log_probs.gather(-1, indices), indices, log_probs.shape[-1], temperature)
+
+    @property
+    def leading_shape(self) -> torch.Size:
+        """The shape without the axis of draws."""
+        return self.log_probs.shape[:-1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored, each with the leading shape first."""
+        return self.log_probs, self.indices
+
+
+Compressed = TopK | Sampled
+TeacherSource = Source | Compressed
+
+
+def as_teacher(value: Tensor | TeacherSource) -> TeacherSource:
+    """As :func:`as_source`; a compressed teacher will do too."""
+    return value if isinstance(value, TopK | Sampled) else as_source(value, "teacher")
+
+
+def _log_probs(logits: Tensor, temperature: float) -> Tensor:
+    require_float("logits", logits)
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature: must be a positive number, got {temperature}")
+    return log_softmax(log_softmax(logits.detach()) / temperature)
+
+
+def _check_tokens(kind: str, log_probs: Tensor, indices: Tensor, vocab_size: int) -> None:
+    require_float(f"{kind}: log_probs", log_probs)
+    if indices.dtype != torch.int64:
+        raise TypeError(f"{kind}: indices: expected int64, got {indices.dtype}")
+    if log_probs.shape != indices.shape or log_probs.ndim < 1 or not log_probs.shape[-1]:
+        raise ValueError(
+            f"{kind}: log_probs and indices must have one shape [..., k], k at least 1, got "
+            f"{list(log_probs.shape)} and {list(indices.shape)}"
+        )
+    if indices.numel() and (indices.min() < 0 or indices.max() >= vocab_size):
+        raise ValueError(f"{kind}: indices: a token lies outside the vocabulary of {vocab_size}")

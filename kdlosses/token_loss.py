@@ -1,0 +1,271 @@
+"""A loss as a module: over the supervised tokens of a batch, plain or in chunks."""
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kdlosses.batch import Batch, Denominator
+from kdlosses.compressed import TeacherSource
+from kdlosses.divergence import Loss, RowLoss
+from kdlosses.engine import (
+    Chunking,
+    Problem,
+    Program,
+    evaluate,
+    refusal,
+    silenced,
+    view_of,
+)
+from kdlosses.schedules import Schedule
+from kdlosses.sources import Source, VocabParallel
+from kdlosses.terms import TEMPERATURE, MovingTerms, Term
+
+
+class TokenLoss(nn.Module):
+    """A distillation loss over the supervised tokens of a batch. Made by :func:`get_loss`.
+
+    The value is ``sum_k v_k T ** power_k sum_i w_i D_k(p_i, q_i) / num_tokens`` over the rows ``i``
+    whose label is not ignored and the terms ``k`` of a weighted sum (mostly one, with weight 1),
+    with ``p = softmax(teacher / T)`` and ``q = softmax(student / T)``.
+
+    Args:
+        loss: the divergence or row loss, or the terms of a weighted sum.
+        chunking: None for the plain evaluation by autograd on full logits.
+        temperature: T > 0, softens both sides.
+        temperature_scaling: whether each term is multiplied by ``T ** temperature_power``
+            (Hinton et al. 2015); TRL, Liger and DistiLLM do not.
+        ignore_index: label of the positions that are left out.
+        vocab_size: both sides are cut to this many entries before the softmax; by default to the
+            smaller of the two heads.
+        match_curvature: divide each term by its curvature, so that near equality it is as strong
+            as KL and one ``kd_ratio`` means the same for every loss.
+        schedules: of ``temperature``, of fields (``"alpha"``), or of fields of one term of a sum
+            (``"reverse_kl.alpha"``). They move with :meth:`advance`.
+
+    Raises:
+        ValueError: a temperature or vocabulary size that is not positive, ``match_curvature``
+            for a loss that states no curvature, terms or schedules that have no meaning.
+    """
+
+    def __init__(
+        self,
+        loss: Loss | Sequence[Term],
+        *,
+        chunking: Chunking | None = None,
+        temperature: float = 1.0,
+        temperature_scaling: bool = True,
+        ignore_index: int = -100,
+        vocab_size: int | None = None,
+        match_curvature: bool = False,
+        schedules: Mapping[str, Schedule] = MappingProxyType({}),
+    ) -> None:
+        super().__init__()
+        of_temperature = schedules.get(TEMPERATURE)
+        for value in of_temperature.extremes if of_temperature else (temperature,):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"temperature: must be a positive number, got {value}")
+        if vocab_size is not None and vocab_size < 1:
+            raise ValueError(f"vocab_size: must be at least 1, got {vocab_size}")
+        terms = (Term(loss, 1.0, type(loss).__name__),) if isinstance(loss, Loss) else tuple(loss)
+        self._moving = MovingTerms(
+            terms, {key: value for key, value in schedules.items() if key != TEMPERATURE}
+        )
+        self._temperature_schedule = of_temperature
+        self.chunking = chunking
+        self.temperature = of_temperature(0.0) if of_temperature else temperature
+        self.temperature_scaling = temperature_scaling
+        self.ignore_index = ignore_index
+        self.vocab_size = vocab_size
+        self.match_curvature = match_curvature
+        if match_curvature:
+            for index, term in enumerate(terms):
+                for curvature in self._moving.curvatures(index):
+                    _check_curvature(term, curvature)
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The weighted losses that are summed; mostly one."""
+        return self._moving.terms
+
+    @property
+    def loss(self) -> Loss:
+        """The one loss.
+
+        Raises:
+            ValueError: a sum of several; see :attr:`terms`.
+        """
+        if len(self.terms) > 1:
+            names = ", ".join(term.name for term in self.terms)
+            raise ValueError(f"a sum has no single loss; name one of {names}")
+        return self.terms[0].loss
+
+    @property
+    def progress(self) -> float:
+        """The progress that schedules stand at."""
+        return self._moving.progress
+
+    @property
+    def stateful(self) -> bool:
+        """Whether :meth:`advance` needs the values of the terms."""
+        return self._moving.stateful
+
+    @property
+    def moving_values(self) -> dict[str, float]:
+        """The present values of what is scheduled and of state variables, by name."""
+        temperature = {TEMPERATURE: self.temperature} if self._temperature_schedule else {}
+        return {**temperature, **self._moving.named_values}
+
+    def advance(self, progress: float, term_values: Sequence[float] | None = None) -> None:
+        """Move schedules and state on, once after each optimiser step.
+
+        Args:
+            progress: the share of the training that is done, in [0, 1].
+            term_values: for each term its mean over the supervised tokens of the step, of all
+                micro-batches and ranks (:attr:`KDOutput.kd_terms`); only stateful losses need it.
+
+        Raises:
+            ValueError: a progress outside [0, 1], or values missing that a state needs.
+        """
+        if self.stateful and term_values is None:
+            raise ValueError(
+                "term_values: a loss carries state and needs the mean of each term over the step"
+            )
+        self._move(progress, term_values)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Progress and state variables: numbers, part of ``state_dict``."""
+        return self._moving.state()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take back what :meth:`get_extra_state` gave."""
+        self._moving.restore(state)
+        self._move_temperature()
+
+    def extra_repr(self) -> str:
+        """Shows the losses and how they are evaluated."""
+        how = "plain" if self.chunking is None else "chunked"
+        sum_ = " + ".join(
+            repr(term.loss) if term.weight == 1 else f"{term.weight:g} {term.loss!r}"
+            for term in self.terms
+        )
+        return f"{sum_}, {how}, temperature={self.temperature}"
+
+    def forward(
+        self,
+        student: Tensor | Source,
+        teacher: Tensor | TeacherSource,
+        labels: Tensor,
+        num_tokens: Denominator | None = None,
+        *,
+        token_weights: Tensor | None = None,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            student: logits ``[..., V]`` or :class:`Projected`.
+            teacher: likewise, or compressed (:class:`TopK`, :class:`Sampled`); it never receives a
+                gradient.
+            labels: ``[...]`` aligned with the logits: ``labels[..., i]`` is the target of
+                ``logits[..., i, :]``. Positions with ``ignore_index`` are left out.
+            num_tokens: the denominator; by default the supervised tokens of this call. Give the
+                number over all micro-batches and ranks when a step is split.
+            token_weights: ``[...]`` weight of each position's value.
+            reduction: ``"mean"`` or ``"none"``.
+
+        Returns:
+            0-d, or with ``reduction="none"`` the values ``[...]``, 0 where ignored (``num_tokens``
+            must not be given then). With no supervised token the value is 0 with zero gradients.
+
+        Raises:
+            ValueError: on shapes that do not fit together, labels outside the vocabulary, or a
+                compressed teacher that the loss or its temperature has no meaning with.
+        """
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
+        if teacher is None:
+            raise TypeError("teacher: expected logits or kdlosses.Projected, got NoneType")
+        per_row = reduction == "none"
+        if per_row and num_tokens is not None:
+            raise ValueError("num_tokens: has no meaning with reduction='none'")
+        batch = self._batch(student, teacher, labels)
+        weight = batch.weights(token_weights)
+        divisor = 1.0 if per_row else batch.denominator(num_tokens)
+        factors = self._weighted_factors(batch)
+        total, kd, _ = evaluate(
+            self._problem(batch),
+            weight.unsqueeze(-1) * (factors / divisor),
+            torch.zeros_like(weight),
+            self.chunking,
+            per_row,
+        )
+        if not per_row:
+            return total
+        weight = weight.unsqueeze(-1)
+        return batch.rows.spread((silenced(kd, weight) * (factors * weight)).sum(-1))
+
+    def _batch(
+        self, student: Tensor | Source, teacher: Tensor | TeacherSource | None, labels: Tensor
+    ) -> Batch:
+        return Batch.of(student, teacher, labels, self.ignore_index, self.vocab_size)
+
+    def _problem(self, batch: Batch, with_teacher: bool = True) -> Problem:
+        """What the engine is to evaluate; without the teacher, cross-entropy alone."""
+        if batch.teacher is None or not with_teacher:
+            program = Program(student_post=batch.student.post, vocabulary=batch.student.vocabulary)
+            return Problem(program, batch.student, None, batch.rows, (), batch.vocab_size)
+        for term in self.terms:
+            reason = refusal(term.loss, batch.teacher, self.temperature)
+            if reason is not None:
+                raise ValueError(f"teacher: {reason}")
+            if isinstance(batch.student, VocabParallel) and isinstance(term.loss, RowLoss):
+                name = type(term.loss).__name__
+                raise ValueError(f"student: {name} needs whole rows, and its head is spread")
+        program = Program(
+            losses=tuple(term.loss for term in self.terms),
+            bound=self._moving.bound,
+            student_post=batch.student.post,
+            view=view_of(batch.teacher),
+            softened=self.temperature != 1.0 or self._temperature_schedule is not None,
+            vocabulary=batch.student.vocabulary,
+        )
+        moving = [value for values in self._moving.values for value in values.values()]
+        scalars = tuple(batch.scalar(value) for value in (self.temperature, *moving))
+        return Problem(program, batch.student, batch.teacher, batch.rows, scalars, batch.vocab_size)
+
+    def _factors(self, batch: Batch) -> Tensor:
+        """What makes the raw value of each term its reported value, ``[k]``."""
+        factors = []
+        for index, term in enumerate(self.terms):
+            power = term.loss.temperature_power if self.temperature_scaling else 0
+            factor = self.temperature**power
+            if self.match_curvature:
+                factor /= _check_curvature(term, self._moving.curvature(index))
+            factors.append(factor)
+        device = batch.student.tensors[0].device
+        return torch.tensor(factors, dtype=batch.dtype, device=device)
+
+    def _weighted_factors(self, batch: Batch) -> Tensor:
+        weights = torch.tensor([term.weight for term in self.terms], dtype=batch.dtype)
+        factors = self._factors(batch)
+        return factors * weights.to(factors.device)
+
+    def _move(self, progress: float, term_values: Sequence[float] | None) -> None:
+        self._moving.advance(progress, term_values)
+        self._move_temperature()
+
+    def _move_temperature(self) -> None:
+        if self._temperature_schedule is not None:
+            self.temperature = self._temperature_schedule(self._moving.progress)
+
+
+def _check_curvature(term: Term, curvature: float | None) -> float:
+    if not curvature:
+        raise ValueError(
+            f"match_curvature: {term.name} has no curvature to match (it states {curvature})"
+        )
+    return curvature
