@@ -7,9 +7,10 @@ cannot be imported breaks nothing but itself.
 import difflib
 import inspect
 import os
+import re
 import traceback
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
@@ -45,6 +46,7 @@ class PluginGroup(Generic[R]):
         ref: the class of the references it gives.
         wrong: raised for what the user or a plugin's author has to mend.
         broken: raised where a member cannot be imported.
+        elsewhere: names that other tools use, each with the name here; for suggestions alone.
     """
 
     group: str
@@ -53,6 +55,7 @@ class PluginGroup(Generic[R]):
     ref: type[R]
     wrong: type[Exception]
     broken: type[Exception]
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
 
     def available(self) -> tuple[R, ...]:
         """Every member by name; imports none.
@@ -72,6 +75,25 @@ class PluginGroup(Generic[R]):
                 distributions claim.
         """
         return self._ref(self._find(name))
+
+    def ignored(self) -> tuple[R, ...]:
+        """Members that take the name of a built-in one, which wins; imports none."""
+        built_in = {ref.name for ref in self.available() if ref.distribution == _BUILT_IN}
+        return tuple(
+            ref
+            for ref in self.available()
+            if ref.name in built_in and ref.distribution != _BUILT_IN
+        )
+
+    def suggest(self, word: str) -> str | None:
+        """The name of a member that a word stands for or nearly spells, or None."""
+        names = {entry.name for entry in self._entries()}
+        meant = self.elsewhere.get(_squeezed(word))
+        if meant in names:
+            return meant
+        same = [name for name in names if _squeezed(name) == _squeezed(word)]
+        close = same or difflib.get_close_matches(word, sorted(names), n=1)
+        return close[0] if close else None
 
     def load(self, name: str, bases: tuple[type, ...], expected: str) -> type[Any]:
         """Import the class of a name.
@@ -147,7 +169,8 @@ class PluginGroup(Generic[R]):
         matches = [entry for entry in entries if entry.name == name]
         if not matches:
             names = sorted({entry.name for entry in entries})
-            hint = _did_you_mean(name, names)
+            meant = self.suggest(name)
+            hint = f", did you mean {meant!r}?" if meant else ""
             raise self.wrong(
                 f"unknown {self.kind} {name!r}{hint}; {self.listing!r} shows all {len(names)}"
             )
@@ -165,6 +188,11 @@ class PluginGroup(Generic[R]):
 
 def _distribution(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist is not None else "unknown"
+
+
+def _squeezed(word: str) -> str:
+    """A name without capitals, separators, and the word loss at its end."""
+    return re.sub(r"[^a-z0-9]", "", word.lower()).removesuffix("loss")
 
 
 def _did_you_mean(word: str, known: Collection[str]) -> str:

@@ -36,8 +36,38 @@ class LossRef(PluginRef):
     """A registered loss, not yet imported."""
 
 
+# What torchtune, TRL, Liger, DistiLLM, ABKD and papers call them, squeezed; see docs/names.md.
+_ELSEWHERE = {
+    **dict.fromkeys(("kl", "kd", "kld", "kldiv", "fkl", "fkld", "forwardkld"), "forward_kl"),
+    **dict.fromkeys(
+        ("forwardklwithchunkedoutput", "ligerkldiv", "ligerfusedlinearkldiv"), "forward_kl"
+    ),
+    **dict.fromkeys(("rkl", "rkld", "reversekld", "reverseklwithchunkedoutput"), "reverse_kl"),
+    **dict.fromkeys(("skl", "symkl", "symmetrickld", "jeffreys"), "symmetric_kl"),
+    **dict.fromkeys(("symmetricklwithchunkedoutput",), "symmetric_kl"),
+    **dict.fromkeys(("js", "jsd", "gjsd", "gkd", "jsdistance", "jensenshannon"), "generalized_jsd"),
+    **dict.fromkeys(
+        ("generalizedjsdloss", "chunkeddivergence", "ligerjsd", "ligerfusedlinearjsd"),
+        "generalized_jsd",
+    ),
+    **dict.fromkeys(
+        ("sfkl", "skewfkl", "skewedforwardkl", "skewkl", "skewedkl"), "skew_forward_kl"
+    ),
+    **dict.fromkeys(("srkl", "skewrkl", "skewedreversekl"), "skew_reverse_kl"),
+    **dict.fromkeys(("tv", "tvd", "tvdistance", "ligertvd"), "total_variation"),
+    **dict.fromkeys(("ab", "abkd", "abdivergence"), "alpha_beta"),
+    **dict.fromkeys(("akl", "akd"), "adaptive_kl"),
+    **dict.fromkeys(("dkd",), "decoupled_kd"),
+    **dict.fromkeys(("hellingerdistance", "squaredhellinger"), "hellinger"),
+}
 _GROUP = PluginGroup(
-    "kdlosses.losses", "loss", "kdrun losses list", LossRef, LossSpecError, BrokenLossError
+    "kdlosses.losses",
+    "loss",
+    "kdrun losses list",
+    LossRef,
+    LossSpecError,
+    BrokenLossError,
+    _ELSEWHERE,
 )
 
 
@@ -84,6 +114,11 @@ def available_losses() -> tuple[LossRef, ...]:
     return _GROUP.available()
 
 
+def ignored_losses() -> tuple[LossRef, ...]:
+    """Losses that a plugin registers under the name of a built-in one, which wins."""
+    return _GROUP.ignored()
+
+
 def parse_spec(spec: str) -> LossSpec:
     """Split ``name[_chunked][:key=value[,key=value...]]``, or a sum ``0.7*first + 0.3*second``.
 
@@ -103,9 +138,12 @@ def parse_spec(spec: str) -> LossSpec:
 def _parse_term(spec: str, text: str) -> tuple[TermSpec, bool]:
     match = _TERM.fullmatch(text)
     if match is None or match["name"] == CHUNKED:
+        word = re.search(r"[A-Za-z][\w-]*", text)
+        meant = _GROUP.suggest(word[0]) if word else None
+        hint = f"; did you mean {meant!r}?" if meant else ""
         raise LossSpecError(
             f"loss {spec!r}: expected a name such as forward_kl_chunked, "
-            "generalized_jsd_chunked:beta=0.1, or a sum 0.7*forward_kl+0.3*reverse_kl"
+            f"generalized_jsd_chunked:beta=0.1, or a sum 0.7*forward_kl+0.3*reverse_kl{hint}"
         )
     weight = float(match["weight"] or 1.0)
     if not (math.isfinite(weight) and weight > 0):

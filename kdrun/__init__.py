@@ -10,7 +10,11 @@ if TYPE_CHECKING:
     from kdrun.run.distill import distill as distill
     from kdrun.training.trainer import DistillTrainer as DistillTrainer
 
-_HOME = {"DistillTrainer": "trainer", "RunConfig": "config", "distill": "distillation"}
+_HOME = {
+    "DistillTrainer": "training.trainer",
+    "RunConfig": "config.sections",
+    "distill": "run.distill",
+}
 
 __all__ = ["DistillTrainer", "RunConfig", "distill"]
 

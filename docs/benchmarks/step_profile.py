@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
-from kdrun import trainer as kdrun_trainer
+from kdrun import DistillTrainer
 from kdrun.cli import main
 
 WARM_UP, TIMED = 3, 4
@@ -98,14 +98,14 @@ def report(watch: Watch, rate: float) -> None:
 
 if __name__ == "__main__":
     watch = Watch()
-    build = kdrun_trainer.DistillTrainer.__init__
+    build = DistillTrainer.__init__
 
     def build_watched(self: Any, *arguments: Any, **options: Any) -> None:
         """The trainer with one more callback."""
         build(self, *arguments, **options)
         self.add_callback(watch)
 
-    kdrun_trainer.DistillTrainer.__init__ = build_watched  # type: ignore[method-assign]
+    DistillTrainer.__init__ = build_watched  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         steps = str(WARM_UP + TIMED + 2)
         sys.argv[1:] += ["--max-steps", steps, "--output", f"{folder}/run"]

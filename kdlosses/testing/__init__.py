@@ -19,7 +19,7 @@ from kdlosses.testing import (  # noqa: F401 - importing them fills the catalogu
     teachers,
     values,
 )
-from kdlosses.testing.catalogue import CHECKS, Check, LossLike, as_loss
+from kdlosses.testing.catalogue import CHECKS, About, Check, LossLike, as_loss
 
 __all__ = [
     "Check",
@@ -46,11 +46,13 @@ class CheckResult:
         name: of the check.
         verdict: ``"passed"``, ``"failed"``, or ``"expected failure"`` where the loss declares it.
         reason: why it failed, or the loss's written reason; empty where it passed.
+        about: what the check looks at, ``"mathematics"`` or ``"documentation"``.
     """
 
     name: str
     verdict: Verdict
     reason: str
+    about: About = "mathematics"
 
 
 def checks_for(loss: LossLike) -> Iterator[Check]:
@@ -76,11 +78,15 @@ def run_checks(loss: LossLike) -> list[CheckResult]:
         reason = _failure(check, loss)
         declared = loss.expected_failures.get(check.name)
         if declared is None:
-            result = CheckResult(check.name, "failed" if reason else "passed", reason or "")
+            result = CheckResult(
+                check.name, "failed" if reason else "passed", reason or "", check.about
+            )
         elif reason:
-            result = CheckResult(check.name, "expected failure", declared)
+            result = CheckResult(check.name, "expected failure", declared, check.about)
         else:
-            result = CheckResult(check.name, "failed", f"passes, though declared: {declared}")
+            result = CheckResult(
+                check.name, "failed", f"passes, though declared: {declared}", check.about
+            )
         results.append(result)
     return results
 

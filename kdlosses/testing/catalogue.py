@@ -3,12 +3,14 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from kdlosses.divergence import Divergence, Loss, RowLoss
 from kdlosses.registry import get_loss
 
+About = Literal["mathematics", "documentation"]
 LossLike = str | Loss | type[Loss]
 
 
@@ -20,11 +22,13 @@ class Check:
         name: what ``expected_failures`` and reports call it.
         description: what it demands, one line.
         function: raises where a loss fails.
+        about: whether it looks at the mathematics of a loss or at its documentation.
     """
 
     name: str
     description: str
     function: Callable[[Loss], None]
+    about: About = "mathematics"
 
     def __call__(self, loss: LossLike) -> None:
         """Check a loss.
@@ -42,12 +46,13 @@ CHECKS: dict[str, tuple[Check, Callable[[Loss], bool]]] = {}
 
 def conformance(
     applies: Callable[[Loss], bool] = lambda loss: True,
+    about: About = "mathematics",
 ) -> Callable[[Callable[[Loss], None]], Callable[[Loss], None]]:
     """Enter a function as a check; its name without underscores is the check's name."""
 
     def register(function: Callable[[Loss], None]) -> Callable[[Loss], None]:
         name = function.__name__.lstrip("_")
-        CHECKS[name] = (Check(name, inspect.getdoc(function) or "", function), applies)
+        CHECKS[name] = (Check(name, inspect.getdoc(function) or "", function, about), applies)
         return function
 
     return register

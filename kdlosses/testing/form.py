@@ -14,7 +14,7 @@ from kdlosses.testing.cases import close, no_nan, normal, pair, permutation, row
 from kdlosses.testing.catalogue import CHECKS, conformance
 
 
-@conformance()
+@conformance(about="documentation")
 def _docstring(loss: Loss) -> None:
     """The docstring has a formula in its summary and a reference; parameters are described."""
     text = inspect.cleandoc(type(loss).__dict__.get("__doc__") or "")

@@ -50,6 +50,19 @@ def build_loss(config: LossConfig, vocab_size: int | None) -> TokenLoss:
         raise InputError(str(error)) from error
 
 
+def notes_on_names(spec: str) -> list[str]:
+    """Plugins that claim the name of a built-in loss of a spec, and are ignored; a line each."""
+    from kdlosses import ignored_losses, parse_spec
+
+    names = {term.name for term in parse_spec(spec).terms}
+    return [
+        f"loss {ref.name}: the built-in one is used; the one of {ref.distribution} "
+        f"({ref.module}) is ignored, since built-in names cannot be replaced"
+        for ref in ignored_losses()
+        if ref.name in names
+    ]
+
+
 def unchunked(config: LossConfig) -> LossConfig:
     """The same loss as plain autograd, for a look at whether it accepts a teacher."""
     plain = {"spec": config.spec.replace("_chunked", ""), "chunk_size": None, "compiled": None}

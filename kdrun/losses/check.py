@@ -12,6 +12,7 @@ from rich.table import Table
 from kdlosses import BrokenLossError, LossSpecError, available_losses, testing
 from kdrun.losses.describe import single_loss
 
+_DOCUMENTATION = "documentation"
 _COLOURS = {"passed": "green", "failed": "red", "expected failure": "yellow"}
 
 
@@ -30,8 +31,9 @@ def check_one(spec: str) -> bool:
     table.add_column("check", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     table.add_column("reason")
-    for result in results:
-        table.add_row(result.name, _coloured(result.verdict), escape(result.reason))
+    # Documentation last: a missing description is another thing than a wrong gradient.
+    for result in sorted(results, key=lambda result: result.about == _DOCUMENTATION):
+        table.add_row(_named(result), _coloured(result.verdict), escape(result.reason))
     console = _console()
     console.print(table)
     console.print(f"\n{escape(spec)}: {_verdict(results)}")
@@ -58,7 +60,7 @@ def check_all() -> bool:
         for result in results:
             if result.verdict != "passed":
                 verdict = _coloured(result.verdict)
-                console.print(f"  {result.name}: {verdict}: {escape(result.reason)}")
+                console.print(f"  {_named(result)}: {verdict}: {escape(result.reason)}")
     console.print(f"\n{good} of {len(names)} losses pass")
     return good == len(names)
 
@@ -79,8 +81,16 @@ def _verdict(results: list[testing.CheckResult]) -> str:
     expected = sum(result.verdict == "expected failure" for result in results)
     declared = f", {expected} expected to fail" if expected else ""
     if failed:
-        return f"[red]failed[/red] ({failed} of {len(results)} checks{declared})"
+        of = f"{failed} of {len(results)} checks{declared}"
+        if all(r.about == _DOCUMENTATION for r in results if r.verdict == "failed"):
+            return f"[yellow]the mathematics passed, the documentation failed[/yellow] ({of})"
+        return f"[red]failed[/red] ({of})"
     return f"[green]passed[/green] ({len(results) - expected} checks{declared})"
+
+
+def _named(result: testing.CheckResult) -> str:
+    """A check's name; those of the documentation say so."""
+    return f"{result.name} ({_DOCUMENTATION})" if result.about == _DOCUMENTATION else result.name
 
 
 def _coloured(verdict: str) -> str:

@@ -16,6 +16,7 @@ from kdlosses import (
     LossSpecError,
     available_losses,
     find_loss,
+    ignored_losses,
     parse_spec,
 )
 from kdrun.errors import InputError
@@ -23,6 +24,8 @@ from kdrun.losses.describe import doc_parts, family, parameters, single_loss, tr
 
 if TYPE_CHECKING:
     from kdlosses import Loss
+
+_IGNORED = "ignored: the name is that of a built-in loss"
 
 
 def print_list(details: bool) -> None:
@@ -34,10 +37,12 @@ def print_list(details: bool) -> None:
                 console.print(line, markup=False)
         return
     table = Table(box=None, pad_edge=False)
-    for heading in ("name", "distribution"):
+    for heading in ("name", "distribution", ""):
         table.add_column(heading, no_wrap=True)
+    ignored = ignored_losses()
     for ref in available_losses():
-        table.add_row(escape(ref.name), escape(ref.distribution))
+        note = _IGNORED if ref in ignored else ""
+        table.add_row(escape(ref.name), escape(ref.distribution), note)
     console.print(table)
 
 
@@ -95,6 +100,8 @@ def _print_plot(console: Any, name: str) -> None:
 def _details(ref: LossRef) -> list[str]:
     """Lines about one loss; a table's cells would be too narrow for formula and reference."""
     heading = [ref.name, ref.distribution]
+    if ref in ignored_losses():
+        return ["  ".join([*heading, _IGNORED])]
     try:
         loss: Loss = single_loss(ref.name)
     except (BrokenLossError, LossSpecError) as error:

@@ -118,12 +118,14 @@ def load_student(pair: Pair, config: ModelConfig, seed: int) -> PreTrainedModel:
     Raises:
         InputError: it cannot be loaded, or its head is narrower than the vocabulary.
     """
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     # Before any weights are made: they, and those of adapters, must follow from the seed.
     set_seed(seed if config.init_seed is None else config.init_seed)
     if pair.fresh_student:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pair.student.path))
+        model = model.to(getattr(torch, config.dtype))
     else:
         model = load_model(pair.student, config.dtype, config.trust_remote_code)
         check_head(model, pair, str(pair.student))

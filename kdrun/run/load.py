@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdrun.cache.choose import ChosenTeacher, choose_teacher
 from kdrun.errors import InputError
-from kdrun.losses.build import build_loss, unchunked
+from kdrun.losses.build import build_loss, notes_on_names, unchunked
 from kdrun.models.adapters import add_adapters, describe_adapters
 from kdrun.models.pairs import Pair, describe_cut, describe_model, load_student
 from kdrun.run import folder as runs
@@ -60,6 +60,8 @@ def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
     questions, asked = choose_questions(
         prepared.held_out, pair.tokenizer, config.evaluation, student
     )
+    for line in notes_on_names(config.loss.spec):
+        start.say(line)
     for line in (*teacher.notes, f"student: {describe_model(student)}"):
         start.say(line)
     if asked is not None:

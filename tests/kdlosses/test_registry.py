@@ -7,7 +7,14 @@ import textwrap
 
 import pytest
 
-from kdlosses import BrokenLossError, Divergence, LossSpecError, available_losses, get_loss
+from kdlosses import (
+    BrokenLossError,
+    Divergence,
+    LossSpecError,
+    available_losses,
+    get_loss,
+    ignored_losses,
+)
 from kdlosses.registry import LossSpec, TermSpec, parse_spec
 
 LOSS = """
@@ -292,3 +299,44 @@ def test_a_half_removed_distribution_breaks_nothing(install):
     get_loss("forward_kl")
     with pytest.raises(BrokenLossError, match="left"):
         get_loss("left")
+
+
+# Names of other tools, and names that are taken.
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("kl", "forward_kl"),
+        ("fkl", "forward_kl"),
+        ("rkl", "reverse_kl"),
+        ("jsd", "generalized_jsd"),
+        ("jsd_chunked", "generalized_jsd"),
+        ("jsd:beta=0.1", "generalized_jsd"),
+        ("ForwardKL", "forward_kl"),
+        ("ForwardKLLoss", "forward_kl"),
+        ("ReverseKLWithChunkedOutputLoss", "reverse_kl"),
+        ("0.5*ForwardKL+0.5*rkl", "forward_kl"),
+        ("tvd", "total_variation"),
+        ("dkd", "decoupled_kd"),
+        ("skewed_reverse_kl", "skew_reverse_kl"),
+        ("forward-kl", "forward_kl"),
+        ("forwrad_kl", "forward_kl"),
+    ],
+)
+def test_the_names_of_other_tools_are_known(theirs, ours):
+    with pytest.raises(LossSpecError, match=f"did you mean '{ours}'"):
+        get_loss(theirs)
+
+
+def test_every_name_of_another_tool_stands_for_a_registered_loss():
+    from kdlosses.registry import _ELSEWHERE
+
+    assert set(_ELSEWHERE.values()) <= {ref.name for ref in available_losses()}
+
+
+def test_a_loss_under_a_built_in_name_is_listed_as_ignored(install):
+    assert ignored_losses() == ()
+    install("twin", {"forward_kl": "twin_module:Triangular", "own": "twin_module:Triangular"})
+    (ignored,) = ignored_losses()
+    assert (ignored.name, ignored.distribution) == ("forward_kl", "twin")

@@ -436,11 +436,12 @@ def test_the_command_refuses_unknown_names_and_no_name():
 
 
 def test_the_command_exits_with_1_when_a_check_fails(monkeypatch, capsys):
-    from kdrun import check_losses, cli
+    from kdrun.cli import cli
+    from kdrun.losses import check
 
-    monkeypatch.setattr(check_losses, "single_loss", lambda spec: WrongCurvature())
+    monkeypatch.setattr(check, "single_loss", lambda spec: WrongCurvature())
     with pytest.raises(SystemExit) as caught:
-        cli.cli.main(["losses", "check", "wrong"], standalone_mode=False)
+        cli.main(["losses", "check", "wrong"], standalone_mode=False)
     assert caught.value.code == 1
     out = capsys.readouterr().out
     assert "measured 1, curvature() states 0.25" in out

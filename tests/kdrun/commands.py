@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -44,6 +45,11 @@ def kdrun_in_processes(count: int, *arguments: object) -> list[Completed[str]]:
 def script_in_processes(count: int, script: str, *arguments: object) -> list[Completed[str]]:
     """The same for a script, whose folder it can import from."""
     return _run(script, arguments, _ranks(count))
+
+
+def heed_interrupts() -> None:
+    """In a new process: take SIGINT as usual, also where the test runner was told to ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _ranks(count: int) -> list[dict[str, str]]:

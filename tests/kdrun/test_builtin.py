@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from kdrun.builtin import DEFAULTS, STUDENT_DIR, TEACHER_DIR, build
+from kdrun.builtin import DEFAULTS, STUDENT_DIR, TEACHER_DIR
 from kdrun.builtin.text import (
     is_held_out,
     load_text,
@@ -20,6 +20,7 @@ from kdrun.builtin.text import (
 )
 from kdrun.data.windows import TextWindows, concatenate
 from kdrun.errors import InputError
+from kdrun.models import build_builtin as build
 
 
 @pytest.fixture(scope="module")

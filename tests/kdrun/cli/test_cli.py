@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import kdrun
+from commands import heed_interrupts, kdrun
 
 from kdrun.errors import InputError
 from kdrun.run.folder import prepare_folder
@@ -135,6 +135,7 @@ def test_interrupted_runs_are_saved_and_resumed_to_the_same_student(
         stderr=subprocess.PIPE,
         text=True,
         encoding="utf-8",
+        preexec_fn=heed_interrupts,
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:

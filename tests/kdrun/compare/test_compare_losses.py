@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import heed_interrupts
 from small import QUICK, compare, kdrun, options, records, refused, rows_file
 
 from kdrun.compare.command import comparison_of
@@ -112,6 +113,7 @@ def test_ctrl_c_leaves_no_record_and_no_trial(
         text=True,
         encoding="utf-8",
         start_new_session=True,  # a terminal interrupts all processes of the command
+        preexec_fn=heed_interrupts,
     ) as process:
         try:
             wait_for(lambda: [p for p in folder.glob("trials/*/metrics.jsonl") if p.stat().st_size])

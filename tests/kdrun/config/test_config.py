@@ -15,7 +15,7 @@ from kdrun.config.sections import RunConfig
 from kdrun.errors import InputError
 from kdrun.losses.build import check_name
 
-RECIPES = sorted((Path(__file__).parents[2] / "docs" / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[3] / "docs" / "recipes").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "kdlosses-broken"
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "kdlosses-broken"
 KDRUN = Path(sys.executable).with_name("kdrun")
 BROKEN = {
     "broken_import": "ImportError: no module that this loss needs",
@@ -60,6 +60,25 @@ def test_help_and_list_do_not_import_it(environment: dict[str, str]) -> None:
     for name in BROKEN:
         assert [name, "kdlosses-broken"] in rows
     assert ["forward_kl", "kdlosses"] in rows
+    assert ["total_variation", "kdlosses"] in rows
+    (ignored,) = [row for row in rows if row[:2] == ["total_variation", "kdlosses-broken"]]
+    assert ignored[2] == "ignored:"
+
+
+def test_a_built_in_name_that_it_claims_is_used_and_said(environment: dict[str, str]) -> None:
+    done = kdrun(environment, "losses", "list", "--details")
+    assert (
+        "total_variation  kdlosses-broken  ignored: the name is that of a built-in" in done.stdout
+    )
+    code = (
+        "from kdrun.losses.build import notes_on_names; "
+        "print(*notes_on_names('0.5*total_variation+hellinger'))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    ).stdout
+    assert "total_variation: the built-in one is used" in said
+    assert "kdlosses-broken" in said
 
 
 def test_details_say_what_is_broken_and_show_the_rest(environment: dict[str, str]) -> None:

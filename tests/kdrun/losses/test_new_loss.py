@@ -58,7 +58,7 @@ def test_a_new_loss_installs_and_passes_its_tests(
 def test_what_is_written_is_formatted(name: str, tmp_path: Path) -> None:
     pytest.importorskip("ruff")
     folder = new_loss(name, str(tmp_path / "made"))
-    project = Path(__file__).parents[2] / "pyproject.toml"
+    project = Path(__file__).parents[3] / "pyproject.toml"
     tests = ("--extend-per-file-ignores", "*/tests/*:D1")
     for command in (["check", *tests], ["format", "--check"]):
         done = run("-m", "ruff", *command, "--config", project, folder, cwd=tmp_path, path=tmp_path)

@@ -104,8 +104,9 @@ def test_the_dry_run_knows_its_bytes(tiny_pair: Any) -> None:
     ],
 )
 def test_what_has_no_sense_is_refused(tiny_pair: Any, given: dict[str, Any], said: str) -> None:
+    config = config_of(tiny_pair, **INT8, **given)
     with pytest.raises(InputError, match=said):
-        check_quantization(config_of(tiny_pair, **INT8, **given))
+        check_quantization(config.model, config.training.fsdp)
 
 
 def test_without_torchao_it_is_refused_before_anything_loads(
