@@ -89,3 +89,20 @@ def test_the_lines_of_the_troubleshooting_page_are_said() -> None:
         assert parts, line
         for part in parts:
             assert any(part in text for text in texts), f"{part!r} of {line!r}"
+
+
+def test_the_files_that_the_architecture_names_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:kdrun|kdlosses|tests|docs)/[\w/.-]*)`", text))
+    assert len(named) > 30
+    assert not [name for name in named if not (ROOT / name.replace("NAME.py", "")).exists()]
+
+
+def test_the_architecture_shows_the_wings_in_the_order_that_is_enforced():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    picture = re.search(r"```\n(cli .*?)---", text, re.DOTALL)
+    assert picture is not None
+    shown = [line.split()[0] for line in picture[1].splitlines()]
+    layers = (ROOT / "tests" / "test_layers.py").read_text(encoding="utf-8")
+    enforced = re.findall(r'"(\w+)"', re.search(r"WINGS = \((.*?)\)", layers, re.DOTALL)[1])
+    assert shown == enforced[::-1]
