@@ -23,14 +23,16 @@ class TopK:
     bucket as it likes.
 
     Args:
-        log_probs: ``[..., k]`` the tokens' log-probabilities, softened by ``temperature``.
+        log_probs: ``[..., k]`` the tokens' log-probabilities, softened by ``temperature``; an entry
+            of ``-inf`` is no entry, whatever its index, so that rows of unequal length can be
+            filled up.
         indices: ``[..., k]`` int64, the tokens, each once.
         tail_log_prob: ``[...]`` the log-probability of all others; ``-inf`` at k = V.
         vocab_size: number of tokens that the probabilities are shared among.
         temperature: the temperature they were softened by; the loss must use the same.
 
     Raises:
-        ValueError: on shapes that do not fit together.
+        ValueError: on shapes that do not fit together, or a token that stands twice with mass.
         TypeError: on tensors of the wrong type.
     """
 
@@ -47,6 +49,7 @@ class TopK:
                 f"TopK: tail_log_prob has shape {list(self.tail_log_prob.shape)}, expected "
                 f"{list(self.log_probs.shape[:-1])}"
             )
+        _check_once(self.log_probs, self.indices)
 
     @classmethod
     def from_logits(cls, logits: Tensor, k: int, temperature: float = 1.0) -> Self:
@@ -150,6 +153,19 @@ def _log_probs(logits: Tensor, temperature: float) -> Tensor:
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature: must be a positive number, got {temperature}")
     return log_softmax(log_softmax(logits.detach()) / temperature)
+
+
+def _check_once(log_probs: Tensor, indices: Tensor) -> None:
+    """Refuse a token that stands twice with mass: the student's would be counted twice."""
+    places = -1 - torch.arange(indices.shape[-1], device=indices.device)
+    ordered = torch.where(log_probs > -torch.inf, indices, places).sort(-1).values
+    twice = ordered[..., 1:] == ordered[..., :-1]
+    if twice.any():
+        place = twice.nonzero()[0].tolist()
+        raise ValueError(
+            f"TopK: token {ordered[tuple(place)]} stands twice with mass in row {place[:-1]}; "
+            "keep one entry, with the sum of both probabilities"
+        )
 
 
 def _check_tokens(kind: str, log_probs: Tensor, indices: Tensor, vocab_size: int) -> None:

@@ -1,5 +1,7 @@
 """The exceptions that end a run with one clear line and no traceback."""
 
+import signal
+
 
 class InputError(Exception):
     """Something the user gave is wrong.
@@ -18,4 +20,36 @@ class UnwritableError(OSError):
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the run was saved and can go on
-    """The user stopped the run, and it has been saved: exit code 130."""
+    """A signal stopped the run, which has been saved: exit code 128 and the signal's number.
+
+    Args:
+        message: one line that says how to go on.
+        signum: of the signal; by default Ctrl-C's, which gives 130.
+    """
+
+    def __init__(self, message: str, signum: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal other than Ctrl-C that asks the process to end, such as a scheduler's SIGTERM.
+
+    Args:
+        signum: of the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+STOPPING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)
+"""Signals that stop a run at the end of its step; Slurm and others send the latter two."""
+
+
+def signal_of(error: BaseException) -> int:
+    """The number of the signal that an exception stands for; of a plain one Ctrl-C's."""
+    return int(getattr(error, "signum", signal.SIGINT))

@@ -1,22 +1,42 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that one process holds."""
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
+import math
 import os
-from collections.abc import Iterable
+import socket
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from kdrun.errors import InputError
+
+LOCK = ".lock"
+_BEAT_SECONDS = 10.0
+_DEAD_AFTER = 60.0
+"""A holder on another machine that has not touched its lock for so long is gone."""
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as stream:
-        stream.write(text)
+    with open(partial, "wb") as stream:
+        stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -27,3 +47,164 @@ def write_json(path: Path, value: Any) -> None:
 def write_lines(path: Path, values: Iterable[Any]) -> None:
     """Write objects as JSON lines, whole or not at all."""
     write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Be the only process that writes into a folder, on this machine or another.
+
+    A dead holder keeps nothing: the system drops its lock. Where a file system has no locks, or
+    keeps them from other machines, the lock's file says who holds it and is touched regularly.
+
+    Args:
+        folder: that exists.
+
+    Raises:
+        InputError: another process holds it, with its host and process id.
+    """
+    path = folder / LOCK
+    stream = _take(path, folder)
+    stop = threading.Event()
+    beat = threading.Thread(target=_touch, args=(path, stop), daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        with suppress(OSError):
+            path.unlink()
+        stream.close()
+
+
+def _take(path: Path, folder: Path) -> IO[str]:
+    while True:
+        stream = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - it is held open
+        try:
+            locked = lock_file(stream)
+            holder = _holder(stream)
+            if not locked or (holder is not None and _lives(holder, path)):
+                raise _held(folder, holder)
+            if _same_file(stream, path):  # else the last holder removed it meanwhile
+                stream.seek(0)
+                stream.truncate()
+                json.dump(_me(), stream)
+                stream.flush()
+                return stream
+        except BaseException:
+            stream.close()
+            raise
+        stream.close()
+
+
+def lock_file(stream: IO[str], wait: bool = False) -> bool:
+    """Lock an open file until it is closed or the process ends.
+
+    Args:
+        stream: open for writing.
+        wait: until it is free.
+
+    Returns:
+        Whether it is locked now; True too where the file system has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return _lock_on_windows(stream, wait)
+    # flock first: it tells two holders in one process apart, which lockf does not.
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    return True
+
+
+def _lock_on_windows(stream: IO[str], wait: bool) -> bool:
+    msvcrt: Any = importlib.import_module("msvcrt")
+    stream.seek(2**30)  # beyond the content, which others read
+    while True:
+        try:
+            msvcrt.locking(stream.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        except OSError:
+            if wait:
+                continue
+            return False
+        return True
+
+
+def _me() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}
+
+
+def _holder(stream: IO[str]) -> dict[str, Any] | None:
+    stream.seek(0)
+    try:
+        found = json.loads(stream.read())
+    except (ValueError, OSError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _lives(holder: Mapping[str, Any], path: Path) -> bool:
+    """Whether the process that a lock's file names still holds it."""
+    if holder.get("host") != socket.gethostname():
+        return _seconds_since_touched(path) < _DEAD_AFTER
+    pid = holder.get("pid")
+    if not isinstance(pid, int) or pid == os.getpid() or pid <= 0:
+        return False
+    if sys.platform == "win32":  # the system's own lock is kept from no machine there
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    # A number is given to another process in time, which began later.
+    return _began(pid) == holder.get("began")
+
+
+def _began(pid: int) -> str | None:
+    """When a process began, in the system's own count; None where it does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields[19]
+
+
+def _seconds_since_touched(path: Path) -> float:
+    """By the clock of the file system, which machines share that share the file."""
+    probe = path.with_name(f"{path.name}.{os.getpid()}.now")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - path.stat().st_mtime
+    except OSError:
+        return math.inf
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _same_file(stream: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+def _held(folder: Path, holder: Mapping[str, Any] | None) -> InputError:
+    who = "another process"
+    if holder is not None:
+        who = f"process {holder.get('pid')} on {holder.get('host')}"
+    return InputError(
+        f"{folder} is held by {who}, which is still running; wait for it to end, stop it, or name "
+        "another folder"
+    )
+
+
+def _touch(path: Path, stop: threading.Event) -> None:
+    while not stop.wait(_BEAT_SECONDS):
+        with suppress(OSError):
+            os.utime(path)

@@ -65,9 +65,17 @@ class Buckets:
         """Events are k tokens and the rest; arguments as for :meth:`Whole.align`."""
         log_probs, indices, tail = tensors
         teacher = torch.cat([log_probs, tail.unsqueeze(-1)], -1).to(student.dtype)
+        # An entry of -inf is no entry, such as the padding of rows of unequal length: its event has
+        # no mass on either side, and its token stays among the others. It is pointed at the row's
+        # likeliest token, which is taken out of the others anyhow.
+        present = log_probs > -torch.inf
+        likeliest = indices.gather(-1, log_probs.argmax(-1, keepdim=True))
+        at = torch.where(present, indices, likeliest)
+        mass = student.gather(-1, at)
+        taken = torch.where(present.any(-1, keepdim=True), LOG_ZERO, mass)
         # Summed over the others: 1 minus the k would cancel where little is left.
-        others = student.scatter(-1, indices, LOG_ZERO).logsumexp(-1, keepdim=True)
-        chosen = torch.cat([student.gather(-1, indices), others], -1)
+        others = student.scatter(-1, at, taken).logsumexp(-1, keepdim=True)
+        chosen = torch.cat([torch.where(present, mass, LOG_ZERO), others], -1)
         return Aligned(finite_log_probs(teacher), finite_log_probs(chosen))
 
 

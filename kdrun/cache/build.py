@@ -60,6 +60,7 @@ class Recipe:
         seed: of the draws.
         vocab_size: tokens that teacher and tokenizer share.
         max_length: that the rows were cut at.
+        date: the day that the chat template wrote into the rows.
         batch_size: rows that run through the teacher at once.
     """
 
@@ -70,6 +71,7 @@ class Recipe:
     vocab_size: int
     max_length: int
     batch_size: int
+    date: str | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ def build_cache(
         kept_mass=kept_mass,
         seed=recipe.seed if recipe.kind == "sampled" else None,
         max_length=recipe.max_length,
+        date=recipe.date,
         rows=len(wanted),
         tokens=sum(row.supervised for row in wanted),
         head=head_file,

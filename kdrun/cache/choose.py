@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import date
 from typing import TYPE_CHECKING
 
 from kdrun.cache.manifest import read_manifest
 from kdrun.config.sections import KD_RATIO
+from kdrun.data.chat import uses_date
 from kdrun.data.prepare import examples_in
 from kdrun.data.rows import TextRow
 from kdrun.errors import InputError
@@ -14,9 +16,11 @@ from kdrun.models.pairs import describe_model, load_teacher, open_teacher
 from kdrun.paths import expand_home
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from kdlosses import TokenLoss
     from kdrun.cache.teacher import CachedTeacher
-    from kdrun.config.sections import LossConfig, ModelConfig
+    from kdrun.config.sections import DataConfig, LossConfig, ModelConfig
     from kdrun.data.prepare import Examples, RawRows
     from kdrun.models.heads import FrozenTeacher, Teacher
     from kdrun.models.pairs import Pair
@@ -59,6 +63,34 @@ def check_cached_rows(cache: str | None, shift_windows: bool, rows: RawRows) -> 
             "model.teacher_cache: plain text is cut at other places in each epoch, which no cache "
             "can follow; add --set data.shift_windows=false"
         )
+
+
+def settle_date(
+    data: DataConfig, cache: str | None, tokenizer: PreTrainedTokenizerBase
+) -> DataConfig:
+    """Write down the day that the chat template writes into rows, where it writes one.
+
+    Args:
+        data: may state the day.
+        cache: of the teacher; rows are found in it by the tokens of its day.
+        tokenizer: has the template.
+
+    Returns:
+        The section with the day of the cache, or else today's.
+
+    Raises:
+        InputError: the cache is not whole, or was made for another day than the stated one.
+    """
+    if not uses_date(tokenizer):
+        return data
+    cached = None if cache is None else read_manifest(expand_home(cache)).date
+    if cached is not None and data.date not in (None, cached):
+        raise InputError(
+            f"{cache}: its rows were rendered on {cached}, and data.date={data.date}; leave the "
+            "date out, or build the cache again"
+        )
+    day = data.date or cached or date.today().isoformat()
+    return data.model_copy(update={"date": day})
 
 
 def choose_teacher(

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kdrun.cache.choose import settle_date
 from kdrun.cache.manifest import MANIFEST, Kind
-from kdrun.cache.write import prepare_folder
+from kdrun.cache.write import make_folder, prepare_folder
 from kdrun.data.prepare import encode_for, examples_in, read_rows
 from kdrun.errors import InputError
+from kdrun.files import hold_folder
 from kdrun.models.pairs import check_context, describe_model, find_pair, locate_pair, open_teacher
 from kdrun.quiet import make_console, quiet_libraries
 
@@ -58,16 +60,17 @@ def cache_teacher(
         )
     locate_pair(model)
     rows = read_rows(data)
-    prepare_folder(folder)
-
+    make_folder(folder)
     console = make_console()
-    with quiet_libraries():
+    with hold_folder(folder), quiet_libraries():
+        prepare_folder(folder)
         import torch
 
         from kdrun.cache.build import Recipe, build_cache
 
         pair = find_pair(model)
         check_context(pair, data.max_length, model.trust_remote_code)
+        data = settle_date(data, None, pair.tokenizer)
         examples = encode_for(data, rows, pair.tokenizer, seed, shift_windows=False)
         for note in (*pair.notes, *rows.notes, *examples.notes):
             console.print(note, markup=False)
@@ -83,6 +86,7 @@ def cache_teacher(
             vocab_size=pair.vocab_size,
             max_length=data.max_length,
             batch_size=batch_size,
+            date=data.date,
         )
         every = (*examples_in(examples.train), *examples_in(examples.held_out))
         started = time.monotonic()

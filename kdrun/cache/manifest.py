@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdrun.cache.fingerprint import TeacherPrint, TokenizerPrint
 from kdrun.errors import InputError
+from kdrun.files import LOCK
 from kdrun.paths import did_you_mean
 
 MANIFEST = "manifest.json"
@@ -32,7 +33,7 @@ class StoredFile(_Data):
         rows: how many rows it holds; 0 for the head.
     """
 
-    name: str
+    name: str = Field(pattern=r"^\w[\w.-]*$")  # it cannot leave the folder
     bytes: int
     rows: int = 0
 
@@ -56,6 +57,7 @@ class Manifest(_Data):
         kept_mass: mean share of the teacher's probability that the k tokens hold (``top_k``).
         seed: of the draws (``sampled``).
         max_length: that rows were cut at.
+        date: the day that the chat template wrote into the rows, where it writes one.
         rows: different rows.
         tokens: supervised positions.
         head: the file of the output head (``hidden``).
@@ -76,6 +78,7 @@ class Manifest(_Data):
     kept_mass: float | None = None
     seed: int | None = None
     max_length: int
+    date: str | None = None
     rows: int
     tokens: int
     head: StoredFile | None = None
@@ -124,7 +127,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def is_unfinished(folder: Path) -> bool:
     """Whether a folder holds what an interrupted build leaves, and nothing else."""
-    names = [entry.name for entry in folder.iterdir()]
+    names = [entry.name for entry in folder.iterdir() if entry.name != LOCK]
     return bool(names) and all(_is_ours(name) for name in names) and MANIFEST not in names
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kdrun.cache.manifest import MANIFEST, Manifest, StoredFile, is_unfinished, shard_name
 from kdrun.errors import InputError, TrainingError
-from kdrun.files import write_text
+from kdrun.files import LOCK, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,27 +19,44 @@ KEYS, STOPS = "keys", "stops"
 """In a shard: the keys of its rows ``[rows, 32]``, and where each row's tokens end ``[rows]``."""
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make the folder of a new cache; what an interrupted build left in it is removed.
+def make_folder(folder: Path) -> None:
+    """Make the folder of a new cache; nothing in it is touched.
 
     Raises:
-        InputError: it holds a cache or something else, or cannot be written.
+        InputError: it holds a cache, is a file, or cannot be written.
     """
     if folder.is_file():
         raise InputError(f"--output {folder} is a file; name a folder")
     if (folder / MANIFEST).is_file():
         raise InputError(f"--output {folder} holds a cache; remove it, or name another folder")
     try:
-        if folder.is_dir() and is_unfinished(folder):
-            for entry in folder.iterdir():
-                entry.unlink()
-        if folder.is_dir() and any(folder.iterdir()):
-            raise InputError(f"--output {folder} is not empty; name another folder")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {folder}: {error.strerror}; name a writable folder") from error
     if not os.access(folder, os.W_OK):
         raise InputError(f"--output {folder} cannot be written; name another folder")
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder of a new cache; what an interrupted build left in it is removed.
+
+    Raises:
+        InputError: it holds a cache or something else, or cannot be written.
+    """
+    make_folder(folder)
+    try:
+        if is_unfinished(folder):
+            for entry in _entries(folder):
+                entry.unlink()
+    except OSError as error:
+        raise InputError(f"--output {folder}: {error.strerror}; name a writable folder") from error
+    if _entries(folder):
+        raise InputError(f"--output {folder} is not empty; name another folder")
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder beside the lock of the process that builds in it."""
+    return [entry for entry in folder.iterdir() if not entry.name.startswith(LOCK)]
 
 
 class ShardWriter:

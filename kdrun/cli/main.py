@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from typing import Any
 
 import click
 
@@ -15,7 +17,14 @@ from kdrun.cli.losses import losses
 from kdrun.cli.models import generate, init_student
 from kdrun.cli.procedures import procedures
 from kdrun.cli.train import cli as cli
-from kdrun.errors import InputError, Interrupted, TrainingError
+from kdrun.errors import (
+    STOPPING,
+    InputError,
+    Interrupted,
+    Stopped,
+    TrainingError,
+    signal_of,
+)
 
 for command in (
     losses,
@@ -32,13 +41,19 @@ for command in (
     cli.add_command(command)
 
 
+def _stop(signum: int, frame: Any) -> None:
+    raise Stopped(signum)
+
+
 def main() -> None:
     """Run the command line with the project's exit codes."""
     from kdlosses import BrokenLossError, LossSpecError
     from kdrun.quiet import quiet_environment
 
     quiet_environment()
-
+    for signum in STOPPING:
+        if signum != signal.SIGINT:  # Python raises KeyboardInterrupt by itself
+            signal.signal(signum, _stop)
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -57,10 +72,11 @@ def main() -> None:
         sys.exit(1)
     except Interrupted as error:
         click.echo(f"kdrun: {error}", err=True)
-        sys.exit(130)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("kdrun: interrupted", err=True)
-        sys.exit(130)
+        sys.exit(128 + error.signum)
+    except (click.Abort, KeyboardInterrupt) as error:
+        said = str(error) if isinstance(error, Stopped) else "interrupted"
+        click.echo(f"kdrun: {said}", err=True)
+        sys.exit(128 + signal_of(error))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         click.echo(f"kdrun: {place}{error.strerror or error}", err=True)

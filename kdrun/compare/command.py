@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrun.compare.cluster import Cluster, import_ray, run_on_ray
-from kdrun.compare.declare import declare, read_declaration
+from kdrun.compare.declare import declare, read_declaration, settle_day
 from kdrun.compare.display import Display
 from kdrun.compare.extra import check_extra
 from kdrun.compare.jobs import WORKER, run_jobs
@@ -38,7 +38,7 @@ from kdrun.config.load import load_config, stated_keys
 from kdrun.config.sections import BUILT_IN, KD_RATIO, ProcedureConfig, RunConfig
 from kdrun.data.prepare import read_rows
 from kdrun.data.rows import TextRow
-from kdrun.errors import InputError, Interrupted
+from kdrun.errors import InputError, Interrupted, signal_of
 from kdrun.paths import expand_home
 from kdrun.procedures.registry import get_procedure
 
@@ -268,12 +268,14 @@ def compare_losses(options: Options, console: Console) -> None:
             _show_plan(comparison, [], console)
             return
         ledger = Ledger(_folder_of(options, comparison))
+        comparison = settle_day(comparison, ledger)
         try:
             _run(comparison, ledger, options, console)
         except (Interrupted, KeyboardInterrupt) as error:
             raise Interrupted(
                 f"interrupted; the same command with --output {ledger.folder} goes on with the "
-                "trials that are missing"
+                "trials that are missing",
+                signal_of(error),
             ) from error
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from kdrun.cache.choose import settle_date
 from kdrun.compare.ledger import COMPARISON, Ledger
 from kdrun.compare.plan import (
     Axes,
@@ -24,6 +26,7 @@ from kdrun.config.sections import BUILT_IN, DataConfig
 from kdrun.data.prepare import read_rows
 from kdrun.data.split import content_hash
 from kdrun.errors import InputError
+from kdrun.models.pairs import find_pair
 
 
 class Declaration(BaseModel):
@@ -57,6 +60,28 @@ class Declaration(BaseModel):
             setting(self.shared),
             self.shared.get("data", {}).get("test") is not None,
         )
+
+
+def settle_day(comparison: Comparison, ledger: Ledger) -> Comparison:
+    """Let all trials write one day into their rows, where the chat template writes one.
+
+    Args:
+        comparison: may state the day.
+        ledger: a folder that has begun on another day states that one.
+    """
+    base = comparison.base
+    if base.data.date is not None:
+        return comparison
+    found = read_declaration(ledger)
+    if found is not None:
+        day = found.shared.get("data", {}).get("date")
+    else:
+        model = base.model.model_copy(update={"student": comparison.plan.axes.students[0]})
+        tokenizer = find_pair(model).tokenizer
+        day = settle_date(base.data, base.model.teacher_cache, tokenizer).date
+    base = base.model_copy(update={"data": base.data.model_copy(update={"date": day})})
+    plan = replace(comparison.plan, setting=setting(shared_settings(base)))
+    return replace(comparison, base=base, plan=plan)
 
 
 def declare(comparison: Comparison, ledger: Ledger) -> Plan:

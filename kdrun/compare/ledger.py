@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from pydantic import ValidationError
 
 from kdrun.compare.record import Record
 from kdrun.errors import InputError
-from kdrun.files import write_text
+from kdrun.files import lock_file, write_text
 from kdrun.paths import did_you_mean
 from kdrun.run.folder import CONFIG
 
@@ -113,9 +112,7 @@ class Ledger:
         The lock goes with its process, so a killed one leaves nothing behind.
         """
         with open(self.folder / LOCKS / identity, "w", encoding="utf-8") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock_file(stream):
                 yield False
                 return
             yield not self.has(identity)
@@ -124,7 +121,7 @@ class Ledger:
     def hold(self, name: str) -> Iterator[None]:
         """Wait for a lock of the folder, and hold it."""
         with open(self.folder / LOCKS / name, "w", encoding="utf-8") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            lock_file(stream, wait=True)
             yield
 
     def _path(self, identity: str) -> Path:

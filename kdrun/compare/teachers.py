@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrun.cache.choose import check_cache
+from kdrun.cache.choose import check_cache, settle_date
 from kdrun.cache.manifest import Manifest, read_manifest
 from kdrun.compare.ledger import Ledger
 from kdrun.compare.plan import Part
@@ -97,9 +97,8 @@ def check_named_cache(comparison: Comparison) -> None:
         model = base.model.model_copy(update={"teacher": axes.teachers[0], "student": student})
         loss = base.loss.model_copy(update={"kd_ratio": axes.kd_ratios[0]})
         models = find_pair(model)
-        examples = encode_for(
-            base.data, read_rows(base.data), models.tokenizer, base.training.seed, False
-        )
+        data = settle_date(base.data, base.model.teacher_cache, models.tokenizer)
+        examples = encode_for(data, read_rows(data), models.tokenizer, base.training.seed, False)
         for spec in axes.losses:
             plain = build_loss(unchunked(loss.model_copy(update={"spec": spec})), None)
             check_cache(model, loss, models, examples, plain)
@@ -181,6 +180,7 @@ def _build(
             vocab_size=models.vocab_size,
             max_length=base.data.max_length,
             batch_size=base.training.batch_size,
+            date=base.data.date,
         )
         every = _examples(base, models, parts)
         try:

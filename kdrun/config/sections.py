@@ -1,6 +1,7 @@
 """The sections of a run's configuration: every key with its type, bounds, default and meaning."""
 
 import re
+from datetime import date
 from typing import Any, Literal, Self
 
 import yaml
@@ -63,6 +64,16 @@ class DataConfig(_Section):
     )
     prompt_field: str | None = Field(None, description="field of the prompt")
     response_field: str | None = Field(None, description="field of the answer")
+    rendered: bool = Field(
+        False,
+        description="prompts and answers are rendered already: join them as they are, without the "
+        "chat template",
+    )
+    date: str | None = Field(
+        None,
+        description="the day, as 2026-01-31, that chat templates write which write one; null takes "
+        "today's, and the run keeps it",
+    )
     max_length: int = Field(512, ge=2, description="tokens a row")
     long_rows: Literal["cut", "skip"] = Field(
         "cut", description="what becomes of conversations with more tokens; both are counted"
@@ -83,6 +94,26 @@ class DataConfig(_Section):
         "once, which a teacher cache needs",
     )
     strict: bool = Field(False, description="refuse unusable rows instead of skipping them")
+    accept_changes: bool = Field(
+        False,
+        description="resume although rows, tokenizer or models are not those that the run began "
+        "with; the summary says so",
+    )
+
+    @field_validator("date")
+    @classmethod
+    def _check_date(cls, given: str | None) -> str | None:
+        if given is not None:
+            try:
+                date.fromisoformat(given)
+            except ValueError as error:
+                raise ValueError("not a day such as 2026-01-31") from error
+        return given
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _as_text(cls, given: Any) -> Any:
+        return given.isoformat() if isinstance(given, date) else given  # as YAML reads it
 
 
 class LossConfig(_Section):

@@ -12,15 +12,20 @@ template that writes the last answer otherwise is rendered with a mark behind th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kdrun.data.formats import BadRowError, Message
+from kdrun.data.fields import BadRowError
+from kdrun.data.messages import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from kdrun.config.sections import DataConfig
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
@@ -30,6 +35,7 @@ PLAIN_TEMPLATE = (
 )
 
 
+_JOINED_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 _MARK = "\ue000"
 """A character of the private use areas, which no template writes or strips."""
 
@@ -55,6 +61,38 @@ class RenderedChat:
     answers: tuple[AnswerSpan, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """What the text of a conversation follows from besides the tokenizer's template.
+
+    Attributes:
+        date: The day, in ISO form, that templates write which write one; None is today.
+        rendered: Whether messages are rendered already and only joined.
+    """
+
+    date: str | None = None
+    rendered: bool = False
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Rendering:
+        """The rendering of a run's rows."""
+        return cls(data.date, data.rendered)
+
+    def variables(self) -> dict[str, Any]:
+        """What templates are given besides the messages.
+
+        transformers hands every template a clock (``strftime_now``), which Llama 3's and others'
+        ask for the day: the rows of a run would differ from those of the day before.
+        """
+        if self.date is None:
+            return {}
+        noon = datetime.fromisoformat(f"{self.date}T12:00:00")
+        return {"strftime_now": noon.strftime}
+
+
+USUAL_RENDERING = Rendering()
+
+
 class HiddenAnswersError(Exception):
     """The template gives no way to tell the answers from the rest of the conversation."""
 
@@ -64,16 +102,20 @@ class ChatRenderer:
 
     Args:
         tokenizer: The tokenizer that both models use.
-
-    Attributes:
-        has_template: Whether the tokenizer brings a chat template of its own.
+        rendering: What the text follows from besides the template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = USUAL_RENDERING
+    ) -> None:
         """Take the tokenizer's template."""
         self._tokenizer = tokenizer
-        self.has_template = bool(tokenizer.chat_template)
-        self._template: str | None = None if self.has_template else _plain_template(tokenizer)
+        self._variables = rendering.variables()
+        self._template: str | None = None
+        if rendering.rendered:
+            self._template = _JOINED_TEMPLATE
+        elif not tokenizer.chat_template:
+            self._template = _plain_template(tokenizer)
 
     @cached_property
     def _special(self) -> tuple[str, ...]:
@@ -97,6 +139,7 @@ class ChatRenderer:
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=for_generation,
+                **self._variables,
             )
         except TemplateError as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -164,6 +207,11 @@ class ChatRenderer:
         if text.startswith(self.render(before)):
             return _shared_length(text, prompt)
         raise HiddenAnswersError
+
+
+def uses_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template asks for the present day."""
+    return "strftime_now" in json.dumps(tokenizer.chat_template)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -9,20 +9,24 @@ that is also the padding token stays a target.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from kdrun.data.chat import (
+    USUAL_RENDERING,
     ChatRenderer,
     HiddenAnswersError,
     RenderedChat,
+    Rendering,
     as_dicts,
     special_tokens,
 )
 from kdrun.data.collate import IGNORE_INDEX
-from kdrun.data.formats import BadRowError, ChatRow
+from kdrun.data.fields import BadRowError
+from kdrun.data.formats import ChatRow
 from kdrun.data.records import Position
 from kdrun.data.rows import BadRow, describe_bad_rows, name_positions
 from kdrun.errors import InputError
@@ -51,6 +55,8 @@ class EncodeReport:
         kept: How many became examples.
         skipped: The others, with the reason.
         cut: The rows whose end did not fit.
+        controls: The rows whose text holds a control token of the tokenizer.
+        control: The first such token.
         tokens: Tokens of all examples.
         supervised_tokens: Those of them that are targets.
     """
@@ -59,8 +65,11 @@ class EncodeReport:
     kept: int
     skipped: tuple[BadRow, ...]
     cut: tuple[Position, ...]
+    controls: tuple[Position, ...]
+    control: str
     tokens: int
     supervised_tokens: int
+    rendered: bool = False
 
     def warnings(self) -> list[str]:
         """One line for each kind of loss, with the numbers of the first five rows."""
@@ -69,6 +78,13 @@ class EncodeReport:
             lines.append(
                 f"{self.cut[0].file}: cut the end of {len(self.cut)} of {self.rows} rows at "
                 f"data.max_length: {name_positions(self.cut)}"
+            )
+        if self.controls and not self.rendered:
+            lines.append(
+                f"{self.controls[0].file}: the text of {len(self.controls)} of {self.rows} rows "
+                f"holds control tokens of the tokenizer, such as {self.control!r}: "
+                f"{name_positions(self.controls)}; where rows are rendered already, set "
+                "data.rendered=true, so that the chat template is not applied a second time"
             )
         return lines
 
@@ -97,6 +113,7 @@ class Encoding:
         examples: In the order of the rows.
         skipped: Rows that became no example, and why.
         cut: Rows whose end did not fit.
+        controls: Rows whose text holds a control token of the tokenizer, and the first such token.
         shortest: The fewest tokens that stand before an answer, and the fewest of a row.
         tokens: Tokens of all examples.
         supervised: Those of them that are targets.
@@ -105,6 +122,7 @@ class Encoding:
     examples: Sequence[Example]
     skipped: list[tuple[int, str]]
     cut: list[int]
+    controls: list[tuple[int, str]]
     shortest: tuple[int, ...] | None
     tokens: int
     supervised: int
@@ -115,6 +133,7 @@ def encode_chats(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     long_rows: LongRows = "cut",
+    rendering: Rendering = USUAL_RENDERING,
 ) -> EncodedRows:
     """Turn conversations into examples.
 
@@ -126,6 +145,7 @@ def encode_chats(
         tokenizer: The tokenizer of both models; its chat template is used where it has one.
         max_length: The most tokens in an example.
         long_rows: What becomes of rows with more.
+        rendering: What their text follows from besides the template.
 
     Returns:
         At least one example.
@@ -133,7 +153,7 @@ def encode_chats(
     Raises:
         InputError: No row is left, or the chat template hides where answers are.
     """
-    return report_on(rows, encode(rows, tokenizer, max_length, long_rows), max_length)
+    return report_on(rows, encode(rows, tokenizer, max_length, long_rows, rendering), max_length)
 
 
 def encode(
@@ -141,6 +161,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     long_rows: LongRows = "cut",
+    rendering: Rendering = USUAL_RENDERING,
 ) -> Encoding:
     """As `encode_chats`, without the report; there may be no example."""
     if max_length < 2:
@@ -151,7 +172,7 @@ def encode(
     prompts: list[int] = []
     lengths: list[int] = []
     supervised = 0
-    for number, tokens in enumerate(_tokenise(rows, tokenizer)):
+    for number, tokens in enumerate(_tokenise(rows, tokenizer, rendering)):
         if isinstance(tokens, BadRowError):
             skipped.append((number, str(tokens)))
             continue
@@ -176,19 +197,23 @@ def encode(
         examples=examples,
         skipped=skipped,
         cut=cut,
+        controls=_find_controls(rows, tokenizer),
         shortest=(min(prompts), min(lengths)) if prompts else None,
         tokens=sum(len(example["input_ids"]) for example in examples),
         supervised=supervised,
     )
 
 
-def report_on(rows: Sequence[ChatRow], encoding: Encoding, max_length: int) -> EncodedRows:
+def report_on(
+    rows: Sequence[ChatRow], encoding: Encoding, max_length: int, rendered: bool = False
+) -> EncodedRows:
     """Name the rows that were skipped or cut.
 
     Args:
         rows: What was encoded.
         encoding: What `encode` returned.
         max_length: What it was given.
+        rendered: Whether the rows were rendered already, and control tokens belong to them.
 
     Raises:
         InputError: No row is left.
@@ -202,10 +227,30 @@ def report_on(rows: Sequence[ChatRow], encoding: Encoding, max_length: int) -> E
         kept=len(examples),
         skipped=tuple(skipped),
         cut=tuple(rows[number].position for number in encoding.cut),
+        controls=tuple(rows[number].position for number, _ in encoding.controls),
+        control=encoding.controls[0][1] if encoding.controls else "",
         tokens=encoding.tokens,
         supervised_tokens=encoding.supervised,
+        rendered=rendered,
     )
     return EncodedRows(examples, report)
+
+
+def _find_controls(
+    rows: Sequence[ChatRow], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, str]]:
+    """Rows whose own text the tokenizer would take for its control tokens."""
+    tokens = sorted(special_tokens(tokenizer), key=len, reverse=True)
+    if not tokens:
+        return []
+    pattern = re.compile("|".join(map(re.escape, tokens)))
+    found = []
+    for number, row in enumerate(rows):
+        hits = (pattern.search(message.content) for message in row.messages)
+        first = next((hit for hit in hits if hit is not None), None)
+        if first is not None:
+            found.append((number, first[0]))
+    return found
 
 
 def _nothing_left(
@@ -242,9 +287,9 @@ def _example(tokens: _Tokens, max_length: int) -> Example:
 
 
 def _tokenise(
-    rows: Sequence[ChatRow], tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[ChatRow], tokenizer: PreTrainedTokenizerBase, rendering: Rendering
 ) -> Iterator[_Tokens | BadRowError]:
-    renderer = ChatRenderer(tokenizer)
+    renderer = ChatRenderer(tokenizer, rendering)
     finder = _AnswerFinder(tokenizer)
     for first in range(0, len(rows), _BATCH):
         batch = rows[first : first + _BATCH]
@@ -254,11 +299,26 @@ def _tokenise(
         for row, chat in zip(batch, chats, strict=True):
             if isinstance(chat, RenderedChat):
                 ids, ends = next(encoded)
-                yield finder.find(chat, ids, ends)
+                yield _learned(finder.find(chat, ids, ends), row)
             elif isinstance(chat, HiddenAnswersError):
-                yield _by_generation_blocks(tokenizer, row)
+                found = _by_generation_blocks(tokenizer, row, rendering)
+                yield found if isinstance(found, BadRowError) else _learned(found, row)
             else:
                 yield chat
+
+
+def _learned(tokens: _Tokens, row: ChatRow) -> _Tokens | BadRowError:
+    """The answers that are targets; the others stay in the text."""
+    learned = [message.learned for message in row.messages if message.role == "assistant"]
+    if all(learned):
+        return tokens
+    if len(learned) != len(tokens.answers):
+        return BadRowError(
+            "marks answers as not to be learned, which the template's {% generation %} blocks do "
+            "not tell apart"
+        )
+    chosen = [answer for answer, own in zip(tokens.answers, learned, strict=True) if own]
+    return _Tokens(tokens.ids, chosen)
 
 
 def _render(
@@ -353,7 +413,7 @@ class _AnswerFinder:
 
 
 def _by_generation_blocks(
-    tokenizer: PreTrainedTokenizerBase, row: ChatRow
+    tokenizer: PreTrainedTokenizerBase, row: ChatRow, rendering: Rendering
 ) -> _Tokens | BadRowError:
     """Answers as the template itself marks them, with ``{% generation %}`` blocks."""
     template = tokenizer.get_chat_template()
@@ -364,7 +424,10 @@ def _by_generation_blocks(
             "answers in the template with {% generation %}"
         )
     encoded: Any = tokenizer.apply_chat_template(
-        as_dicts(row.messages), return_dict=True, return_assistant_tokens_mask=True
+        as_dicts(row.messages),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        **rendering.variables(),
     )
     mask: list[int] = list(encoded["assistant_masks"])
     edges = [i for i, (a, b) in enumerate(zip([0, *mask], [*mask, 0], strict=True)) if a != b]

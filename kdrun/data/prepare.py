@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from kdrun.builtin.text import load_text
 from kdrun.config.sections import BUILT_IN, DataConfig
+from kdrun.data.chat import USUAL_RENDERING, Rendering
 from kdrun.data.encode import LongRows, encode, report_on
 from kdrun.data.origins import Origins
 from kdrun.data.rows import ChatRow, Position, Row, RowSet, TextRow, load_rows
-from kdrun.data.split import hold_out
+from kdrun.data.split import hold_out, shared_prompts
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,12 +31,14 @@ class Examples:
         held_out: likewise, for evaluation.
         notes: what was read, skipped and cut, a line each.
         origins: where the training examples come from.
+        held_out_origins: likewise of the held-out examples.
     """
 
     train: Dataset[Any]
     held_out: Dataset[Any]
     notes: tuple[str, ...]
     origins: Origins
+    held_out_origins: Origins = field(default_factory=Origins)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,12 @@ def read_rows(config: DataConfig) -> RawRows:
     elif config.part != "all" and config.test is None:
         validation, test_rows = hold_out(held_out, 0.5)
         held_out = validation if config.part == "validation" else test_rows
+    shared = shared_prompts(train, held_out)
+    if shared:
+        notes.append(
+            f"held-out rows: {shared} of {len(held_out)} ask what a training row asks too, so that "
+            "their measures flatter the student"
+        )
     return RawRows(train, held_out, tuple(notes))
 
 
@@ -124,7 +133,16 @@ def encode_for(
     from kdrun.data.token_cache import TokenCache
 
     cache = TokenCache.at(data.cache_dir)
-    return encode_rows(rows, tokenizer, data.max_length, seed, shift_windows, data.long_rows, cache)
+    return encode_rows(
+        rows,
+        tokenizer,
+        data.max_length,
+        seed,
+        shift_windows,
+        data.long_rows,
+        cache,
+        Rendering.of(data),
+    )
 
 
 def check_packed_rows(config: DataConfig, rows: RawRows) -> None:
@@ -153,7 +171,7 @@ def pack_training(examples: Examples, max_length: int) -> Examples:
         f"{filled:.0%} full"
     )
     origins = replace(examples.origins, members=members)
-    return Examples(packed, examples.held_out, (*examples.notes, note), origins)
+    return replace(examples, train=packed, notes=(*examples.notes, note), origins=origins)
 
 
 def encode_rows(
@@ -164,6 +182,7 @@ def encode_rows(
     shift_windows: bool = True,
     long_rows: LongRows = "cut",
     cache: TokenCache | None = None,
+    rendering: Rendering = USUAL_RENDERING,
 ) -> Examples:
     """Turn rows into examples.
 
@@ -175,18 +194,21 @@ def encode_rows(
         shift_windows: whether the windows of training text move from epoch to epoch.
         long_rows: what becomes of conversations that are longer.
         cache: where encoded rows are kept for the next run.
+        rendering: what the text of conversations follows from besides the template.
 
     Raises:
         InputError: no row fits ``max_length``.
     """
-    encode = _Encoder(tokenizer, max_length, long_rows, cache)
+    encode = _Encoder(tokenizer, max_length, long_rows, cache, rendering)
     train = encode(rows.train, seed, shift_windows)
     held_out = encode(rows.held_out, 0, False)
     notes = [
         *(f"training rows: {line}" for line in train.notes),
         *(f"held-out rows: {line}" for line in held_out.notes),
     ]
-    return Examples(train.examples, held_out.examples, tuple(notes), train.origins)
+    return Examples(
+        train.examples, held_out.examples, tuple(notes), train.origins, held_out.origins
+    )
 
 
 def examples_in(data: Any) -> Iterator[Mapping[str, Sequence[int]]]:
@@ -200,13 +222,14 @@ def encode_held_out(
     max_length: int,
     long_rows: LongRows = "cut",
     cache: TokenCache | None = None,
+    rendering: Rendering = USUAL_RENDERING,
 ) -> tuple[Dataset[Any], list[str]]:
     """Rows to measure on as examples, and notes on them; windows of text stay in their places.
 
     Raises:
         InputError: no row fits ``max_length``.
     """
-    encoded = _Encoder(tokenizer, max_length, long_rows, cache)(rows, 0, False)
+    encoded = _Encoder(tokenizer, max_length, long_rows, cache, rendering)(rows, 0, False)
     return encoded.examples, encoded.notes
 
 
@@ -243,6 +266,7 @@ class _Encoder:
     max_length: int
     long_rows: LongRows
     cache: TokenCache | None
+    rendering: Rendering
 
     def __call__(self, rows: Sequence[Row], seed: int, phase: bool) -> _Encoded:
         if isinstance(rows[0], ChatRow):
@@ -260,9 +284,9 @@ class _Encoder:
         return _Encoded(windows, [note], Origins())
 
     def _chats(self, rows: Sequence[ChatRow]) -> _Encoded:
-        settings = (rows, self.tokenizer, self.max_length, self.long_rows)
+        settings = (rows, self.tokenizer, self.max_length, self.long_rows, self.rendering)
         encoding = encode(*settings) if self.cache is None else self.cache.chats(*settings)
-        encoded = report_on(rows, encoding, self.max_length)
+        encoded = report_on(rows, encoding, self.max_length, self.rendering.rendered)
         report = encoded.report
         summary = (
             f"{report.kept} of {report.rows} rows, {report.tokens} tokens, "

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from kdrun.data.formats import (
-    BadRowError,
-    ChatRow,
-    DataFormat,
-    Message,
-    Row,
-    TextRow,
-    choose_converter,
-)
+from kdrun.data.fields import BadRowError, Fields
+from kdrun.data.formats import ChatRow, DataFormat, Row, TextRow, choose_converter
+from kdrun.data.messages import Message
 from kdrun.data.records import Position, read_records
 from kdrun.errors import InputError
+
+_MOST_UNUSED = 12
 
 __all__ = [
     "BadRow",
@@ -51,16 +47,28 @@ class RowSet:
         data_format: How they were read; never ``auto``.
         source: The file or data set, as the user named it.
         bad: The rows that were left out.
+        unused: What the rows hold and nobody read, with the number of rows that hold it.
+        records: How many objects the source holds.
     """
 
     rows: tuple[Row, ...]
     data_format: DataFormat
     source: str
     bad: tuple[BadRow, ...] = ()
+    unused: Mapping[str, int] = field(default_factory=dict)
+    records: int = 0
 
     def warnings(self) -> list[str]:
-        """One line for each reason that rows were left out for, with the first five numbers."""
-        return describe_bad_rows(self.bad, len(self.rows) + len(self.bad))
+        """One line for each reason that rows were left out for, and one for what is not used."""
+        lines = describe_bad_rows(self.bad, len(self.rows) + len(self.bad))
+        if self.unused:
+            shares = [
+                f"{name} ({_share(count, self.records)})"
+                for name, count in sorted(self.unused.items(), key=lambda item: -item[1])
+            ]
+            more = f" and {len(shares) - _MOST_UNUSED} more" if len(shares) > _MOST_UNUSED else ""
+            lines.append(f"{self.source}: not used: {', '.join(shares[:_MOST_UNUSED])}{more}")
+        return lines
 
 
 def describe_bad_rows(bad: Sequence[BadRow], total: int) -> list[str]:
@@ -72,6 +80,13 @@ def describe_bad_rows(bad: Sequence[BadRow], total: int) -> list[str]:
         f"{file}: left out {len(found)} of {total} rows: {name_positions(found)}: {reason}"
         for (file, reason), found in by_reason.items()
     ]
+
+
+def _share(count: int, total: int) -> str:
+    """A number of rows as a share of all."""
+    if count == total:
+        return "all rows"
+    return f"{count} of {total} rows" if count * 100 < total else f"{count / total:.0%} of rows"
 
 
 def name_positions(positions: Sequence[Position], limit: int = 5) -> str:
@@ -110,9 +125,13 @@ def load_rows(
     chosen, convert = choose_converter(records, data_format, prompt_field, response_field, name)
     rows: list[Row] = []
     bad: list[BadRow] = []
+    unused: Counter[str] = Counter()
     for record in records:
+        value = {"text": record.value} if isinstance(record.value, str) else record.value
         try:
-            rows.extend(convert(record))
+            fields = Fields(value)
+            rows.extend(convert(fields, record.position))
+            unused.update(set(fields.unused()))
         except BadRowError as error:
             if strict:
                 raise InputError(
@@ -126,4 +145,4 @@ def load_rows(
             f"{name}: none of the {len(bad)} rows can be used; {first.position.unit} "
             f"{first.position.number} {first.reason}"
         )
-    return RowSet(tuple(rows), chosen, name, tuple(bad))
+    return RowSet(tuple(rows), chosen, name, tuple(bad), unused, len(records))

@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from kdrun.data.chat import Rendering, uses_date
 from kdrun.data.collate import IGNORE_INDEX
 from kdrun.data.encode import Encoding, Example, LongRows, encode
 from kdrun.data.formats import ChatRow
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 _NONE = "none"
 _WORTHWHILE = 500_000  # characters: about a second of work
-_CODE = ("chat.py", "encode.py", "token_cache.py", "windows.py")
+_CODE = ("chat.py", "encode.py", "messages.py", "token_cache.py", "windows.py")
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,21 @@ class TokenCache:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         long_rows: LongRows,
+        rendering: Rendering,
     ) -> Encoding:
         """As `kdrun.data.encode.encode`."""
-        content = [[[m.role, m.content] for m in row.messages] for row in rows]
+        content = [[[m.role, m.content, m.learned] for m in row.messages] for row in rows]
         size = sum(len(m.content) for row in rows for m in row.messages)
-        file = self._file(tokenizer, size, [content, max_length, long_rows])
+        day = (rendering.date or date.today().isoformat()) if uses_date(tokenizer) else None
+        file = self._file(
+            tokenizer, size, [content, max_length, long_rows, rendering.rendered, day]
+        )
         if file is None:
-            return encode(rows, tokenizer, max_length, long_rows)
+            return encode(rows, tokenizer, max_length, long_rows, rendering)
         found = _read(file)
         if found is not None:
             return _unpack(*found)
-        encoding = encode(rows, tokenizer, max_length, long_rows)
+        encoding = encode(rows, tokenizer, max_length, long_rows, rendering)
         if encoding.examples:
             _write(file, *_pack(encoding))
         return encoding
@@ -136,8 +141,6 @@ def _print_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bytes:
         tokenizer.backend_tokenizer.to_str(),
         json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True),
         template,
-        # Templates such as Llama 3's write the present date.
-        date.today().isoformat() if "strftime_now" in template else "",
     ]
     return hashlib.sha256(json.dumps(content).encode()).digest()
 
@@ -158,7 +161,7 @@ def _pack(encoding: Encoding) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         "supervised": (_ints(labels) != IGNORE_INDEX).astype(np.uint8),
         "lengths": _ints([len(example["input_ids"]) for example in encoding.examples]),
     }
-    names = ("skipped", "cut", "shortest", "supervised")
+    names = ("skipped", "cut", "controls", "shortest", "supervised")
     return arrays, {name: getattr(encoding, name) for name in names}
 
 
@@ -167,6 +170,7 @@ def _unpack(arrays: dict[str, np.ndarray], rest: dict[str, Any]) -> Encoding:
         examples=_Stored(arrays),
         skipped=[(number, reason) for number, reason in rest["skipped"]],
         cut=rest["cut"],
+        controls=[(number, token) for number, token in rest["controls"]],
         shortest=tuple(rest["shortest"]),
         tokens=len(arrays["ids"]),
         supervised=rest["supervised"],

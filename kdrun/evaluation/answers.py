@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdrun.config.sections import EvaluationConfig
-from kdrun.data.formats import BadRowError, ChatRow, Message
+from kdrun.data.chat import USUAL_RENDERING, Rendering
+from kdrun.data.fields import BadRowError
+from kdrun.data.formats import ChatRow
+from kdrun.data.messages import Message
 from kdrun.data.records import Position
 from kdrun.data.split import content_hash
 from kdrun.evaluation.scores import check_rouge, exact_match, rouge_l
-from kdrun.models.context import context_limit
 from kdrun.models.generation import encode_prompt, generate
 
 if TYPE_CHECKING:
@@ -40,25 +42,23 @@ class Asked:
     Attributes:
         tokenizer: encodes its prompts.
         context: tokens that it has room for; None where it has no limit.
+        rendering: what its prompts follow from besides the chat template.
     """
 
     tokenizer: PreTrainedTokenizerBase
     context: int | None
+    rendering: Rendering = USUAL_RENDERING
 
 
 def choose_questions(
-    rows: Sequence[Any],
-    tokenizer: PreTrainedTokenizerBase,
-    config: EvaluationConfig,
-    model: PreTrainedModel,
+    rows: Sequence[Any], model: Asked, config: EvaluationConfig
 ) -> tuple[list[Question], str | None]:
     """The questions that one model is asked, the same whatever the order of the rows.
 
     Args:
         rows: held-out rows; plain text asks nothing.
-        tokenizer: encodes the prompts.
-        config: how many, and how long answers may be.
         model: has to have room for prompt and answer; longer prompts are left out.
+        config: how many, and how long answers may be.
 
     Returns:
         The questions, and a line about them where some were wanted.
@@ -66,8 +66,7 @@ def choose_questions(
     Raises:
         InputError: the package rouge-score, which scores answers, is not installed.
     """
-    alone = Asked(tokenizer, context_limit(model.config))
-    (questions,), note = choose_common_questions(rows, [alone], config)
+    (questions,), note = choose_common_questions(rows, [model], config)
     return questions, note
 
 
@@ -193,7 +192,7 @@ def mean_scores(answers: Sequence[ScoredAnswer]) -> dict[str, float | None]:
 def _fitting_prompt(messages: tuple[Message, ...], model: Asked, max_new_tokens: int) -> list[int]:
     """The prompt's ids; none where it leaves no room for an answer, or is refused."""
     try:
-        ids = encode_prompt(model.tokenizer, messages)
+        ids = encode_prompt(model.tokenizer, messages, model.rendering)
     except BadRowError:
         return []
     fits = model.context is None or len(ids) <= model.context - max_new_tokens

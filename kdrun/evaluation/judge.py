@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from kdrun.data.chat import Rendering
 from kdrun.data.prepare import encode_held_out
 from kdrun.data.token_cache import TokenCache
-from kdrun.evaluation.answers import Question, ask, choose_questions, mean_scores
+from kdrun.evaluation.answers import Asked, Question, ask, choose_questions, mean_scores
 from kdrun.evaluation.measures import measure_model
 from kdrun.losses.build import build_loss
+from kdrun.models.context import context_limit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,11 +56,14 @@ def judge(
         InputError: no row fits.
     """
     cache = TokenCache.at(data.cache_dir)
-    settings = (pair.tokenizer, data.max_length, data.long_rows, cache)
+    rendering = Rendering.of(data)
+    settings = (pair.tokenizer, data.max_length, data.long_rows, cache, rendering)
     examples, notes = encode_held_out(rows, *settings)
     note = None
     if questions is None:
-        questions, note = choose_questions(rows, pair.tokenizer, evaluation, model)
+        questions, note = choose_questions(
+            rows, Asked(pair.tokenizer, context_limit(model.config), rendering), evaluation
+        )
     if teacher is None:  # it comes first, or is alone: what is said of the rows is said once
         for line in (*notes, note):
             if line is not None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from kdrun.builtin import TEACHER_DIR
 from kdrun.config.sections import BUILT_IN
-from kdrun.data.chat import ChatRenderer
-from kdrun.data.formats import Message
+from kdrun.data.chat import USUAL_RENDERING, ChatRenderer, Rendering
+from kdrun.data.messages import Message
 from kdrun.errors import InputError
+from kdrun.models.ends import stop_tokens
 from kdrun.models.load import load_model
 from kdrun.models.locate import STUDENT, ModelSource, holds_model, locate_model
 from kdrun.models.tokenizers import load_tokenizer
@@ -84,33 +85,17 @@ def generate(
     return [found[number] for number in range(len(prompts))]
 
 
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an answer: the tokenizer's, the model's, and the chat template's."""
-    from kdrun.data.encode import encode_chats
-    from kdrun.data.formats import ChatRow
-    from kdrun.data.records import Position
-
-    ids = getattr(model.generation_config, "eos_token_id", None)
-    found = set(ids if isinstance(ids, list) else [ids])
-    found.add(tokenizer.eos_token_id)
-    turn = ChatRow((Message("user", "a"), Message("assistant", "b")), Position("", 0))
-    try:
-        example = encode_chats([turn], tokenizer, 1 << 20).examples[0]
-    except InputError:  # a template that refuses so short a conversation
-        return found - {None}
-    answer = [label for label in example["labels"] if label >= 0]
-    if answer[-1] in tokenizer.added_tokens_decoder:
-        found.add(answer[-1])
-    return found - {None}
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    rendering: Rendering = USUAL_RENDERING,
+) -> list[int]:
     """The ids that a model is given to answer a conversation, exactly as in training.
 
     Raises:
         BadRowError: the chat template refuses the conversation.
     """
-    text = ChatRenderer(tokenizer).render(messages, for_generation=True)
+    text = ChatRenderer(tokenizer, rendering).render(messages, for_generation=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdrun.data.encode import Example
 from kdrun.errors import TrainingError
-from kdrun.models.generation import stop_tokens
+from kdrun.models.ends import own_ends, stop_tokens
 from kdrun.procedures import sampling
 from kdrun.procedures.base import ROLLOUT, MicroBatch, Origin, Procedure
 from kdrun.procedures.decode import Draw, Writer, Written, decode
@@ -104,9 +104,11 @@ class Session:
 
     @property
     def stops(self) -> set[int]:
-        """The tokens that end an answer."""
+        """The tokens that end an answer: those of either model, since both may write."""
         if self._stops is None:
-            self._stops = stop_tokens(self.student, self.tokenizer)
+            teacher = set() if self.teacher is None else own_ends(self.teacher)
+            inside = {token for token in teacher if token < self.vocab_size}
+            self._stops = stop_tokens(self.student, self.tokenizer) | inside
         return self._stops
 
     @property

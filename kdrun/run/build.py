@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kdrun.config.sections import DataConfig, RunConfig, TrainingConfig
     from kdrun.run.load import Loaded
     from kdrun.run.prepare import Prepared
+    from kdrun.run.record import Record
     from kdrun.run.start import Start
     from kdrun.training.progress import ShowProgress, TokenRate
     from kdrun.training.trainer import DistillTrainer
@@ -42,9 +43,7 @@ class Built:
 
 
 def build(config: RunConfig, prepared: Prepared, loaded: Loaded, start: Start) -> Built:
-    """Put models, rows and loss into a trainer, and begin the run's records.
-
-    Nothing is refused any more once this returns, and an earlier run in the folder is gone.
+    """Put models, rows and loss into a trainer; nothing is written yet.
 
     Args:
         config: of the run.
@@ -84,8 +83,6 @@ def build(config: RunConfig, prepared: Prepared, loaded: Loaded, start: Start) -
     _guard(trainer, config.training, prepared, start)
     _tell(trainer, start)
     rate, show = _listen(trainer, config.training, start)
-    if start.world.is_main:
-        _begin_records(trainer, config, pair.fresh_student, start)
     return Built(config, trainer, rate, show)
 
 
@@ -164,14 +161,27 @@ def _listen(
     return rate, show
 
 
-def _begin_records(
-    trainer: DistillTrainer, config: RunConfig, fresh_student: bool, start: Start
-) -> None:
+def begin(built: Built, fresh_student: bool, inputs: Record, start: Start) -> None:
+    """Begin the run's records; an earlier run in the folder is gone from here on.
+
+    Args:
+        built: the run, of which nothing can be refused any more.
+        fresh_student: whether its student is made from a seed.
+        inputs: what rows and models are.
+        start: gives the folder.
+    """
     from kdrun.training.progress import MetricsFile, WriteMetrics
 
-    folder = start.folder
+    if not start.world.is_main:
+        return
+    folder, config = start.folder, built.config
     if not start.resume:
         adapted = config.lora.rank is not None and fresh_student
         runs.clear(folder, keep_base=adapted)
-    write_text(folder / runs.CONFIG, config.to_yaml())
-    trainer.add_callback(WriteMetrics(MetricsFile(folder / runs.METRICS, start.first_step)))
+    # Changes are accepted once, not by every later resume.
+    data = config.data.model_copy(update={"accept_changes": False})
+    kept = config.model_copy(update={"data": data})
+    write_text(folder / runs.CONFIG, kept.to_yaml())
+    inputs.write(folder)
+    metrics = MetricsFile(folder / runs.METRICS, start.first_step)
+    built.trainer.add_callback(WriteMetrics(metrics))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kdrun.models.locate import STUDENT
 from kdrun.quiet import quiet_libraries
 from kdrun.run.check import check, resolve
-from kdrun.run.folder import one_line_where_nothing_can_be_written
+from kdrun.run.folder import one_line_where_nothing_can_be_written, saying_how_to_go_on
 from kdrun.run.prepare import prepare
 from kdrun.run.start import open_folder
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kdrun.config.sections import RunConfig
+    from kdrun.data.prepare import RawRows
+    from kdrun.run.start import Start
 
 
 @dataclass(frozen=True)
@@ -66,22 +68,35 @@ def distill(
     config = resolve(config)
     rows = check(config)
     start = open_folder(config, resume, overwrite, console)
+    with start.held():
+        return _run(config, rows, start)
+
+
+def _run(config: RunConfig, rows: RawRows, start: Start) -> RunResult:
+    """The run, from what was checked to the student and the summary."""
     if start.finished is not None:
         start.say(f"the run in {start.folder} is finished; nothing is left to do")
         return RunResult(start.folder, start.finished)
 
     with quiet_libraries(), one_line_where_nothing_can_be_written(start.folder):
-        from kdrun.run.build import build
+        from kdrun.run.build import begin, build
         from kdrun.run.finish import finish
         from kdrun.run.load import load
+        from kdrun.run.record import check_unchanged
+        from kdrun.run.rehearse import rehearse
         from kdrun.run.train import train
 
         began = time.monotonic()
         prepared = prepare(
             config.model, config.data, config.procedure, rows, config.training.seed, start.say
         )
+        config = config.model_copy(update={"data": prepared.data})
         loaded = load(config, prepared, start)
+        inputs, changes = check_unchanged(config, prepared, loaded, start)
         built = build(config, prepared, loaded, start)
+        rehearse(built, loaded, start)
+        begin(built, prepared.pair.fresh_student, inputs, start)
         before = train(built, start)
-        summary = finish(built, loaded, before, began, start)
+        with saying_how_to_go_on(start.folder):
+            summary = finish(built, loaded, before, changes, began, start)
     return RunResult(start.folder, summary)

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdrun.config.sections import RunConfig
+from kdrun.data.chat import Rendering
 from kdrun.data.prepare import read_held_out
 from kdrun.errors import InputError
 from kdrun.evaluation.answers import Asked, Question, choose_common_questions
@@ -214,7 +215,10 @@ def _choose_questions(
     if not rows:
         return [()] * len(sources)
     trust = configs[0].model.trust_remote_code
-    models = [Asked(tokenizer, context_of(source, trust)) for tokenizer, source in sources]
+    rendering = Rendering.of(configs[0].data)
+    models = [
+        Asked(tokenizer, context_of(source, trust), rendering) for tokenizer, source in sources
+    ]
     questions, note = choose_common_questions(rows, models, configs[0].evaluation)
     if note is not None:
         progress.print(note, markup=False)

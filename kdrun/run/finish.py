@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 
 def finish(
-    built: Built, loaded: Loaded, before: Mapping[str, Any], began: float, start: Start
+    built: Built,
+    loaded: Loaded,
+    before: Mapping[str, Any],
+    changes: Sequence[str],
+    began: float,
+    start: Start,
 ) -> dict[str, Any]:
     """Measure and save the student, and write ``summary.json``.
 
@@ -33,6 +38,7 @@ def finish(
         built: the run, trained.
         loaded: what its student is asked.
         before: the measures before training.
+        changes: of rows or models since the run began, that were accepted.
         began: when the run did, by :func:`time.monotonic`.
         start: gives folder and console.
 
@@ -50,6 +56,7 @@ def finish(
         "after": after,
         "steps": trainer.state.global_step,
         **({"procedure": written} if written else {}),
+        **({"accepted_changes": list(changes)} if changes else {}),
         "skipped_steps": trainer.guard.skipped,
         "supervised_tokens_per_second": round(built.rate.rate * trainer.args.world_size, 1),
         "training_seconds": round(built.rate.seconds, 2),

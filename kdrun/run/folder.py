@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kdrun.errors import InputError, UnwritableError
+from kdrun.errors import InputError, Interrupted, UnwritableError, signal_of
+from kdrun.files import LOCK
 from kdrun.models.locate import STUDENT
 from kdrun.paths import expand_home
 from kdrun.training.checkpoint import newest_checkpoint
@@ -19,7 +20,10 @@ from kdrun.training.checkpoint import newest_checkpoint
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 ANSWERS = "answers.jsonl"
 CHECKPOINTS, BEFORE = "checkpoints", "before.json"
+REHEARSAL = "rehearsal"
 TENSORBOARD = "tensorboard"
+INPUTS = "inputs.safetensors"
+"""What the rows and models were that the run began with."""
 ADAPTER, BASE = "adapter", "base"
 """The adapter of a merged student; the initial weights of a built-in student with adapters."""
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
@@ -73,7 +77,9 @@ def prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 def _holds_anything(folder: Path) -> bool:
     """Whether there is more in a folder than a start that was refused leaves."""
     left = folder / CHECKPOINTS
-    return any(entry != left or not _is_empty(entry) for entry in folder.iterdir())
+    return any(
+        entry.name != LOCK and (entry != left or not _is_empty(entry)) for entry in folder.iterdir()
+    )
 
 
 def _is_empty(entry: Path) -> bool:
@@ -89,7 +95,7 @@ def clear(folder: Path, keep_base: bool) -> None:
         folder: of the run.
         keep_base: leave :data:`BASE` as it is, which the new run has just written.
     """
-    for name in (CONFIG, METRICS, SUMMARY, ANSWERS):
+    for name in (CONFIG, METRICS, SUMMARY, ANSWERS, INPUTS):
         (folder / name).unlink(missing_ok=True)
     for name in (STUDENT, CHECKPOINTS, ADAPTER, TENSORBOARD, *(() if keep_base else (BASE,))):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -116,6 +122,26 @@ def one_line_where_nothing_can_be_written(folder: Path) -> Iterator[None]:
         raise UnwritableError(
             f"{folder} cannot be written ({reason}); {kept}: make room, and continue with "
             f"--resume --output {folder}"
+        ) from error
+
+
+@contextmanager
+def saying_how_to_go_on(folder: Path) -> Iterator[None]:
+    """Turn a signal after the training into a line: the last checkpoint holds the student.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        Interrupted: in place of the interruption.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"interrupted after the training, whose last step is saved; continue with --resume "
+            f"--output {folder}",
+            signal_of(error),
         ) from error
 
 

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrun.cache.choose import ChosenTeacher, choose_teacher
+from kdrun.cache.fingerprint import TeacherPrint, print_teacher
+from kdrun.data.chat import Rendering
 from kdrun.errors import InputError
 from kdrun.losses.build import build_loss, notes_on_names, unchunked
 from kdrun.models.adapters import add_adapters, describe_adapters
+from kdrun.models.context import context_limit
+from kdrun.models.ends import own_ends, settle_generation, stop_tokens, taught_ends
 from kdrun.models.pairs import Pair, describe_cut, describe_model, load_student
 from kdrun.run import folder as runs
 
@@ -29,11 +33,13 @@ class Loaded:
         teacher: what is distilled, and what is measured against.
         student: the causal language model, under peft where adapters are trained.
         questions: held-out prompts that the trained student answers.
+        initial: fingerprint of the student's weights before any step.
     """
 
     teacher: ChosenTeacher
     student: Any
     questions: Sequence[Question]
+    initial: TeacherPrint | None
 
 
 def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
@@ -47,7 +53,7 @@ def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
     Raises:
         InputError: a model or a cache does not suit the run.
     """
-    from kdrun.evaluation.answers import choose_questions
+    from kdrun.evaluation.answers import Asked, choose_questions
     from kdrun.models.heads import FrozenTeacher
     from kdrun.models.packing import check_packing
 
@@ -57,9 +63,8 @@ def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
     student: Any = load_student(pair, config.model, config.training.seed)
     widths = {"student": student.get_output_embeddings().weight.shape[0], **teacher.widths}
     describe_cut(widths, pair.vocab_size, start.say)
-    questions, asked = choose_questions(
-        prepared.held_out, pair.tokenizer, config.evaluation, student
-    )
+    of_student = Asked(pair.tokenizer, context_limit(student.config), Rendering.of(config.data))
+    questions, asked = choose_questions(prepared.held_out, of_student, config.evaluation)
     for line in notes_on_names(config.loss.spec):
         start.say(line)
     for line in (*teacher.notes, f"student: {describe_model(student)}"):
@@ -70,6 +75,9 @@ def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
         check_packing(student, str(pair.student))
         if isinstance(teacher.training, FrozenTeacher):
             check_packing(teacher.training.model, str(pair.teacher))
+    for line in _settle_ends(student, teacher, prepared, config.procedure.spec is not None):
+        start.say(line)
+    initial = print_teacher(student)
     if config.lora.rank is not None:
         student = _with_adapters(student, pair, config.lora, config.training.seed, start)
         start.say(describe_adapters(student, config.lora))
@@ -78,7 +86,38 @@ def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
             "evaluation.answers: not in several processes; set it to 0, and let 'kdrun evaluate' "
             "ask the trained student"
         )
-    return Loaded(teacher, student, questions)
+    return Loaded(teacher, student, questions, initial)
+
+
+def _settle_ends(
+    student: Any, teacher: ChosenTeacher, prepared: Prepared, written: bool
+) -> list[str]:
+    """Let the student's settings name every token that it learns to end answers with.
+
+    Args:
+        student: a causal language model.
+        teacher: may write answers.
+        prepared: has the rows, which end with some tokens.
+        written: whether a procedure lets models write answers.
+
+    Returns:
+        What is to be said, a line each.
+    """
+    from kdrun.data.prepare import examples_in
+    from kdrun.models.heads import FrozenTeacher
+
+    tokenizer = prepared.pair.tokenizer
+    usual = stop_tokens(student, tokenizer)
+    ends = usual | taught_ends(examples_in(prepared.examples.train), tokenizer)
+    if written and isinstance(teacher.training, FrozenTeacher):
+        inside = prepared.pair.vocab_size
+        ends |= {token for token in own_ends(teacher.training.model) if token < inside}
+    notes = settle_generation(student, ends, tokenizer.pad_token_id)
+    more = sorted(ends - usual)
+    if more:
+        names = ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in more)
+        notes.append(f"the student also learns to end its answers with {names}")
+    return notes
 
 
 def _with_adapters(student: Any, pair: Pair, lora: LoraConfig, seed: int, start: Start) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kdrun.cache.choose import settle_date
 from kdrun.data.prepare import Examples, RawRows, encode_for, pack_training
 from kdrun.models.pairs import Pair, check_context, find_pair
 from kdrun.run.procedure import leave_room, read_text
@@ -20,6 +21,7 @@ class Prepared:
     """A run before its weights are loaded.
 
     Attributes:
+        data: the section, with the day that templates write.
         pair: teacher and student, and their tokenizer.
         examples: encoded training and held-out rows.
         held_out: the rows to measure on, before they are tokens.
@@ -27,6 +29,7 @@ class Prepared:
         text: windows of plain text for a procedure that takes some.
     """
 
+    data: DataConfig
     pair: Pair
     examples: Examples
     held_out: Sequence[Any]
@@ -57,6 +60,7 @@ def prepare(
     """
     pair = find_pair(model)
     check_context(pair, data.max_length, model.trust_remote_code)
+    data = settle_date(data, model.teacher_cache, pair.tokenizer)
     examples = encode_for(data, rows, pair.tokenizer, seed, data.shift_windows)
     if data.packing:
         examples = pack_training(examples, data.max_length)
@@ -69,4 +73,4 @@ def prepare(
     text, of_text = read_text(procedure.text, data, pair.tokenizer)
     for note in (*pair.notes, *rows.notes, *examples.notes, *of_text):
         say(note)
-    return Prepared(pair, examples, rows.held_out, sampling, text)
+    return Prepared(data, pair, examples, rows.held_out, sampling, text)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrun.errors import InputError
+from kdrun.files import hold_folder
 from kdrun.quiet import make_console
 from kdrun.run import folder as runs
 from kdrun.run.processes import World
@@ -53,6 +55,14 @@ class Start:
             return None
         summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return summary
+
+    def held(self) -> AbstractContextManager[None]:
+        """Hold the folder, on the main process: no other run writes into it meanwhile.
+
+        Raises:
+            InputError: another process holds it.
+        """
+        return hold_folder(self.folder) if self.world.is_main else nullcontext()
 
     def say(self, line: str) -> None:
         """Show a line."""

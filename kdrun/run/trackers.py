@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import netrc
+import os
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from kdrun.errors import InputError
 
@@ -48,6 +52,55 @@ def check_tracker(name: str) -> None:
             f"training.report_to={name}: {packages[0]} is not installed; "
             f"pip install {packages[0]}, or --report-to none"
         )
+    if name == "wandb":
+        _check_wandb()
+
+
+def _check_wandb() -> None:
+    """Refuse wandb where it would ask for a login once the models are loaded."""
+    if os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled", "dryrun"):
+        return
+    given = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
+    if not given and not _in_netrc(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")):
+        raise InputError(
+            "training.report_to=wandb: wandb is not logged in; run 'wandb login', set "
+            "WANDB_API_KEY, or keep the figures here with WANDB_MODE=offline"
+        )
+
+
+def _in_netrc(url: str) -> bool:
+    """Whether the user's netrc file, where 'wandb login' puts the key, knows a server."""
+    home = Path(os.path.expanduser("~"))
+    named = os.environ.get("NETRC")
+    for path in [Path(named)] if named else [home / ".netrc", home / "_netrc"]:
+        with suppress(OSError, netrc.NetrcParseError):
+            if netrc.netrc(path).authenticators(urlsplit(url).hostname or "") is not None:
+                return True
+    return False
+
+
+def start_trackers(trainer: Trainer, name: str) -> None:
+    """Let trackers begin before anything is trained, so that they fail before it.
+
+    Args:
+        trainer: has their callbacks.
+        name: of ``training.report_to``.
+
+    Raises:
+        InputError: a tracker cannot begin, with its reason.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        setup = getattr(callback, "setup", None)
+        if setup is None or getattr(callback, "_initialized", True):
+            continue
+        try:
+            setup(trainer.args, trainer.state, trainer.model)
+        except Exception as error:  # of whatever kind a tracker raises
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(
+                f"training.report_to={name}: the tracker cannot begin ({reason}); mend it, or "
+                "--report-to none"
+            ) from error
 
 
 def place_logs(trainer: Trainer, folder: Path) -> None:

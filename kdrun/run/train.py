@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from kdrun.errors import Interrupted
+from kdrun.errors import STOPPING, Interrupted
 from kdrun.evaluation.measures import KEYS
 from kdrun.files import write_json
 from kdrun.run import folder as runs
@@ -78,32 +78,39 @@ def _measures_before(trainer: DistillTrainer, start: Start) -> dict[str, Any]:
 
 
 def _steps(trainer: DistillTrainer, start: Start) -> None:
-    stop = StopOnRequest()
+    stop = StopOnRequest(trainer)
     trainer.add_callback(stop)
 
     def request(signum: int, frame: Any) -> None:
-        if stop.requested:  # a second Ctrl-C does not wait for the step to end
+        # A second Ctrl-C does not wait for the step to end; schedulers may send theirs twice.
+        if signum == signal.SIGINT and stop.signum is not None:
             raise KeyboardInterrupt
-        stop.requested = True
+        stop.signum = stop.signum or signum
 
+    trainer.stops_evaluating = lambda: stop.signum is not None
     checkpoint = None if start.checkpoint is None else str(start.checkpoint)
-    with _handler(signal.SIGINT, request):
+    with _handlers(request):
         trainer.train(resume_from_checkpoint=checkpoint)
-    if stop.requested:
+    if stop.signum is not None:
         raise Interrupted(
             f"interrupted and saved at step {trainer.state.global_step}; continue with "
-            f"--resume --output {start.folder}"
+            f"--resume --output {start.folder}",
+            stop.signum,
         )
 
 
 @contextmanager
-def _handler(signum: int, function: Any) -> Iterator[None]:
+def _handlers(function: Any) -> Iterator[None]:
+    """Let a function take the signals that stop a run."""
+    previous = {}
     try:
-        previous = signal.signal(signum, function)
+        for signum in STOPPING:
+            previous[signum] = signal.signal(signum, function)
     except ValueError:  # not in the main thread: the caller handles signals
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signum, previous)
+        for signum, former in previous.items():
+            signal.signal(signum, former)

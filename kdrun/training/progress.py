@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
@@ -159,12 +160,32 @@ class TokenRate(TrainerCallback):
 
 
 class StopOnRequest(TrainerCallback):
-    """Ends training after the current step, with a checkpoint, once ``requested`` is set."""
+    """Ends training after the current step, with a checkpoint, once it is requested.
 
-    requested = False
+    All processes stop after the same step, whichever of them was asked.
+
+    Args:
+        trainer: that is stopped.
+
+    Attributes:
+        signum: of the signal that asked for it; None while none did.
+    """
+
+    def __init__(self, trainer: DistillTrainer) -> None:
+        self._trainer = trainer
+        self.signum: int | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Asks the trainer to save and stop."""
-        if self.requested:
+        """Asks the trainer to save and stop, without another evaluation before."""
+        self._agree()
+        if self.signum is not None:
+            control.should_evaluate = False
             control.should_save = True
             control.should_training_stop = True
+
+    def _agree(self) -> None:
+        accelerator = self._trainer.accelerator
+        if accelerator.num_processes > 1:
+            mine = torch.tensor([self.signum or 0], device=accelerator.device)
+            highest = int(accelerator.gather(mine).max())
+            self.signum = highest or None

@@ -28,6 +28,10 @@ from kdrun.training.checkpoint import (
 from kdrun.training.guard import LossGuard
 
 
+class EvaluationStopped(Exception):  # noqa: N818 - not an error: a signal asked for it
+    """An evaluation amid the training was broken off, since the run is asked to stop."""
+
+
 class SavingTrainer(Trainer):
     """A Trainer whose checkpoints hold the objective, are marked once whole, and may be sharded.
 
@@ -64,6 +68,16 @@ class SavingTrainer(Trainer):
         if self.accelerator.scaler is None:
             self.guard.note_gradient(float(norm))
         return norm
+
+    def _evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        """Saves and stops where a signal breaks an evaluation off; its caller saves after it."""
+        try:
+            metrics: dict[str, float] = super()._evaluate(*args, **options)
+        except EvaluationStopped:
+            self.control.should_save = True
+            self.control.should_training_stop = True
+            return {}
+        return metrics
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None

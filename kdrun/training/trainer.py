@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -31,7 +31,7 @@ from kdrun.training.callbacks import Advance, MoveToEpoch, TellProcedure
 from kdrun.training.guard import LossGuard
 from kdrun.training.log import LossSums
 from kdrun.training.loss import StepTokens, prepare_loss
-from kdrun.training.saving import SavingTrainer
+from kdrun.training.saving import EvaluationStopped, SavingTrainer
 
 StepBatches = tuple[list[Any], Tensor | int | None]
 
@@ -66,6 +66,8 @@ class DistillTrainer(SavingTrainer):
         session: the procedure at work; None without one.
         step_batches: the micro-batches of the present step, and its supervised tokens.
         guard: what is done about a loss that is not finite; by default training stops.
+        stops_evaluating: whether the run is asked to stop, so that an evaluation amid the training
+            is broken off.
         sums: what the next line of the log is a mean of.
 
     Raises:
@@ -117,8 +119,14 @@ class DistillTrainer(SavingTrainer):
             self.session = self._open_session(procedure, sampling or Sampling())
             self.add_callback(TellProcedure(self.session))
         self.step_batches: StepBatches = ([], None)
+        self.stops_evaluating: Callable[[], bool] = lambda: False
         self._loss_before_step: Tensor | None = None
         self._left_out = False
+
+    @property
+    def _may_stop(self) -> bool:
+        """Whether an evaluation may be broken off: others may wait for it, or learn from it."""
+        return self.accelerator.num_processes == 1 and self.session is None
 
     def _open_session(self, procedure: Procedure | str, sampling: Sampling) -> Session:
         teacher = self.teacher.model if isinstance(self.teacher, FrozenTeacher) else None
@@ -308,6 +316,8 @@ class DistillTrainer(SavingTrainer):
         rows = 0
         try:
             for number, batch in enumerate(dataloader):
+                if self.is_in_train and self._may_stop and self.stops_evaluating():
+                    raise EvaluationStopped
                 inputs = self._prepare_inputs(batch)
                 rows += silence_repeats(
                     inputs,

@@ -25,7 +25,8 @@ from kdrun.cache.read import Cache
 from kdrun.cache.teacher import CachedTeacher
 from kdrun.data.collate import Collator, shift_labels
 from kdrun.data.encode import encode_chats
-from kdrun.data.formats import ChatRow, Message
+from kdrun.data.formats import ChatRow
+from kdrun.data.messages import Message
 from kdrun.data.records import Position
 from kdrun.errors import InputError, TrainingError
 from kdrun.models.heads import FrozenTeacher, HeadSplit, find_split

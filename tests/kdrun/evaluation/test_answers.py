@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from kdrun.config.sections import EvaluationConfig
-from kdrun.data.formats import ChatRow, Message
+from kdrun.data.formats import ChatRow
+from kdrun.data.messages import Message
 from kdrun.data.records import Position
 from kdrun.evaluation.answers import (
     Asked,

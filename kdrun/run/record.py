@@ -1,0 +1,183 @@
+"""What a run follows from besides its configuration: rows as tokens, tokenizer, day, weights.
+
+It is kept in the run's folder. A resumed run compares, so that it does not go on with other rows
+or another teacher than it began with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kdrun.cache.fingerprint import TeacherPrint, TokenizerPrint, print_teacher, print_tokenizer
+from kdrun.data.prepare import examples_in
+from kdrun.errors import InputError
+from kdrun.files import write_bytes
+from kdrun.run import folder as runs
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from kdrun.config.sections import DataConfig, RunConfig
+    from kdrun.data.origins import Origins
+    from kdrun.data.prepare import Examples
+    from kdrun.run.load import Loaded
+    from kdrun.run.prepare import Prepared
+    from kdrun.run.start import Start
+
+# Where files lie, and what is done about bad ones, changes no token of the rows that are left.
+_NOT_THE_TOKENS = {"train", "eval", "test", "cache_dir", "strict", "accept_changes"}
+_WAYS_OUT = (
+    "restore it, begin a new run with another --output, or continue all the same with "
+    "--set data.accept_changes=true"
+)
+
+
+class Sources(BaseModel):
+    """What the rows and models of a run are.
+
+    Attributes:
+        tokenizer: its fingerprint.
+        data: the settings that decide how rows become tokens.
+        teacher: fingerprint of its weights; None without one, or where it is quantised.
+        student: of the student's initial weights.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    tokenizer: TokenizerPrint
+    data: dict[str, Any]
+    teacher: TeacherPrint | None
+    student: TeacherPrint | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run's folder keeps of its input.
+
+    Attributes:
+        sources: what rows and models follow from.
+        train: a hash of each training row, of its tokens and which are supervised.
+        held_out: likewise.
+    """
+
+    sources: Sources
+    train: np.ndarray
+    held_out: np.ndarray
+
+    def write(self, folder: Path) -> None:
+        """Keep it in a run's folder, whole or not at all."""
+        from safetensors.numpy import save
+
+        arrays = {"train": self.train, "held_out": self.held_out}
+        metadata = {"sources": self.sources.model_dump_json()}
+        write_bytes(folder / runs.INPUTS, save(arrays, metadata=metadata))
+
+    @classmethod
+    def read(cls, folder: Path) -> Record | None:
+        """What a run's folder keeps; None where it keeps nothing, or that is damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(folder / runs.INPUTS, "np") as opened:
+                sources = Sources.model_validate_json((opened.metadata() or {})["sources"])
+                return cls(sources, opened.get_tensor("train"), opened.get_tensor("held_out"))
+        except (OSError, SafetensorError, KeyError, ValidationError):
+            return None
+
+
+def record_of(config: RunConfig, prepared: Prepared, loaded: Loaded) -> Record:
+    """What a run works with, before a step is done or adapters are trained."""
+    sources = Sources(
+        tokenizer=print_tokenizer(prepared.pair.tokenizer),
+        data=_settings(config.data),
+        teacher=_print_teacher(config, loaded),
+        student=loaded.initial,
+    )
+    examples = prepared.examples
+    return Record(sources, _hashes(examples.train), _hashes(examples.held_out))
+
+
+def check_unchanged(
+    config: RunConfig, prepared: Prepared, loaded: Loaded, start: Start
+) -> tuple[Record, list[str]]:
+    """What a run works with, compared with what it began with.
+
+    Returns:
+        The record, and the changes that were accepted.
+
+    Raises:
+        InputError: the first difference, and the ways out.
+    """
+    now = record_of(config, prepared, loaded)
+    before = Record.read(start.folder) if start.resume else None
+    if before is None:
+        return now, []
+    changes = list(_changes(before, now, prepared.examples, config.lora.rank is not None))
+    if changes and not config.data.accept_changes:
+        raise InputError(f"--resume: {changes[0]}; {_WAYS_OUT}")
+    return now, changes
+
+
+def _changes(before: Record, now: Record, examples: Examples, adapters: bool) -> Iterator[str]:
+    was, has = before.sources, now.sources
+    if was.tokenizer.vocabulary != has.tokenizer.vocabulary:
+        yield "the tokenizer is not the one that the run began with"
+    if was.tokenizer.chat_template != has.tokenizer.chat_template:
+        yield "the chat template is not the one that the run began with"
+    for name, value in has.data.items():
+        if was.data.get(name, value) != value:
+            yield f"data.{name} was {was.data[name]!r} when the run began and is {value!r}"
+    yield from _changed_rows(before.train, now.train, "training rows", examples.origins)
+    yield from _changed_rows(
+        before.held_out, now.held_out, "held-out rows", examples.held_out_origins
+    )
+    if None not in (was.teacher, has.teacher) and was.teacher != has.teacher:
+        yield "the teacher's weights are not those that the run began with"
+    # Weights that are trained come from the checkpoint, whatever the student's folder holds.
+    if adapters and None not in (was.student, has.student) and was.student != has.student:
+        yield "the student's weights, below its adapters, are not those that the run began with"
+
+
+def _changed_rows(
+    before: np.ndarray, now: np.ndarray, kind: str, origins: Origins
+) -> Iterator[str]:
+    common = min(len(before), len(now))
+    different = (before[:common] != now[:common]).nonzero()[0]
+    if len(different):
+        yield f"{kind}: {origins.name([int(different[0])])} is not the row that the run began with"
+    elif len(before) != len(now):
+        yield f"{kind}: there were {len(before)} when the run began, and there are {len(now)}"
+
+
+def _settings(data: DataConfig) -> dict[str, Any]:
+    return data.model_dump(mode="json", exclude=_NOT_THE_TOKENS)
+
+
+def _print_teacher(config: RunConfig, loaded: Loaded) -> TeacherPrint | None:
+    from kdrun.cache.teacher import CachedTeacher
+    from kdrun.models.heads import FrozenTeacher
+
+    teacher = loaded.teacher.training
+    if isinstance(teacher, CachedTeacher):
+        return teacher.cache.manifest.teacher
+    if isinstance(teacher, FrozenTeacher) and config.model.teacher_quantization is None:
+        return print_teacher(teacher.model)
+    return None
+
+
+def _hashes(examples: Any) -> np.ndarray:
+    import numpy as np
+
+    found = [_hash(example) for example in examples_in(examples)]
+    return np.array(found, dtype=np.int64)
+
+
+def _hash(example: Mapping[str, Sequence[int]]) -> int:
+    content = json.dumps([list(example["input_ids"]), list(example["labels"])]).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)

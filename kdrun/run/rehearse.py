@@ -1,0 +1,125 @@
+"""All that the end of a run does, done once at its beginning with the untrained student.
+
+A student that cannot be saved, or not be read again, is told before a minute is spent.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrun.cache.fingerprint import print_tokenizer
+from kdrun.errors import InputError
+from kdrun.models.heads import causal_lm
+from kdrun.run import folder as runs
+from kdrun.run.trackers import start_trackers
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kdrun.config.sections import RunConfig
+    from kdrun.evaluation.answers import Question
+    from kdrun.run.build import Built
+    from kdrun.run.load import Loaded
+    from kdrun.run.start import Start
+
+_NEW_TOKENS = 2
+
+
+def rehearse(built: Built, loaded: Loaded, start: Start) -> None:
+    """Save, read again, answer, merge and report, on a small scale.
+
+    Weights are left out but one, so that it takes no time with large models: what fails at the end
+    of a run is its settings, its tokenizer, its adapters, or a tracker.
+
+    Args:
+        built: the run, before its first step.
+        loaded: what the student will be asked.
+        start: gives the folder.
+
+    Raises:
+        InputError: what would fail, and why.
+    """
+    trainer, config = built.trainer, built.config
+    if start.world.is_main:
+        with _told("the student cannot be saved"):
+            _save_and_read(trainer, start.folder / runs.CHECKPOINTS / runs.REHEARSAL)
+    if start.world.size == 1:
+        if loaded.questions:
+            with _told("the student cannot answer"):
+                _answer(trainer, loaded.questions)
+        if config.lora.rank is not None and config.lora.merge:
+            with _told("lora.merge=true: the adapters cannot be merged"):
+                _merge(trainer.model, config)
+    start_trackers(trainer, config.training.report_to)
+
+
+class _told:  # noqa: N801 - a context manager, read as a word
+    """Turns any failure into one line."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        """Begins."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Tells what failed; a disk that fails is told elsewhere."""
+        if isinstance(error, Exception) and not isinstance(error, OSError | InputError):
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"{self._what} ({reason}); nothing was trained") from error
+
+
+def _save_and_read(trainer: Any, folder: Path) -> None:
+    """Save what goes beside the weights, and one weight, and read it again."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    inner, tokenizer = causal_lm(trainer.model), trainer.processing_class
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        name, weight = next(iter(inner.state_dict().items()))
+        if not hasattr(weight, "full_tensor"):  # of a sharded model every process has to take part
+            inner.save_pretrained(folder, state_dict={name: weight})
+        inner.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        inner.generation_config.save_pretrained(folder)
+        kept = GenerationConfig.from_pretrained(folder)
+        if kept.eos_token_id != inner.generation_config.eos_token_id:
+            raise InputError("the student's end tokens are lost when it is saved")
+        _same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _same_tokenizer(tokenizer: Any, again: Any) -> None:
+    if print_tokenizer(tokenizer) != print_tokenizer(again):
+        raise InputError(
+            "the student's tokenizer is another one when it is saved and read again; save it with "
+            "its own class into the student's folder first"
+        )
+
+
+def _answer(trainer: Any, questions: Sequence[Question]) -> None:
+    from kdrun.models.generation import generate
+
+    generate(
+        causal_lm(trainer.model),
+        trainer.processing_class,
+        [questions[0].prompt_ids],
+        max_new_tokens=_NEW_TOKENS,
+    )
+
+
+def _merge(model: Any, config: RunConfig) -> None:
+    """Merge adapters of the same kind into a model of the same shape without content."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from kdrun.models.adapters import add_adapters
+
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        shape = AutoModelForCausalLM.from_config(
+            causal_lm(model).config, trust_remote_code=config.model.trust_remote_code
+        )
+        add_adapters(shape, config.lora, "unused", config.training.seed).merge_and_unload()
