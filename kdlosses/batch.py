@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdlosses.compressed import Compressed, TeacherSource, as_teacher
+from kdlosses.compressed import Compressed, TeacherSource, TopK, as_teacher, check_once
 from kdlosses.engine import Supervised, supervised_rows
 from kdlosses.sources import Source, VocabParallel, as_source
 
@@ -69,7 +69,10 @@ class Batch:
                 f"teacher: was compressed over {given.vocab_size} tokens, the shared vocabulary "
                 f"has {size}; cut its logits to that before compressing them"
             )
-        return cls(student, given, supervised_rows(labels, ignore_index, size), size)
+        rows = supervised_rows(labels, ignore_index, size)
+        if isinstance(given, TopK):
+            check_once(given, rows.kept)
+        return cls(student, given, rows, size)
 
     @property
     def dtype(self) -> torch.dtype:

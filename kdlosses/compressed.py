@@ -32,7 +32,8 @@ class TopK:
         temperature: the temperature they were softened by; the loss must use the same.
 
     Raises:
-        ValueError: on shapes that do not fit together, or a token that stands twice with mass.
+        ValueError: on shapes that do not fit together. A token that stands twice with mass in a
+            supervised row is refused when a loss is evaluated.
         TypeError: on tensors of the wrong type.
     """
 
@@ -49,7 +50,6 @@ class TopK:
                 f"TopK: tail_log_prob has shape {list(self.tail_log_prob.shape)}, expected "
                 f"{list(self.log_probs.shape[:-1])}"
             )
-        _check_once(self.log_probs, self.indices)
 
     @classmethod
     def from_logits(cls, logits: Tensor, k: int, temperature: float = 1.0) -> Self:
@@ -155,16 +155,29 @@ def _log_probs(logits: Tensor, temperature: float) -> Tensor:
     return log_softmax(log_softmax(logits.detach()) / temperature)
 
 
-def _check_once(log_probs: Tensor, indices: Tensor) -> None:
-    """Refuse a token that stands twice with mass: the student's would be counted twice."""
-    places = -1 - torch.arange(indices.shape[-1], device=indices.device)
-    ordered = torch.where(log_probs > -torch.inf, indices, places).sort(-1).values
-    twice = ordered[..., 1:] == ordered[..., :-1]
+def check_once(teacher: TopK, kept: Tensor | None) -> None:
+    """Refuse a token that stands twice with mass: the student's would be counted twice.
+
+    Args:
+        teacher: of all rows.
+        kept: indices of the supervised rows in the flattened teacher, or None for all.
+
+    Raises:
+        ValueError: naming the token and the row.
+    """
+    k = teacher.indices.shape[-1]
+    log_probs, indices = teacher.log_probs.reshape(-1, k), teacher.indices.reshape(-1, k)
+    if kept is not None:
+        log_probs, indices = log_probs[kept], indices[kept]
+    places = -1 - torch.arange(k, device=indices.device)
+    ordered = torch.where(log_probs > -math.inf, indices, places).sort(-1).values
+    twice = ordered[:, 1:] == ordered[:, :-1]
     if twice.any():
-        place = twice.nonzero()[0].tolist()
+        row, place = twice.nonzero()[0].tolist()
+        number = row if kept is None else int(kept[row])
         raise ValueError(
-            f"TopK: token {ordered[tuple(place)]} stands twice with mass in row {place[:-1]}; "
-            "keep one entry, with the sum of both probabilities"
+            f"teacher: token {int(ordered[row, place])} stands twice with mass in row {number} "
+            "of the TopK; keep one entry, with the sum of both probabilities"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib
 import json
 import math
@@ -47,6 +48,35 @@ def write_json(path: Path, value: Any) -> None:
 def write_lines(path: Path, values: Iterable[Any]) -> None:
     """Write objects as JSON lines, whole or not at all."""
     write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+
+
+def list_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file below a folder, each of which is on the disk afterwards."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.endswith(".partial"):
+            with open(path, "rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                os.fsync(stream.fileno())
+            name = path.relative_to(folder).as_posix()
+            found[name] = {"bytes": path.stat().st_size, "sha256": digest}
+    return found
+
+
+def find_damage(folder: Path, listed: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The first file of a folder that is not as :func:`list_files` found it; None for none."""
+    for name, known in listed.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        size = path.stat().st_size
+        if size != known["bytes"]:
+            return f"{name} has {size:,} bytes, and had {known['bytes']:,}"
+    for name, known in listed.items():
+        with open(folder / name, "rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != known["sha256"]:
+                return f"{name} was changed (its SHA-256 is another one)"
+    return None
 
 
 @contextmanager

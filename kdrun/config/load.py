@@ -129,8 +129,18 @@ def stated_keys(file: Path | None) -> set[str]:
     Raises:
         InputError: unreadable YAML.
     """
-    sections = {} if file is None else _read_yaml(file)
-    return {f"{section}.{key}" for section in sections for key in _section(sections, section)}
+    sections = {} if file is None else stated_values(file)
+    return {f"{section}.{key}" for section, content in sections.items() for key in content}
+
+
+def stated_values(file: Path) -> dict[str, Mapping[str, Any]]:
+    """The sections of a file, each with the keys that it states.
+
+    Raises:
+        InputError: unreadable YAML.
+    """
+    sections = _read_yaml(file)
+    return {name: _section(sections, name) for name in sections}
 
 
 def every_key() -> list[str]:

@@ -13,7 +13,6 @@ from kdrun.run import folder as runs
 from kdrun.run.arguments import settle, training_arguments
 from kdrun.run.check import procedure_of
 from kdrun.run.trackers import place_logs
-from kdrun.training.checkpoint import broken_checkpoints
 
 if TYPE_CHECKING:
     from kdrun.config.sections import DataConfig, RunConfig, TrainingConfig
@@ -131,8 +130,8 @@ def _tell(trainer: DistillTrainer, start: Start) -> None:
         if split.reason is not None:
             start.console.print(f"{name}: chunks of its full logits are used: {split.reason}")
     if start.resume:
-        for name in broken_checkpoints(start.folder / runs.CHECKPOINTS):
-            start.say(f"{name} is incomplete and left out")
+        for note in start.left_out:
+            start.say(note)
         if start.checkpoint is None:
             start.console.print("no complete checkpoint: the run starts anew")
 

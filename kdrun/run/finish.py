@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from kdrun.evaluation.yardsticks import YARDSTICKS
-from kdrun.files import write_json, write_lines
+from kdrun.files import list_files, write_json, write_lines
 from kdrun.models.locate import STUDENT
 from kdrun.run import folder as runs
 from kdrun.run.environment import git_state, versions
@@ -62,6 +65,7 @@ def finish(
         "training_seconds": round(built.rate.seconds, 2),
         "total_seconds": round(time.monotonic() - began, 2),
         "peak_memory_mib": _peak_memory_mib(),
+        "student": list_files(start.folder / STUDENT) if start.world.is_main else {},
         "seed": built.config.training.seed,
         "versions": versions(),
         "git": git_state(),
@@ -104,11 +108,27 @@ def save_student(trainer: DistillTrainer, start: Start, merge: bool) -> None:
     uninstall(model)
     folder = start.folder
     if merge:
-        model.save_pretrained(folder / runs.ADAPTER)
-        tokenizer.save_pretrained(folder / runs.ADAPTER)
+        _save(model, tokenizer, folder / runs.ADAPTER)
         model = model.merge_and_unload()
-    model.save_pretrained(folder / STUDENT, **weights)
-    tokenizer.save_pretrained(folder / STUDENT)
+    _save(model, tokenizer, folder / STUDENT, **weights)
+
+
+def _save(model: Any, tokenizer: Any, folder: Path, **weights: Any) -> None:
+    """Write a model's folder beside the old one, and put it in its place once it is whole.
+
+    Files of an earlier student, such as an adapter, would else be loaded with the new ones.
+    """
+    from kdrun.models.heads import causal_lm
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, **weights)
+    tokenizer.save_pretrained(partial)
+    # An adapter's folder too: a server that merges it finds the end tokens there.
+    causal_lm(model).generation_config.save_pretrained(partial)
+    list_files(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
 
 
 def _show(

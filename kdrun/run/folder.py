@@ -15,7 +15,7 @@ from kdrun.errors import InputError, Interrupted, UnwritableError, signal_of
 from kdrun.files import LOCK
 from kdrun.models.locate import STUDENT
 from kdrun.paths import expand_home
-from kdrun.training.checkpoint import newest_checkpoint
+from kdrun.training.checkpoint import newest_complete
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 ANSWERS = "answers.jsonl"
@@ -97,7 +97,14 @@ def clear(folder: Path, keep_base: bool) -> None:
     """
     for name in (CONFIG, METRICS, SUMMARY, ANSWERS, INPUTS):
         (folder / name).unlink(missing_ok=True)
-    for name in (STUDENT, CHECKPOINTS, ADAPTER, TENSORBOARD, *(() if keep_base else (BASE,))):
+    for name in (
+        STUDENT,
+        CHECKPOINTS,
+        ADAPTER,
+        TENSORBOARD,
+        f".{STUDENT}.partial",
+        *(() if keep_base else (BASE,)),
+    ):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -117,7 +124,7 @@ def one_line_where_nothing_can_be_written(folder: Path) -> Iterator[None]:
         reason = _storage_reason(error, folder)
         if reason is None:
             raise
-        newest = newest_checkpoint(folder / CHECKPOINTS)
+        newest = newest_complete(folder / CHECKPOINTS)
         kept = "no checkpoint was complete yet" if newest is None else f"{newest.name} is complete"
         raise UnwritableError(
             f"{folder} cannot be written ({reason}); {kept}: make room, and continue with "

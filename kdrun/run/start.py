@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdrun.config.load import stated_values
 from kdrun.errors import InputError
-from kdrun.files import hold_folder
+from kdrun.files import find_damage, hold_folder
+from kdrun.models.locate import STUDENT, holds_model
 from kdrun.quiet import make_console
 from kdrun.run import folder as runs
 from kdrun.run.processes import World
-from kdrun.training.checkpoint import SHARDS, is_last, newest_checkpoint, step_of
+from kdrun.training.checkpoint import SHARDS, Found, find_checkpoint, is_last, step_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +35,7 @@ class Start:
         resume: whether it goes on in a folder that has it already.
         checkpoint: that it goes on from; None begins anew.
         trained: whether the checkpoint is that of its last step.
+        left_out: checkpoints that it cannot go on from, and why, a line each.
     """
 
     folder: Path
@@ -41,6 +44,7 @@ class Start:
     resume: bool
     checkpoint: Path | None
     trained: bool
+    left_out: tuple[str, ...] = ()
 
     @property
     def first_step(self) -> int:
@@ -49,12 +53,14 @@ class Start:
 
     @property
     def finished(self) -> Mapping[str, Any] | None:
-        """The summary of a run that has nothing left to do, or None."""
+        """The summary of a run that has nothing left to do, its student whole; or None."""
         file = self.folder / runs.SUMMARY
         if not self.trained or not file.is_file():
             return None
         summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return summary
+        student = self.folder / STUDENT
+        whole = holds_model(student) and find_damage(student, summary.get("student", {})) is None
+        return summary if whole else None
 
     def held(self) -> AbstractContextManager[None]:
         """Hold the folder, on the main process: no other run writes into it meanwhile.
@@ -88,11 +94,51 @@ def open_folder(config: RunConfig, resume: bool, overwrite: bool, console: Conso
     world.wait()
     console = console or make_console()
     console.quiet = console.quiet or not world.is_main
-    checkpoint = newest_checkpoint(folder / runs.CHECKPOINTS) if resume else None
-    _check_kind(checkpoint, config.training.fsdp)
-    return Start(
-        folder, world, console, resume, checkpoint, _is_trained(checkpoint, config.training)
-    )
+    found = Found(None, ())
+    if resume:
+        check_same(config, folder / runs.CONFIG)
+        found = find_checkpoint(folder / runs.CHECKPOINTS)
+    _check_kind(found.newest, config.training.fsdp)
+    trained = _is_trained(found.newest, config.training)
+    return Start(folder, world, console, resume, found.newest, trained, found.notes)
+
+
+# A resumed optimiser brings its own; others would train on some rows twice, or not fit.
+_FIXED = (
+    "optimizer.lr",
+    "optimizer.weight_decay",
+    "optimizer.betas",
+    "training.batch_size",
+    "training.gradient_accumulation_steps",
+    "training.seed",
+    "lora.rank",
+    "lora.alpha",
+    "lora.dropout",
+    "lora.target_modules",
+    "lora.dora",
+)
+
+
+def check_same(config: RunConfig, file: Path) -> None:
+    """Refuse to resume with settings that would have no effect, or another one than they say.
+
+    Args:
+        config: to resume with.
+        file: the configuration that the run has had so far.
+
+    Raises:
+        InputError: naming the first key that differs.
+    """
+    before = stated_values(file)
+    now = config.model_dump(mode="json")
+    for key in _FIXED:
+        section, _, name = key.partition(".")
+        if before.get(section, {}).get(name, now[section][name]) != now[section][name]:
+            raise InputError(
+                f"--resume: {key} was {before[section][name]!r} when the run began and is "
+                f"{now[section][name]!r}; a run keeps it to its end: leave it out, or begin a new "
+                f"run from the student (--student {file.parent})"
+            )
 
 
 def _is_trained(checkpoint: Path | None, training: TrainingConfig) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdrun.errors import TrainingError
-from kdrun.files import write_json, write_text
+from kdrun.errors import InputError, TrainingError
+from kdrun.files import find_damage, list_files, write_json, write_text
 
 if TYPE_CHECKING:
     from kdlosses import KDObjective
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SHARDS = "shards"
 """In a checkpoint of models that were spread over processes: weights and optimiser in parts."""
 COMPLETE = "complete"
-"""A file that is written last into a checkpoint: without it the checkpoint is not whole."""
+"""A file that is written last into a checkpoint, and lists the others with size and SHA-256."""
 SCHEDULER = "scheduler.pt"  # as the Trainer calls it
 _OBJECTIVE = "objective.json"
 _PROCEDURE = "procedure.json"
@@ -70,15 +70,52 @@ def load_objective(
 
 
 def mark_complete(folder: Path) -> None:
-    """Say that a checkpoint is whole; called once all of it is on the disk."""
-    with open(folder / COMPLETE, "w", encoding="utf-8") as marker:
-        marker.write("\n")
-        marker.flush()
-        os.fsync(marker.fileno())
+    """Say that a checkpoint is whole, and what belongs to it; called once all of it is written."""
+    write_json(folder / COMPLETE, {"files": list_files(folder)})
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint with the highest step, or None.
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint that a run goes on from, and those that it cannot go on from.
+
+    Attributes:
+        newest: the newest whole one, or None.
+        notes: why later ones are left out, a line each.
+    """
+
+    newest: Path | None
+    notes: tuple[str, ...]
+
+
+def find_checkpoint(folder: Path) -> Found:
+    """The whole checkpoint with the highest step; every file of it is read once.
+
+    Args:
+        folder: of a run's checkpoints.
+
+    Raises:
+        InputError: checkpoints were completed, and all of them have been damaged since.
+    """
+    notes, damaged = [], 0
+    for path in reversed(_checkpoints(folder)):
+        if not (path / COMPLETE).is_file():
+            notes.append(f"{path.name} is incomplete and left out")
+            continue
+        problem = _damage(path)
+        if problem is None:
+            return Found(path, tuple(notes))
+        damaged += 1
+        notes.append(f"{path.name} is damaged and left out: {problem}")
+    if damaged:
+        raise InputError(
+            f"--resume: {folder}: no checkpoint is whole ({notes[0]}); restore one from a copy, or "
+            "begin anew with --overwrite"
+        )
+    return Found(None, tuple(notes))
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """The checkpoint with the highest step that was completed; its files are not read.
 
     Args:
         folder: of a run's checkpoints.
@@ -87,15 +124,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def broken_checkpoints(folder: Path) -> list[str]:
-    """Names of the checkpoints after the newest complete one: a run was cut off in writing them.
-
-    Args:
-        folder: of a run's checkpoints.
-    """
-    names = [path.name for path in _checkpoints(folder)]
-    newest = newest_checkpoint(folder)
-    return names if newest is None else names[names.index(newest.name) + 1 :]
+def _damage(checkpoint: Path) -> str | None:
+    """What has become of a checkpoint since it was completed; None where it is whole."""
+    try:
+        listed = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8") or "{}")
+    except ValueError:
+        listed = {}
+    # Earlier versions listed no files.
+    return find_damage(checkpoint, listed.get("files", {}) if isinstance(listed, dict) else {})
 
 
 def step_of(checkpoint: Path) -> int:

@@ -145,4 +145,5 @@ class SavingTrainer(Trainer):
             mark_complete(folder)
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            rotate_checkpoints(self.args.output_dir, limit, best, use_mtime=True)
+            # By their steps: a clock that jumps back would have the newest one removed.
+            rotate_checkpoints(self.args.output_dir, limit, best, use_mtime=False)

@@ -19,7 +19,7 @@ from kdlosses import (
     get_loss,
     measure,
 )
-from kdlosses.divergence import Divergence
+from kdlosses.divergence import Divergence, RowLoss
 
 ROWS, VOCAB = 6, 12
 REGISTERED = sorted({ref.name for ref in available_losses()})
@@ -301,3 +301,69 @@ def test_compiled_equals_eager_in_one_graph(kind):
 
 def test_every_built_in_is_covered():
     assert set(NAMES) <= set(REGISTERED)
+
+
+# Rows of unequal length: an entry of -inf is no entry (axolotl PR #2700, Megatron-LM PR #5019).
+
+LOG6, LOG3, LOG1, NONE = math.log(0.6), math.log(0.3), math.log(0.1), -math.inf
+PADDED = {
+    "short": ([LOG6, LOG3], [5, 2]),
+    "own token again": ([LOG6, LOG3, NONE], [5, 2, 5]),
+    "token 0 twice": ([LOG6, LOG3, NONE, NONE], [5, 2, 0, 0]),
+    "in front": ([NONE, LOG3, LOG6], [0, 2, 5]),
+}
+
+
+def padded(log_probs, indices, tail=LOG1):
+    return TopK(torch.tensor([log_probs]), torch.tensor([indices]), torch.tensor([tail]), 8)
+
+
+@pytest.mark.parametrize("how", ["forward_kl", "forward_kl_chunked"])
+@pytest.mark.parametrize("form", PADDED)
+def test_p4_padding_of_top_k_rows_changes_nothing(how, form):
+    student = torch.zeros(1, 8, requires_grad=True)
+    loss = get_loss(how)(student, padded(*PADDED[form]), torch.tensor([3]))
+    loss.backward()
+    # .6 ln(.6 8) + .3 ln(.3 8) + .1 ln(.1 8 / 6)
+    assert loss.item() == pytest.approx(1.0023198, abs=1e-6)
+    # q - p: of the two tokens, and of each of the six others their share of the tail.
+    expected = torch.full((8,), 1 / 8 - 0.1 / 6)
+    expected[5], expected[2] = 1 / 8 - 0.6, 1 / 8 - 0.3
+    torch.testing.assert_close(student.grad[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [ref.name for ref in available_losses()])
+def test_p4_padding_changes_no_loss_and_no_gradient(name):
+    if refuses_top_k(name):
+        pytest.skip("takes no compressed teacher")
+    found = []
+    for form in PADDED.values():
+        student = torch.linspace(-2, 2, 8).view(1, 8).requires_grad_()
+        loss = get_loss(name)(student, padded(*form), torch.tensor([3]))
+        loss.backward()
+        found.append((loss.detach(), student.grad))
+    for value, gradient in found[1:]:
+        torch.testing.assert_close(value, found[0][0])
+        torch.testing.assert_close(gradient, found[0][1])
+
+
+def refuses_top_k(name):
+    loss = get_loss(name).loss
+    return isinstance(loss, RowLoss) and not loss.supports_top_k
+
+
+@pytest.mark.parametrize("how", ["forward_kl", "reverse_kl_chunked"])
+def test_p4_a_token_that_stands_twice_with_mass_is_named(how):
+    teacher = padded([math.log(0.5), math.log(0.4)], [5, 5])
+    with pytest.raises(ValueError, match="token 5 stands twice with mass in row 0"):
+        get_loss(how)(torch.zeros(1, 8), teacher, torch.tensor([3]))
+    # In a row that nothing looks at it does no harm.
+    assert get_loss(how)(torch.zeros(1, 8), teacher, torch.tensor([-100])).item() == 0
+
+
+def test_p4_a_row_without_an_entry_is_all_tail():
+    student = torch.zeros(1, 8, requires_grad=True)
+    loss = get_loss("forward_kl")(student, padded([NONE, NONE], [0, 1], 0.0), torch.tensor([3]))
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-7)
+    assert student.grad.abs().max() < 1e-7

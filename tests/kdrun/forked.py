@@ -28,7 +28,8 @@ import datasets  # noqa: E402, F401 - these are what a command spends its first 
 import peft  # noqa: E402, F401
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
-import kdrun.training.trainer  # noqa: E402
+import kdrun.training.progress  # noqa: E402
+import kdrun.training.trainer  # noqa: E402, F401
 
 _LONGEST = 600  # seconds
 
@@ -72,14 +73,14 @@ def prepare(job: dict[str, Any]) -> None:
 
 
 def _die_after(step: int) -> None:
-    ordinary = kdrun.training.trainer.TokenRate.on_step_end
+    ordinary = kdrun.training.progress.TokenRate.on_step_end
 
     def die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         ordinary(self, args, state, control, **kwargs)
         if state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    kdrun.training.trainer.TokenRate.on_step_end = die  # type: ignore[method-assign]
+    kdrun.training.progress.TokenRate.on_step_end = die  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

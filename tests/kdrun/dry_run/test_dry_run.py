@@ -84,7 +84,7 @@ class Measured:
 def one_step(config: RunConfig, folder: Path) -> tuple[DistillTrainer, int]:
     """A real step of a run, and the most memory that its loss took."""
     pair = find_pair(config.model)
-    examples = encode_for(config, read_rows(config.data), pair.tokenizer, False)
+    examples = encode_for(config.data, read_rows(config.data), pair.tokenizer, 0, False)
     student: Any = load_student(pair, config.model, 0)
     if config.lora.rank is not None:
         student = add_adapters(student, config.lora, pair.student.path, 0)
@@ -93,7 +93,7 @@ def one_step(config: RunConfig, folder: Path) -> tuple[DistillTrainer, int]:
         teacher=load_teacher(pair, config.model),
         loss=build_loss(config.loss, pair.vocab_size),
         kd_ratio=config.loss.schedules.get(KD_RATIO, config.loss.kd_ratio),
-        args=training_arguments(config, folder),
+        args=training_arguments(config.optimizer, config.training, folder),
         data_collator=Collator(0),
         train_dataset=examples.train,
     )
@@ -235,7 +235,8 @@ def test_no_weights_are_read_and_nothing_is_written(
 
 
 def test_a_cache_is_checked_against_the_rows(tiny_pair: Any, tmp_path: Path) -> None:
-    cache_teacher(config_of(tiny_pair), tmp_path / "cache", "hidden", 50)
+    config = config_of(tiny_pair)
+    cache_teacher(config.model, config.data, 1.0, 0, 8, tmp_path / "cache", "hidden", 50)
     cached = {"model__teacher": None, "model__teacher_cache": str(tmp_path / "cache")}
     found = dry_run(config_of(tiny_pair, **cached))
     assert any(note.startswith("teacher: ") and "hidden states" in note for note in found.notes)

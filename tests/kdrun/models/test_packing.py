@@ -144,7 +144,7 @@ def test_loss_and_gradients_of_packed_rows_equal_those_of_unpacked_ones(
     loose = examples(LENGTHS)
     packed, unpacked = (train(tmp_path, rows, loss=loss) for rows in (pack(loose, 24), loose))
     torch.testing.assert_close(weights(packed), weights(unpacked), rtol=0, atol=1e-6)
-    assert packed.supervised_tokens == unpacked.supervised_tokens
+    assert packed.sums.supervised_tokens == unpacked.sums.supervised_tokens
     first, second = (trainer.state.log_history[0] for trainer in (packed, unpacked))
     for key in ("loss", "class_loss", "kd_loss"):
         assert first[key] == pytest.approx(second[key], rel=1e-6)
