@@ -71,7 +71,7 @@ def cache_teacher(
         pair = find_pair(model)
         check_context(pair, data.max_length, model.trust_remote_code)
         data = settle_date(data, None, pair.tokenizer)
-        examples = encode_for(data, rows, pair.tokenizer, seed, shift_windows=False)
+        examples = encode_for(data, rows, pair.tokenizer, seed, False, pair.left_out)
         for note in (*pair.notes, *rows.notes, *examples.notes):
             console.print(note, markup=False)
         teacher = open_teacher(pair, model)

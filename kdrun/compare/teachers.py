@@ -98,7 +98,9 @@ def check_named_cache(comparison: Comparison) -> None:
         loss = base.loss.model_copy(update={"kd_ratio": axes.kd_ratios[0]})
         models = find_pair(model)
         data = settle_date(base.data, base.model.teacher_cache, models.tokenizer)
-        examples = encode_for(data, read_rows(data), models.tokenizer, base.training.seed, False)
+        examples = encode_for(
+            data, read_rows(data), models.tokenizer, base.training.seed, False, models.left_out
+        )
         for spec in axes.losses:
             plain = build_loss(unchunked(loss.model_copy(update={"spec": spec})), None)
             check_cache(model, loss, models, examples, plain)
@@ -212,7 +214,9 @@ def _examples(
     """The training rows, then those that trials are measured on."""
     for number, part in enumerate(parts):
         rows = read_rows(base.data.model_copy(update={"part": part}))
-        examples = encode_for(base.data, rows, models.tokenizer, base.training.seed, False)
+        examples = encode_for(
+            base.data, rows, models.tokenizer, base.training.seed, False, models.left_out
+        )
         if number == 0:
             yield from examples_in(examples.train)
         yield from examples_in(examples.held_out)

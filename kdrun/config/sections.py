@@ -59,6 +59,11 @@ class DataConfig(_Section):
         description="which held-out rows to measure on; without data.test they are halved by "
         "content hash",
     )
+    hold_out: Literal["prompt", "content"] = Field(
+        "prompt",
+        description="without data.eval: keep rows that ask the same, or only equal rows, on one "
+        "side",
+    )
     format: Literal["auto", "text", "prompt_response", "alpaca", "messages"] = Field(
         "auto", description="how a row is read"
     )

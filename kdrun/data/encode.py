@@ -241,7 +241,7 @@ def _find_controls(
 ) -> list[tuple[int, str]]:
     """Rows whose own text the tokenizer would take for its control tokens."""
     tokens = sorted(special_tokens(tokenizer), key=len, reverse=True)
-    if not tokens:
+    if not tokens or not tokenizer.chat_template:
         return []
     pattern = re.compile("|".join(map(re.escape, tokens)))
     found = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from kdrun.builtin.text import load_text
@@ -11,7 +12,16 @@ from kdrun.config.sections import BUILT_IN, DataConfig
 from kdrun.data.chat import USUAL_RENDERING, Rendering
 from kdrun.data.encode import LongRows, encode, report_on
 from kdrun.data.origins import Origins
-from kdrun.data.rows import ChatRow, Position, Row, RowSet, TextRow, load_rows
+from kdrun.data.rows import (
+    BadRow,
+    ChatRow,
+    Position,
+    Row,
+    RowSet,
+    TextRow,
+    describe_bad_rows,
+    load_rows,
+)
 from kdrun.data.split import hold_out, shared_prompts
 from kdrun.errors import InputError
 
@@ -76,7 +86,7 @@ def read_rows(config: DataConfig) -> RawRows:
         notes += found.warnings()
         train = found.rows
         if config.eval is None:
-            train, held_out = hold_out(found.rows)
+            train, held_out = hold_out(found.rows, by=config.hold_out)
     if config.eval is not None:
         evaluation = _load(config.eval, config)
         notes += evaluation.warnings()
@@ -86,7 +96,7 @@ def read_rows(config: DataConfig) -> RawRows:
         notes += test.warnings()
         held_out = test.rows
     elif config.part != "all" and config.test is None:
-        validation, test_rows = hold_out(held_out, 0.5)
+        validation, test_rows = hold_out(held_out, 0.5, config.hold_out)
         held_out = validation if config.part == "validation" else test_rows
     shared = shared_prompts(train, held_out)
     if shared:
@@ -117,6 +127,7 @@ def encode_for(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     shift_windows: bool,
+    left_out: Mapping[str, int] = MappingProxyType({}),
 ) -> Examples:
     """Turn the rows of a run into examples, or take them from an earlier run.
 
@@ -126,6 +137,7 @@ def encode_for(
         tokenizer: encodes them.
         seed: decides where windows of plain text start.
         shift_windows: whether those of training text move from epoch to epoch.
+        left_out: tokens, with their ids, that not both models know; rows with them are skipped.
 
     Raises:
         InputError: no row fits ``data.max_length``, or ``data.cache_dir`` cannot be written.
@@ -142,6 +154,7 @@ def encode_for(
         data.long_rows,
         cache,
         Rendering.of(data),
+        left_out,
     )
 
 
@@ -183,6 +196,7 @@ def encode_rows(
     long_rows: LongRows = "cut",
     cache: TokenCache | None = None,
     rendering: Rendering = USUAL_RENDERING,
+    left_out: Mapping[str, int] = MappingProxyType({}),
 ) -> Examples:
     """Turn rows into examples.
 
@@ -195,11 +209,12 @@ def encode_rows(
         long_rows: what becomes of conversations that are longer.
         cache: where encoded rows are kept for the next run.
         rendering: what the text of conversations follows from besides the template.
+        left_out: as for :func:`encode_for`.
 
     Raises:
         InputError: no row fits ``max_length``.
     """
-    encode = _Encoder(tokenizer, max_length, long_rows, cache, rendering)
+    encode = _Encoder(tokenizer, max_length, long_rows, cache, rendering, left_out)
     train = encode(rows.train, seed, shift_windows)
     held_out = encode(rows.held_out, 0, False)
     notes = [
@@ -223,13 +238,14 @@ def encode_held_out(
     long_rows: LongRows = "cut",
     cache: TokenCache | None = None,
     rendering: Rendering = USUAL_RENDERING,
+    left_out: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[Dataset[Any], list[str]]:
     """Rows to measure on as examples, and notes on them; windows of text stay in their places.
 
     Raises:
         InputError: no row fits ``max_length``.
     """
-    encoded = _Encoder(tokenizer, max_length, long_rows, cache, rendering)(rows, 0, False)
+    encoded = _Encoder(tokenizer, max_length, long_rows, cache, rendering, left_out)(rows, 0, False)
     return encoded.examples, encoded.notes
 
 
@@ -247,6 +263,29 @@ def _load(source: str, config: DataConfig) -> RowSet:
         response_field=config.response_field,
         strict=config.strict,
     )
+
+
+class Kept(Sequence[Any]):
+    """Some rows of a data set.
+
+    Args:
+        rows: the data set.
+        numbers: of the rows that are kept.
+    """
+
+    def __init__(self, rows: Any, numbers: Sequence[int]) -> None:
+        self._rows, self._numbers = rows, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One of them."""
+        return self._rows[self._numbers[index]]
+
+
+def _knows_not(token: str) -> str:
+    return f"has the token {token!r}, which not both models know"
 
 
 @dataclass(frozen=True)
@@ -267,6 +306,7 @@ class _Encoder:
     long_rows: LongRows
     cache: TokenCache | None
     rendering: Rendering
+    left_out: Mapping[str, int]
 
     def __call__(self, rows: Sequence[Row], seed: int, phase: bool) -> _Encoded:
         if isinstance(rows[0], ChatRow):
@@ -275,13 +315,27 @@ class _Encoder:
         from kdrun.data.windows import TextWindows
 
         length = self.max_length
-        tokens = self._text([row.text for row in rows])  # type: ignore[union-attr]
+        rows, skipped = self._without_left_out(rows)
+        tokens = self._text([row.text for row in rows])
         try:
             windows = TextWindows(tokens, length, seed=seed, phase=phase)
         except ValueError as error:
             raise InputError(f"{error} Give more text, or a smaller --max-length.") from error
         note = f"{len(rows)} documents, {len(windows)} windows of {length} tokens"
-        return _Encoded(windows, [note], Origins())
+        return _Encoded(windows, [note, *skipped], Origins())
+
+    def _without_left_out(self, rows: Sequence[Any]) -> tuple[list[TextRow], list[str]]:
+        """The texts without a token that not both models know, and a note on the others."""
+        bad = []
+        for row in rows if self.left_out else ():
+            token = next((token for token in self.left_out if token in row.text), None)
+            if token is not None:
+                bad.append(BadRow(row.position, _knows_not(token)))
+        places = {row.position for row in bad}
+        kept = [row for row in rows if row.position not in places]
+        if not kept:
+            raise InputError(f"{bad[0].position}: no text can be used; this one {bad[0].reason}")
+        return kept, describe_bad_rows(bad, len(rows))
 
     def _chats(self, rows: Sequence[ChatRow]) -> _Encoded:
         settings = (rows, self.tokenizer, self.max_length, self.long_rows, self.rendering)
@@ -295,7 +349,30 @@ class _Encoder:
         skipped = {number for number, _ in encoding.skipped}
         kept = [row.position for number, row in enumerate(rows) if number not in skipped]
         notes = [summary, *report.warnings()]
-        return _Encoded(encoded.examples, notes, Origins(kept))  # type: ignore[arg-type]
+        examples: Any = encoded.examples
+        if self.left_out:
+            examples, kept, more = self._known(examples, kept)
+            notes += more
+        return _Encoded(examples, notes, Origins(kept))
+
+    def _known(
+        self, examples: Any, positions: list[Position]
+    ) -> tuple[Any, list[Position], list[str]]:
+        """The examples without a token that not both models know, and a note on the others."""
+        names = {number: token for token, number in self.left_out.items()}
+        numbers, bad = [], []
+        for number, example in enumerate(examples):
+            found = next((token for token in example["input_ids"] if token in names), None)
+            if found is None:
+                numbers.append(number)
+            else:
+                bad.append(BadRow(positions[number], _knows_not(names[found])))
+        if not bad:
+            return examples, positions, []
+        if not numbers:
+            raise InputError(f"{bad[0].position}: no row can be used; this one {bad[0].reason}")
+        kept = [positions[number] for number in numbers]
+        return Kept(examples, numbers), kept, describe_bad_rows(bad, len(examples))
 
     def _text(self, texts: Sequence[str]) -> list[int]:
         from kdrun.data.windows import concatenate

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from kdrun.data.formats import ChatRow, Row, TextRow
 from kdrun.data.messages import Message
@@ -40,7 +40,7 @@ def _hash(content: object) -> str:
 
 
 def hold_out(
-    rows: Sequence[_AnyRow], fraction: float = 0.05
+    rows: Sequence[_AnyRow], fraction: float = 0.05, by: Literal["prompt", "content"] = "prompt"
 ) -> tuple[list[_AnyRow], list[_AnyRow]]:
     """Split rows into those to train on and those to evaluate on.
 
@@ -52,6 +52,7 @@ def hold_out(
     Args:
         rows: All rows.
         fraction: The share to hold out; at least one row is, and at least one is not.
+        by: ``content`` keeps only equal rows together, as runs of earlier versions did.
 
     Returns:
         The training rows and the held-out rows, both in the order of `rows`.
@@ -66,7 +67,7 @@ def hold_out(
             "needed to hold some out for evaluation; add rows, or give --eval-data"
         )
     prompts = [prompt_hash(row) for row in rows]
-    groups = prompts if len(set(prompts)) > 1 else hashes
+    groups = prompts if by == "prompt" and len(set(prompts)) > 1 else hashes
     sizes = Counter(groups)
     # A group stands where its first row by content does, so that single rows keep their order.
     place: dict[str, str] = {}

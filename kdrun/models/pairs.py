@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kdrun.builtin import STUDENT_DIR, TEACHER_DIR
 from kdrun.config.sections import BUILT_IN, ModelConfig
 from kdrun.errors import InputError
-from kdrun.models.context import check_length
+from kdrun.models.context import check_length, load_model_config
 from kdrun.models.load import load_model
 from kdrun.models.locate import ModelSource, locate_model
 from kdrun.models.quantize import quantize
-from kdrun.models.tokenizers import compare_tokenizers, load_tokenizer
+from kdrun.models.tokenizers import compare_tokenizers, load_tokenizer, tokens_from
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kdrun.models.heads import FrozenTeacher
+
+
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Pair:
 
     Attributes:
         tokenizer: the student's, which encodes for both.
-        vocab_size: tokens that both models share.
+        vocab_size: tokens that both models share; heads are cut to it.
+        left_out: tokens, with their ids, that not both models have; rows with them are skipped.
         teacher: where the teacher is, or None.
         student: where the student is.
         fresh_student: whether the student is a configuration without weights.
@@ -40,6 +45,7 @@ class Pair:
     student: ModelSource
     fresh_student: bool
     notes: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def locate_pair(config: ModelConfig) -> tuple[ModelSource | None, ModelSource]:
@@ -68,7 +74,30 @@ def find_pair(config: ModelConfig) -> Pair:
         student_tokenizer if teacher is None else load_tokenizer(teacher, trust_remote_code=trust)
     )
     match = compare_tokenizers(teacher_tokenizer, student_tokenizer)
-    return Pair(student_tokenizer, match.vocab_size, teacher, student, fresh, match.notes)
+    size = min(match.vocab_size, *(_head_rows(source, trust) for source in (teacher, student)))
+    left_out = {**tokens_from(teacher_tokenizer, size), **tokens_from(student_tokenizer, size)}
+    notes = match.notes
+    if left_out:
+        notes = (*notes, _describe_left_out(left_out, size))
+    return Pair(student_tokenizer, size, teacher, student, fresh, notes, left_out)
+
+
+def _head_rows(source: ModelSource | None, trust_remote_code: bool) -> int:
+    """Rows of a model's output head, by its configuration; no weights are read."""
+    if source is None:
+        return sys.maxsize
+    config = load_model_config(source, trust_remote_code)
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    return rows if isinstance(rows, int) and rows > 0 else sys.maxsize
+
+
+def _describe_left_out(left_out: Mapping[str, int], vocab_size: int) -> str:
+    shown = ", ".join(f"{token!r} (id {i})" for token, i in list(left_out.items())[:_SHOWN])
+    more = f" and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""
+    return (
+        f"both models share the first {vocab_size} tokens; left out, and rows with them skipped: "
+        f"{shown}{more}"
+    )
 
 
 def check_context(pair: Pair, max_length: int, trust_remote_code: bool) -> None:
@@ -135,12 +164,12 @@ def load_student(pair: Pair, config: ModelConfig, seed: int) -> PreTrainedModel:
 
 
 def check_head(model: Any, pair: Pair, name: str) -> None:
-    """Refuse a model whose head has fewer entries than the tokenizer has tokens."""
+    """Refuse a model whose head has fewer entries than its configuration states."""
     width = model.get_output_embeddings().weight.shape[0]
     if width < pair.vocab_size:
         raise InputError(
-            f"{name}: its head has {width} entries, the tokenizer {pair.vocab_size} tokens; resize "
-            "the model's embeddings or use its own tokenizer"
+            f"{name}: its head has {width} entries, its configuration states {pair.vocab_size} or "
+            "more; correct vocab_size in its config.json"
         )
 
 

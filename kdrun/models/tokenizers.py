@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,41 +70,73 @@ def _holds_tokenizer(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class TokenizerMatch:
-    """Two tokenizers that give every token the same id.
+    """Two tokenizers that give every token that both have the same id.
 
     Attributes:
-        vocab_size: How many logits both models need: one more than the highest id, which is the
-            tokenizer's length where its ids have no gaps.
+        vocab_size: How many logits are compared: one more than the highest id below which both
+            have all tokens that either has.
         notes: Differences that do not matter for distilling, one line each. The student's
             tokenizer encodes for both models.
+        left_out: Tokens with their ids from ``vocab_size`` on, which not both have.
     """
 
     vocab_size: int
     notes: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def compare_tokenizers(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase
 ) -> TokenizerMatch:
-    """Check that both tokenizers give every token the same id, added tokens included.
+    """Check that both tokenizers give every token that both have the same id.
 
     A teacher's distribution means something to the student only where both call the same token by
-    the same id. What else differs - the template, the special roles of tokens, how a text is cut
-    into tokens - does not stop that, since one tokenizer encodes for both; it is noted.
+    the same id. One of them may have tokens on top, such as ``<think>``: they are left out. What
+    else differs - the template, the special roles of tokens, how a text is cut into tokens - does
+    not matter where both have the same tokens, since one tokenizer encodes for both; it is noted.
 
     Args:
         teacher: The teacher's tokenizer.
         student: The student's tokenizer.
 
     Raises:
-        InputError: A token differs; the message names the first ones and both their ids.
+        InputError: A token has two ids, an id has two tokens, or tokenizers with tokens on top cut
+            texts in different ways; the message names the first differences.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours != theirs:
-        raise InputError(_difference(theirs, ours))
     if not ours:
         raise InputError("the tokenizers of teacher and student are both empty")
-    return TokenizerMatch(max(ours.values()) + 1, tuple(_notes(teacher, student)))
+    notes = tuple(_notes(teacher, student))
+    if ours == theirs:
+        return TokenizerMatch(max(ours.values()) + 1, notes)
+    shared = ours.keys() & theirs.keys()
+    alone = {**theirs, **ours}.items() - {token: ours[token] for token in shared}.items()
+    same_ids = all(ours[token] == theirs[token] for token in shared)
+    # Tokens on top stand above all that both have; one amid them would take an id of the other.
+    highest = max((theirs[token] for token in shared), default=-1)
+    lowest = min((number for _, number in alone), default=-1)
+    if not same_ids or not 0 <= highest < lowest or not _cuts_alike(teacher, student):
+        raise InputError(_difference(theirs, ours))
+    return TokenizerMatch(lowest, notes, dict(sorted(alone, key=lambda item: item[1])))
+
+
+def tokens_from(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, int]:
+    """The tokens with ids from a number on, by their ids."""
+    above = {token: i for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
+    return dict(sorted(above.items(), key=lambda item: item[1]))
+
+
+def _cuts_alike(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers differ in tokens on top alone, and not in how they cut texts."""
+    if not (teacher.is_fast and student.is_fast):
+        return list(teacher(_PROBE)["input_ids"]) == list(student(_PROBE)["input_ids"])
+    own, other = (
+        json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (student, teacher)
+    )
+    parts = ("normalizer", "pre_tokenizer", "decoder")
+    return all(own.get(part) == other.get(part) for part in parts) and own["model"].get(
+        "merges"
+    ) == other["model"].get("merges")
 
 
 def _difference(teacher: dict[str, int], student: dict[str, int]) -> str:
@@ -121,8 +154,9 @@ def _difference(teacher: dict[str, int], student: dict[str, int]) -> str:
     return (
         f"the tokenizers of teacher and student differ in {len(tokens)} "
         f"{'token' if len(tokens) == 1 else 'tokens'}: {shown}"
-        f"{'; ...' if len(tokens) > _SHOWN else ''}; use a student with the teacher's tokenizer "
-        "(kdrun init-student makes one)"
+        f"{'; ...' if len(tokens) > _SHOWN else ''}; tokens may be missing on one side only above "
+        "all that both have; use a student with the teacher's tokenizer (kdrun init-student makes "
+        "one)"
     )
 
 

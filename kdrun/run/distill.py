@@ -13,7 +13,7 @@ from kdrun.quiet import quiet_libraries
 from kdrun.run.check import check, resolve
 from kdrun.run.folder import one_line_where_nothing_can_be_written, saying_how_to_go_on
 from kdrun.run.prepare import prepare
-from kdrun.run.start import open_folder
+from kdrun.run.start import open_folder, recall
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,6 +66,8 @@ def distill(
         UnwritableError: the disk is full, or the folder cannot be written any more.
     """
     config = resolve(config)
+    if resume:
+        config = recall(config)
     rows = check(config)
     start = open_folder(config, resume, overwrite, console)
     with start.held():
@@ -83,7 +85,7 @@ def _run(config: RunConfig, rows: RawRows, start: Start) -> RunResult:
         from kdrun.run.finish import finish
         from kdrun.run.load import load
         from kdrun.run.record import check_unchanged
-        from kdrun.run.rehearse import rehearse
+        from kdrun.run.rehearse import rehearse, tell_lost_mass
         from kdrun.run.train import train
 
         began = time.monotonic()
@@ -92,6 +94,7 @@ def _run(config: RunConfig, rows: RawRows, start: Start) -> RunResult:
         )
         config = config.model_copy(update={"data": prepared.data})
         loaded = load(config, prepared, start)
+        tell_lost_mass(loaded, prepared, config.training.batch_size, start)
         inputs, changes = check_unchanged(config, prepared, loaded, start)
         built = build(config, prepared, loaded, start)
         rehearse(built, loaded, start)

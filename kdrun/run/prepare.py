@@ -61,7 +61,7 @@ def prepare(
     pair = find_pair(model)
     check_context(pair, data.max_length, model.trust_remote_code)
     data = settle_date(data, model.teacher_cache, pair.tokenizer)
-    examples = encode_for(data, rows, pair.tokenizer, seed, data.shift_windows)
+    examples = encode_for(data, rows, pair.tokenizer, seed, data.shift_windows, pair.left_out)
     if data.packing:
         examples = pack_training(examples, data.max_length)
     sampling = None

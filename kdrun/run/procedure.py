@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kdrun.data.prepare import Examples, encode_held_out
+from kdrun.data.prepare import Examples, Kept, encode_held_out
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,22 +72,3 @@ def read_text(
     cache = TokenCache.at(data.cache_dir)
     windows, notes = encode_held_out(rows, tokenizer, data.max_length, cache=cache)
     return windows, [f"procedure.text: {notes[0]}"]
-
-
-class Kept(Sequence[Any]):
-    """Some rows of a data set.
-
-    Args:
-        rows: the data set.
-        numbers: of the rows that are kept.
-    """
-
-    def __init__(self, rows: Any, numbers: Sequence[int]) -> None:
-        self._rows, self._numbers = rows, numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: Any) -> Any:
-        """One of them."""
-        return self._rows[self._numbers[index]]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrun.cache.fingerprint import print_tokenizer
+from kdrun.data.collate import IGNORE_INDEX
 from kdrun.errors import InputError
 from kdrun.models.heads import causal_lm
 from kdrun.run import folder as runs
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
     from kdrun.evaluation.answers import Question
     from kdrun.run.build import Built
     from kdrun.run.load import Loaded
+    from kdrun.run.prepare import Prepared
     from kdrun.run.start import Start
 
 _NEW_TOKENS = 2
+_LOST_MASS = 0.01
 
 
 def rehearse(built: Built, loaded: Loaded, start: Start) -> None:
@@ -53,6 +56,43 @@ def rehearse(built: Built, loaded: Loaded, start: Start) -> None:
             with _told("lora.merge=true: the adapters cannot be merged"):
                 _merge(trainer.model, config)
     start_trackers(trainer, config.training.report_to)
+
+
+def tell_lost_mass(loaded: Loaded, prepared: Prepared, batch_size: int, start: Start) -> None:
+    """Say how much of its probability the teacher gives to tokens that are left out.
+
+    Measured on the supervised positions of the first batch; little is not worth a word.
+
+    Args:
+        loaded: has the teacher.
+        prepared: has the rows, and knows which tokens not both models have.
+        batch_size: rows of a batch.
+        start: shows the line.
+    """
+    import torch
+
+    from kdrun.models.heads import FrozenTeacher
+
+    teacher, left_out = loaded.teacher.training, prepared.pair.left_out
+    if not left_out or not isinstance(teacher, FrozenTeacher):
+        return
+    model: Any = teacher.model
+    width = model.get_output_embeddings().weight.shape[0]
+    ids = [number for number in left_out.values() if number < width]
+    rows: Any = prepared.examples.train
+    total, positions = 0.0, 0
+    for number in range(min(batch_size, len(rows))):
+        ids_of_row = torch.tensor([rows[number]["input_ids"]], device=model.device)
+        targets = torch.tensor(rows[number]["labels"][1:], device=model.device) != IGNORE_INDEX
+        with torch.no_grad():
+            logits = model(input_ids=ids_of_row, use_cache=False).logits[0, :-1][targets]
+        total += float(logits.float().softmax(-1)[:, ids].sum())
+        positions += len(logits)
+    if positions and total / positions > _LOST_MASS:
+        start.say(
+            f"the teacher gives {total / positions:.1%} of its probability to tokens that are left "
+            "out, on the supervised positions of the first batch; the student does not learn them"
+        )
 
 
 class _told:  # noqa: N801 - a context manager, read as a word

@@ -13,6 +13,7 @@ from kdrun.config.load import stated_values
 from kdrun.errors import InputError
 from kdrun.files import find_damage, hold_folder
 from kdrun.models.locate import STUDENT, holds_model
+from kdrun.paths import expand_home
 from kdrun.quiet import make_console
 from kdrun.run import folder as runs
 from kdrun.run.processes import World
@@ -73,6 +74,26 @@ class Start:
     def say(self, line: str) -> None:
         """Show a line."""
         self.console.print(line, markup=False)
+
+
+def recall(config: RunConfig) -> RunConfig:
+    """A configuration to resume with, with what the run settled when it began.
+
+    Args:
+        config: names the run's folder; what it states itself is kept.
+    """
+    if config.output.dir is None:
+        return config
+    file = expand_home(config.output.dir) / runs.CONFIG
+    if not file.is_file():
+        return config
+    before = stated_values(file).get("data", {})
+    update: dict[str, Any] = {}
+    if config.data.date is None and before.get("date") is not None:
+        update["date"] = str(before["date"])
+    if "hold_out" not in before:  # a run of a version that split rows by their content
+        update["hold_out"] = "content"
+    return config.model_copy(update={"data": config.data.model_copy(update=update)})
 
 
 def open_folder(config: RunConfig, resume: bool, overwrite: bool, console: Console | None) -> Start:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kdrun.data.chat import USUAL_RENDERING
 from kdrun.data.encode import IGNORE_INDEX, EncodedRows, Example, encode_chats, report_on
 from kdrun.data.prepare import encode_held_out
 from kdrun.data.rows import ChatRow, Message, Position, TextRow, load_rows
@@ -327,7 +328,7 @@ class TestSmolLM2:
         for _ in range(2):
             # Processor time, so that other work on the machine does not fail the test.
             start = time.process_time()
-            encodings.append(cache.chats(rows, smollm2_tokenizer, 100_000, "cut"))
+            encodings.append(cache.chats(rows, smollm2_tokenizer, 100_000, "cut", USUAL_RENDERING))
             seconds.append(time.process_time() - start)
         assert seconds[0] < 10
         assert seconds[1] < 1

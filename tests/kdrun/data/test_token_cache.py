@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kdrun.data.chat import USUAL_RENDERING
 from kdrun.data.encode import Encoding, encode
 from kdrun.data.records import Position
 from kdrun.data.rows import ChatRow, Message
@@ -60,11 +61,11 @@ def test_the_second_time_gives_what_the_first_gave_without_encoding(
     expected = encode(ROWS, tiny_tokenizer, 64)
     assert expected.skipped
     assert expected.cut
-    assert plain(cache.chats(ROWS, tiny_tokenizer, 64, "cut")) == expected
+    assert plain(cache.chats(ROWS, tiny_tokenizer, 64, "cut", USUAL_RENDERING)) == expected
     assert len(list(cache.folder.iterdir())) == 1
     monkeypatch.setattr("kdrun.data.token_cache.encode", None)
     moved = [chat(*(m.content for m in row.messages), 7, "b.jsonl") for row in ROWS]
-    assert plain(cache.chats(moved, tiny_tokenizer, 64, "cut")) == expected
+    assert plain(cache.chats(moved, tiny_tokenizer, 64, "cut", USUAL_RENDERING)) == expected
 
 
 def test_d16_another_tokenizer_template_row_or_setting_is_encoded_anew(
@@ -83,7 +84,7 @@ def test_d16_another_tokenizer_template_row_or_setting_is_encoded_anew(
     found = []
     for _ in range(2):
         for variant in variants:
-            found.append(plain(cache.chats(*variant)))
+            found.append(plain(cache.chats(*variant, USUAL_RENDERING)))
             assert found[-1] == encode(*variant)
     first = [json.dumps(encoding.examples) for encoding in found[: len(variants)]]
     assert [first.index(content) for content in first] == list(range(len(variants)))
@@ -104,11 +105,11 @@ def test_a_damaged_file_is_written_again(
     tiny_tokenizer: Any, tmp_path: Path, damage: bytes | None
 ) -> None:
     cache = TokenCache(tmp_path)
-    expected = cache.chats(ROWS, tiny_tokenizer, 64, "cut")
+    expected = cache.chats(ROWS, tiny_tokenizer, 64, "cut", USUAL_RENDERING)
     (file,) = tmp_path.iterdir()
     content = file.read_bytes()
     file.write_bytes(content[:-9] if damage is None else damage)
-    assert plain(cache.chats(ROWS, tiny_tokenizer, 64, "cut")) == expected
+    assert plain(cache.chats(ROWS, tiny_tokenizer, 64, "cut", USUAL_RENDERING)) == expected
     assert file.read_bytes() == content
 
 
@@ -118,10 +119,10 @@ def test_where_it_lies(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     usual = TokenCache.at(None)
     assert usual is not None
-    usual.chats(ROWS, tiny_tokenizer, 64, "cut")
+    usual.chats(ROWS, tiny_tokenizer, 64, "cut", USUAL_RENDERING)
     assert not usual.folder.exists()  # too few to be worth a file
     many = [chat("a question", "an answer " * 100, i) for i in range(600)]
-    usual.chats(many, tiny_tokenizer, 64, "cut")
+    usual.chats(many, tiny_tokenizer, 64, "cut", USUAL_RENDERING)
     assert len(list((tmp_path / "home" / "kdrun" / "tokens").iterdir())) == 1
     assert TokenCache.at("none") is None
     named = TokenCache.at(str(tmp_path / "named"))
@@ -150,7 +151,9 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_the_time(
 ) -> None:
     (tmp_path / "file").touch()
     cache = TokenCache(tmp_path / "file")
-    assert cache.chats(ROWS, tiny_tokenizer, 64, "cut") == encode(ROWS, tiny_tokenizer, 64)
+    assert cache.chats(ROWS, tiny_tokenizer, 64, "cut", USUAL_RENDERING) == encode(
+        ROWS, tiny_tokenizer, 64
+    )
 
 
 def test_runs_take_their_rows_from_it(tiny_pair: Any, tmp_path: Path, distil: Any) -> None:

@@ -20,6 +20,7 @@ from kdrun.evaluation.answers import (
     choose_questions,
     mean_scores,
 )
+from kdrun.models.context import context_limit
 from kdrun.models.generation import generate, stop_tokens
 
 
@@ -119,11 +120,16 @@ def chat(question: str, answer: str) -> ChatRow:
     return ChatRow((Message("user", question), Message("assistant", answer)), Position("f", 1))
 
 
+def asked(model, tokenizer) -> Asked:
+    return Asked(tokenizer, context_limit(model.config))
+
+
 def test_rows_with_one_prompt_are_one_question_in_any_order(model, tiny_tokenizer):
     rows = [chat("a", "b"), chat("a", "c"), chat("the user", "d"), chat("x" * 99, "e")]
     config = EvaluationConfig(answers=9, max_new_tokens=8)
-    found, note = choose_questions(rows, tiny_tokenizer, config, model)
-    again, _ = choose_questions(rows[::-1], tiny_tokenizer, config, model)
+    one = asked(model, tiny_tokenizer)
+    found, note = choose_questions(rows, one, config)
+    again, _ = choose_questions(rows[::-1], one, config)
     assert [q.prompt_ids for q in found] == [q.prompt_ids for q in again]
     assert sorted(len(q.references) for q in found) == [1, 2]
     assert note is not None
@@ -154,11 +160,12 @@ def test_models_with_other_contexts_are_asked_the_same(tiny_tokenizer):
 def test_questions_are_scored_by_their_best_reference(model, tiny_tokenizer):
     rows = [chat("a", "b"), chat("the user", "d")]
     config = EvaluationConfig(answers=2, max_new_tokens=8, answer_pattern="(?s)(.+)")
-    questions, _ = choose_questions(rows, tiny_tokenizer, config, model)
+    one = asked(model, tiny_tokenizer)
+    questions, _ = choose_questions(rows, one, config)
     ids = generate(model, tiny_tokenizer, [q.prompt_ids for q in questions], max_new_tokens=8)
     said = [tiny_tokenizer.decode(new, skip_special_tokens=True) for new in ids]
     taught = [chat(q.messages[0].content, text) for q, text in zip(questions, said, strict=True)]
-    questions, _ = choose_questions([*rows, *taught], tiny_tokenizer, config, model)
+    questions, _ = choose_questions([*rows, *taught], one, config)
     answers = ask(model, tiny_tokenizer, questions, config)
     assert [answer.text for answer in answers] == said
     assert all(answer.line()["answer"] == answer.text for answer in answers)
@@ -169,9 +176,9 @@ def test_plain_text_asks_nothing(model, tiny_tokenizer):
     from kdrun.data.formats import TextRow
 
     rows = [TextRow("text", Position("f", 1))]
-    found, note = choose_questions(rows, tiny_tokenizer, EvaluationConfig(answers=3), model)
+    found, note = choose_questions(rows, asked(model, tiny_tokenizer), EvaluationConfig(answers=3))
     assert found == []
     assert note is not None
     assert "plain text" in note
-    assert choose_questions(rows, tiny_tokenizer, EvaluationConfig(), model) == ([], None)
+    assert choose_questions(rows, asked(model, tiny_tokenizer), EvaluationConfig()) == ([], None)
     assert mean_scores([]) == {"rouge_l": None, "exact_match": None}

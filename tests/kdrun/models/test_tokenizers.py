@@ -25,12 +25,41 @@ def test_one_tokenizer(tiny_tokenizer: Any) -> None:
     assert not match.notes
 
 
-def test_an_added_token_is_a_difference(tiny_tokenizer: Any) -> None:
+def test_tokens_on_top_of_either_side_are_left_out(tiny_tokenizer: Any) -> None:
+    size = len(tiny_tokenizer)
+    more = copy.deepcopy(tiny_tokenizer)
+    more.add_tokens(["<tool>", "<think>"])
+    for pair in ((more, tiny_tokenizer), (tiny_tokenizer, more)):
+        match = compare_tokenizers(*pair)
+        assert match.vocab_size == size
+        assert match.left_out == {"<tool>": size, "<think>": size + 1}
+    other = copy.deepcopy(tiny_tokenizer)
+    other.add_tokens(["<other>"])  # under the id of <tool>
+    match = compare_tokenizers(more, other)
+    assert match.vocab_size == size
+    assert set(match.left_out) == {"<tool>", "<think>", "<other>"}
+
+
+def test_a_token_that_is_missing_amid_the_others_is_a_difference(tiny_tokenizer: Any) -> None:
+    names = {**tiny_tokenizer.get_vocab()}
+    missing = sorted(names, key=names.__getitem__)[30]
+    del names[missing]
     student = copy.deepcopy(tiny_tokenizer)
-    student.add_tokens(["<tool>"])
+    student.get_vocab = lambda: names
     message = difference(tiny_tokenizer, student)
     assert "differ in 1 token:" in message
-    assert f"'<tool>' (teacher missing, student id {len(tiny_tokenizer)})" in message
+    assert f"{missing!r} (teacher id 30, student missing)" in message
+
+
+def test_tokens_on_top_of_another_way_of_cutting_texts_are_a_difference(
+    tiny_tokenizer: Any,
+) -> None:
+    from tokenizers import normalizers
+
+    student = copy.deepcopy(tiny_tokenizer)
+    student.add_tokens(["<tool>"])
+    student.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert "differ in 1 token" in difference(tiny_tokenizer, student)
 
 
 def test_swapped_ids_are_named_lowest_first(tiny_tokenizer: Any) -> None:
@@ -118,6 +147,6 @@ def test_a_gguf_file_and_the_folder_made_from_it(
         assert not match.notes
     student = copy.deepcopy(smollm2_tokenizer)
     student.add_tokens(["<think>", "</think>"])
-    message = difference(teacher, student)
-    assert "'<think>' (teacher missing, student id 49152)" in message
-    assert "differ in 2 tokens" in message
+    match = compare_tokenizers(teacher, student)
+    assert match.vocab_size == 49152
+    assert match.left_out == {"<think>": 49152, "</think>": 49153}
