@@ -45,9 +45,11 @@ class Stopped(KeyboardInterrupt):
 
 
 STOPPING = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)
 )
-"""Signals that stop a run at the end of its step; Slurm and others send the latter two."""
+"""Signals that stop a run at the end of its step: Ctrl-C, schedulers and closed terminals."""
 
 
 def signal_of(error: BaseException) -> int:

@@ -181,7 +181,8 @@ class CachedTeacher:
         entries = (*shape, self.cache.manifest.entries)
         if self.exact:
             return [torch.zeros(entries, dtype=self._dtype)]
-        found = [torch.zeros(entries), torch.zeros(entries, dtype=torch.int64)]
+        tokens = torch.arange(self.cache.manifest.entries).expand(entries)
+        found = [torch.zeros(entries), tokens.clone()]
         return [*found, torch.zeros(shape)] if self.cache.manifest.kind == "top_k" else found
 
     def _lacks(self, row: BatchRow) -> str:

@@ -52,7 +52,8 @@ def main() -> None:
 
     quiet_environment()
     for signum in STOPPING:
-        if signum != signal.SIGINT:  # Python raises KeyboardInterrupt by itself
+        # Python raises KeyboardInterrupt by itself; under nohup a closed terminal is no reason.
+        if signum != signal.SIGINT and signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, _stop)
     try:
         cli.main(standalone_mode=False)

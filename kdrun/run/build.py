@@ -130,7 +130,7 @@ def _tell(trainer: DistillTrainer, start: Start) -> None:
         if split.reason is not None:
             start.console.print(f"{name}: chunks of its full logits are used: {split.reason}")
     if start.resume:
-        for note in start.left_out:
+        for note in start.notes:
             start.say(note)
         if start.checkpoint is None:
             start.console.print("no complete checkpoint: the run starts anew")
@@ -174,13 +174,18 @@ def begin(built: Built, fresh_student: bool, inputs: Record, start: Start) -> No
     if not start.world.is_main:
         return
     folder, config = start.folder, built.config
-    if not start.resume:
-        adapted = config.lora.rank is not None and fresh_student
-        runs.clear(folder, keep_base=adapted)
     # Changes are accepted once, not by every later resume.
     data = config.data.model_copy(update={"accept_changes": False})
     kept = config.model_copy(update={"data": data})
-    write_text(folder / runs.CONFIG, kept.to_yaml())
-    inputs.write(folder)
-    metrics = MetricsFile(folder / runs.METRICS, start.first_step)
-    built.trainer.add_callback(WriteMetrics(metrics))
+
+    def write() -> MetricsFile:
+        write_text(folder / runs.CONFIG, kept.to_yaml())
+        inputs.write(folder)
+        return MetricsFile(folder / runs.METRICS, start.first_step)
+
+    writer = WriteMetrics(write)
+    if not start.resume:
+        adapted = config.lora.rank is not None and fresh_student
+        runs.clear(folder, keep_base=adapted)
+        writer.open()
+    built.trainer.add_callback(writer)

@@ -36,7 +36,7 @@ class Start:
         resume: whether it goes on in a folder that has it already.
         checkpoint: that it goes on from; None begins anew.
         trained: whether the checkpoint is that of its last step.
-        left_out: checkpoints that it cannot go on from, and why, a line each.
+        notes: checkpoints that it cannot go on from, and settings that change, a line each.
     """
 
     folder: Path
@@ -45,7 +45,7 @@ class Start:
     resume: bool
     checkpoint: Path | None
     trained: bool
-    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def first_step(self) -> int:
@@ -115,13 +115,13 @@ def open_folder(config: RunConfig, resume: bool, overwrite: bool, console: Conso
     world.wait()
     console = console or make_console()
     console.quiet = console.quiet or not world.is_main
-    found = Found(None, ())
+    found, changes = Found(None, ()), tuple[str, ...]()
     if resume:
-        check_same(config, folder / runs.CONFIG)
+        changes = compare_settings(config, folder / runs.CONFIG)
         found = find_checkpoint(folder / runs.CHECKPOINTS)
     _check_kind(found.newest, config.training.fsdp)
     trained = _is_trained(found.newest, config.training)
-    return Start(folder, world, console, resume, found.newest, trained, found.notes)
+    return Start(folder, world, console, resume, found.newest, trained, (*found.notes, *changes))
 
 
 # A resumed optimiser brings its own; others would train on some rows twice, or not fit.
@@ -137,18 +137,33 @@ _FIXED = (
     "lora.dropout",
     "lora.target_modules",
     "lora.dora",
+    "loss.spec",
+    "procedure.spec",
+    "model.dtype",
+)
+# Folders, what is settled again in the same way, and what has a check of its own.
+_NO_SETTINGS = (
+    "output.dir",
+    "data.cache_dir",
+    "data.accept_changes",
+    "data.date",
+    "loss.chunk_size",
+    "loss.compiled",
 )
 
 
-def check_same(config: RunConfig, file: Path) -> None:
-    """Refuse to resume with settings that would have no effect, or another one than they say.
+def compare_settings(config: RunConfig, file: Path) -> tuple[str, ...]:
+    """Compare the settings to resume with with those that the run has had so far.
 
     Args:
         config: to resume with.
         file: the configuration that the run has had so far.
 
+    Returns:
+        What changes from here on, a line, or nothing.
+
     Raises:
-        InputError: naming the first key that differs.
+        InputError: a setting would have no effect, or another one than it says; names the key.
     """
     before = stated_values(file)
     now = config.model_dump(mode="json")
@@ -160,6 +175,14 @@ def check_same(config: RunConfig, file: Path) -> None:
                 f"{now[section][name]!r}; a run keeps it to its end: leave it out, or begin a new "
                 f"run from the student (--student {file.parent})"
             )
+    changed = [
+        f"{section}.{name} {now[section][name]!r} (was {value!r})"
+        for section, content in before.items()
+        for name, value in content.items()
+        if f"{section}.{name}" not in _NO_SETTINGS
+        and now.get(section, {}).get(name, value) != value
+    ]
+    return (f"from here on: {', '.join(changed)}",) if changed else ()
 
 
 def _is_trained(checkpoint: Path | None, training: TrainingConfig) -> bool:

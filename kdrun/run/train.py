@@ -105,7 +105,8 @@ def _handlers(function: Any) -> Iterator[None]:
     previous = {}
     try:
         for signum in STOPPING:
-            previous[signum] = signal.signal(signum, function)
+            if signum == signal.SIGINT or signal.getsignal(signum) != signal.SIG_IGN:
+                previous[signum] = signal.signal(signum, function)
     except ValueError:  # not in the main thread: the caller handles signals
         yield
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,9 @@ class ShowProgress(TrainerCallback):
 class MetricsFile:
     """``metrics.jsonl``: one object a line, each flushed when written.
 
+    Lines that are damaged are left out, and the file with them is kept beside it: figures of the
+    past must not cost the run.
+
     Args:
         path: the file.
         from_step: lines of later steps are dropped, since a resumed run writes them again.
@@ -93,14 +97,18 @@ class MetricsFile:
 
     def __init__(self, path: Path, from_step: int = 0) -> None:
         self._path = path
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= from_step]
+        lines = self._lines()
+        read = [(line, _step_of(line)) for line in lines]
+        if any(step is None for _, step in read[:-1]):  # a killed run may leave half a last line
+            path.replace(path.with_name(f"{path.name}.damaged"))
+        kept = [line for line, step in read if step is not None and step <= from_step]
         write_text(path, "".join(f"{line}\n" for line in kept))
 
     def _lines(self) -> list[str]:
         if not self._path.is_file():
             return []
-        lines = self._path.read_text(encoding="utf-8").split("\n")
-        return [line for line in lines if line.endswith("}")]  # a killed run may leave half a line
+        lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
+        return [line for line in lines if line.strip()]
 
     def append(self, values: dict[str, Any]) -> None:
         """Add a line."""
@@ -108,11 +116,37 @@ class MetricsFile:
             stream.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
-class WriteMetrics(TrainerCallback):
-    """Writes each line of the log to ``metrics.jsonl``, on the main process."""
+def _step_of(line: str) -> int | None:
+    """The step of a line; None where it is damaged."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    step = value.get("step") if isinstance(value, dict) else None
+    return step if isinstance(step, int) else None
 
-    def __init__(self, file: MetricsFile) -> None:
-        self._file = file
+
+class WriteMetrics(TrainerCallback):
+    """Writes each line of the log to ``metrics.jsonl``, on the main process.
+
+    Args:
+        begin: begins the records; called once, when a checkpoint has been read or the first line
+            comes, so that a run that is refused until then leaves its folder as it was.
+    """
+
+    def __init__(self, begin: Callable[[], MetricsFile]) -> None:
+        self._begin = begin
+        self._file: MetricsFile | None = None
+
+    def open(self) -> MetricsFile:
+        """The file, its records begun."""
+        if self._file is None:
+            self._file = self._begin()
+        return self._file
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer has read the checkpoint by then."""
+        self.open()
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
@@ -122,7 +156,7 @@ class WriteMetrics(TrainerCallback):
         if state.is_world_process_zero and not wanted.isdisjoint(logs):
             line = {"step": state.global_step, **logs}
             line["lr"] = line.pop("learning_rate", None)
-            self._file.append({key: value for key, value in line.items() if value is not None})
+            self.open().append({key: value for key, value in line.items() if value is not None})
 
 
 class TokenRate(TrainerCallback):

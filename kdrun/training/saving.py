@@ -119,7 +119,23 @@ class SavingTrainer(Trainer):
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            self._set_present_rates()
             self.load_objective(checkpoint)
+
+    def _set_present_rates(self) -> None:
+        """Let the next step be made at the rate that the schedule has there.
+
+        The stored rate is that of a shorter training where a finished run is trained on; else it is
+        the same number.
+        """
+        schedule = self.lr_scheduler
+        for group, base, factor in zip(
+            self.optimizer.param_groups,
+            getattr(schedule, "base_lrs", ()),
+            getattr(schedule, "lr_lambdas", ()),
+            strict=False,
+        ):
+            group["lr"] = base * factor(schedule.last_epoch)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Saves every process's part; the Trainer would save that of the main process alone."""
