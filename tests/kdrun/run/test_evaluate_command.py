@@ -180,5 +180,5 @@ def test_bad_input_is_one_line(folders, tmp_path, tiny_tokenizer):
     folder = tmp_path / "foreign"
     transformers.LlamaForCausalLM.from_pretrained(folders / "student").save_pretrained(folder)
     foreign.save_pretrained(folder)
-    with pytest.raises(InputError, match="tokenizer"):
+    with pytest.raises(InputError, match="which not both models know"):
         invoke(folder, "--teacher", folders / "teacher", "--data", rows)
