@@ -75,9 +75,10 @@ def main() -> None:
         click.echo(f"kdrun: {error}", err=True)
         sys.exit(128 + error.signum)
     except (click.Abort, KeyboardInterrupt) as error:
-        said = str(error) if isinstance(error, Stopped) else "interrupted"
+        stopped = error.__cause__ if isinstance(error, click.Abort) else error
+        said = str(stopped) if isinstance(stopped, Stopped) else "interrupted"
         click.echo(f"kdrun: {said}", err=True)
-        sys.exit(128 + signal_of(error))
+        sys.exit(128 + (signal.SIGINT if stopped is None else signal_of(stopped)))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         click.echo(f"kdrun: {place}{error.strerror or error}", err=True)

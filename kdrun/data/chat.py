@@ -13,11 +13,12 @@ template that writes the last answer otherwise is rendered with a mark behind th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kdrun.data.fields import BadRowError
 from kdrun.data.messages import Message
@@ -36,6 +37,7 @@ PLAIN_TEMPLATE = (
 
 
 _JOINED_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+_CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<form>.*?)(?P=quote)\s*\)""")
 _MARK = "\ue000"
 """A character of the private use areas, which no template writes or strips."""
 
@@ -78,16 +80,16 @@ class Rendering:
         """The rendering of a run's rows."""
         return cls(data.date, data.rendered)
 
-    def variables(self) -> dict[str, Any]:
-        """What templates are given besides the messages.
+    def dated(self, template: str) -> str:
+        """A chat template that writes :attr:`date` where it asks for the present day.
 
-        transformers hands every template a clock (``strftime_now``), which Llama 3's and others'
-        ask for the day: the rows of a run would differ from those of the day before.
+        transformers gives every template a clock, ``strftime_now``, which those of Llama 3 and
+        others ask: the rows of a run would differ from those of the day before.
         """
         if self.date is None:
-            return {}
+            return template
         noon = datetime.fromisoformat(f"{self.date}T12:00:00")
-        return {"strftime_now": noon.strftime}
+        return _CLOCK.sub(lambda call: json.dumps(noon.strftime(call["form"])), template)
 
 
 USUAL_RENDERING = Rendering()
@@ -110,12 +112,7 @@ class ChatRenderer:
     ) -> None:
         """Take the tokenizer's template."""
         self._tokenizer = tokenizer
-        self._variables = rendering.variables()
-        self._template: str | None = None
-        if rendering.rendered:
-            self._template = _JOINED_TEMPLATE
-        elif not tokenizer.chat_template:
-            self._template = _plain_template(tokenizer)
+        self._template = template_of(tokenizer, rendering)
 
     @cached_property
     def _special(self) -> tuple[str, ...]:
@@ -139,7 +136,6 @@ class ChatRenderer:
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=for_generation,
-                **self._variables,
             )
         except TemplateError as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -207,6 +203,15 @@ class ChatRenderer:
         if text.startswith(self.render(before)):
             return _shared_length(text, prompt)
         raise HiddenAnswersError
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> str:
+    """The template that conversations are rendered with."""
+    if rendering.rendered:
+        return _JOINED_TEMPLATE
+    if not tokenizer.chat_template:
+        return _plain_template(tokenizer)
+    return rendering.dated(tokenizer.get_chat_template())
 
 
 def uses_date(tokenizer: PreTrainedTokenizerBase) -> bool:

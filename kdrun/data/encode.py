@@ -23,6 +23,7 @@ from kdrun.data.chat import (
     Rendering,
     as_dicts,
     special_tokens,
+    template_of,
 )
 from kdrun.data.collate import IGNORE_INDEX
 from kdrun.data.fields import BadRowError
@@ -416,7 +417,7 @@ def _by_generation_blocks(
     tokenizer: PreTrainedTokenizerBase, row: ChatRow, rendering: Rendering
 ) -> _Tokens | BadRowError:
     """Answers as the template itself marks them, with ``{% generation %}`` blocks."""
-    template = tokenizer.get_chat_template()
+    template = template_of(tokenizer, rendering)
     if "generation %}" not in template and "generation -%}" not in template:
         raise InputError(
             f"{row.position}: the chat template writes earlier messages otherwise when later ones "
@@ -425,9 +426,9 @@ def _by_generation_blocks(
         )
     encoded: Any = tokenizer.apply_chat_template(
         as_dicts(row.messages),
+        chat_template=template,
         return_dict=True,
         return_assistant_tokens_mask=True,
-        **rendering.variables(),
     )
     mask: list[int] = list(encoded["assistant_masks"])
     edges = [i for i, (a, b) in enumerate(zip([0, *mask], [*mask, 0], strict=True)) if a != b]

@@ -71,6 +71,7 @@ def load_objective(
 
 def mark_complete(folder: Path) -> None:
     """Say that a checkpoint is whole, and what belongs to it; called once all of it is written."""
+    (folder / COMPLETE).unlink(missing_ok=True)  # the last step may be saved twice
     write_json(folder / COMPLETE, {"files": list_files(folder)})
 
 

@@ -129,13 +129,13 @@ class SavingTrainer(Trainer):
         the same number.
         """
         schedule = self.lr_scheduler
-        for group, base, factor in zip(
-            self.optimizer.param_groups,
-            getattr(schedule, "base_lrs", ()),
-            getattr(schedule, "lr_lambdas", ()),
-            strict=False,
-        ):
-            group["lr"] = base * factor(schedule.last_epoch)
+        if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            return
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        rates = [base * by for base, by in zip(schedule.base_lrs, factors, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates  # what the log shows
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Saves every process's part; the Trainer would save that of the main process alone."""

@@ -11,7 +11,27 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "<pad> <bos> <eos> <unk> the cat dog sat on mat a b c d e f user assistant system".split()
+WORDS = [
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "<unk>",
+    "the",
+    "cat",
+    "dog",
+    "sat",
+    "on",
+    "mat",
+    "a",
+    "b",
+    "c",
+    "d",
+    "e",
+    "f",
+    "user",
+    "assistant",
+    "system",
+]
 CHAT = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <end> {% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
@@ -82,7 +102,7 @@ def save_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 def usual_rows(count: int = 12) -> list[dict[str, str]]:
     """Rows of different prompts."""
-    ends = "the cat dog sat on mat a b c d e f".split()
+    ends = ["the", "cat", "dog", "sat", "on", "mat", "a", "b", "c", "d", "e", "f"]
     return [
         {
             "prompt": f"the {ends[i % 12]} {ends[(i + i // 12) % 12]}",
