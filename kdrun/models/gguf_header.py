@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
+_LONGEST_KEY = 2**16  # as the format has it; a damaged length would take all memory
 # Of the types of values, the format and the size of those that have one.
 _FORMATS = {
     0: "B",
@@ -36,12 +37,12 @@ def context_length(file: Path) -> int | None:
                 return None
             _number(stream, "Q")  # the count of tensors
             for _ in range(_number(stream, "Q")):
-                key = stream.read(_number(stream, "Q"))
+                key = stream.read(min(_number(stream, "Q"), _LONGEST_KEY))
                 kind = _number(stream, "I")
                 if key.endswith(b".context_length") and kind in _FORMATS:
                     return _number(stream, _FORMATS[kind])
                 _skip(stream, kind)
-    except (OSError, struct.error, KeyError):
+    except (OSError, struct.error, KeyError, ValueError, OverflowError, RecursionError):
         return None  # a damaged file is told of where it is loaded
     return None
 

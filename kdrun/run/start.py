@@ -58,7 +58,9 @@ class Start:
         file = self.folder / runs.SUMMARY
         if not self.trained or not file.is_file():
             return None
-        summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        summary = _read_summary(file)
+        if summary.get("steps") != self.first_step:  # of a shorter training, which was gone on with
+            return None
         student = self.folder / STUDENT
         whole = holds_model(student) and find_damage(student, summary.get("student", {})) is None
         return summary if whole else None
@@ -74,6 +76,15 @@ class Start:
     def say(self, line: str) -> None:
         """Show a line."""
         self.console.print(line, markup=False)
+
+
+def _read_summary(file: Path) -> dict[str, Any]:
+    """The summary of a run, or nothing where it is damaged: then it is written again."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def recall(config: RunConfig) -> RunConfig:

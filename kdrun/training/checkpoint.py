@@ -131,8 +131,16 @@ def _damage(checkpoint: Path) -> str | None:
         listed = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8") or "{}")
     except ValueError:
         listed = {}
-    # Earlier versions listed no files.
-    return find_damage(checkpoint, listed.get("files", {}) if isinstance(listed, dict) else {})
+    files = listed.get("files", {}) if isinstance(listed, dict) else {}
+    if not _is_list_of_files(files):
+        return f"{COMPLETE} is not the list of its files"
+    return find_damage(checkpoint, files)  # earlier versions listed none
+
+
+def _is_list_of_files(files: object) -> bool:
+    return isinstance(files, dict) and all(
+        isinstance(known, dict) and known.keys() >= {"bytes", "sha256"} for known in files.values()
+    )
 
 
 def step_of(checkpoint: Path) -> int:

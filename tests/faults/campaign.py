@@ -205,6 +205,8 @@ def judge(
         return f"exit code {code} without a line"
     if mode == "vanish" and "resume" in scenario.again[0] and code == 0:
         return None
+    if os.environ.get("KDRUN_FAULTS_KEEP"):
+        shutil.copytree(out, os.environ["KDRUN_FAULTS_KEEP"], dirs_exist_ok=True)
     code, said = recover(struck, scenario, out)
     if code != 0 or "Traceback" in said:
         last = said.strip().splitlines()[-1:] or [""]
