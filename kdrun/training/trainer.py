@@ -29,7 +29,7 @@ from kdrun.procedures.base import Origin, Procedure
 from kdrun.procedures.registry import get_procedure
 from kdrun.procedures.sampling import Sampling, tokens_by_origin
 from kdrun.procedures.session import Place, Session
-from kdrun.training.callbacks import Advance, MoveToEpoch, TellProcedure
+from kdrun.training.callbacks import Advance, KeepSettings, MoveToEpoch, TellProcedure
 from kdrun.training.guard import LossGuard
 from kdrun.training.log import LossSums
 from kdrun.training.loss import StepTokens, prepare_loss
@@ -100,7 +100,10 @@ class DistillTrainer(SavingTrainer):
         self.balancing = find_balancing(causal_lm(model))
         install(model, self.student_split, balanced=self.balancing.coefficient > 0)
         self.objective = objective
+        own = KeepSettings(causal_lm(model))
         super().__init__(model=model, args=args, **options)
+        own.restore()
+        self.add_callback(own)
         # Of several GPUs one process takes the first, not torch's DataParallel, which deals a batch
         # out to replicas: labels and teacher are one process's.
         self.args._n_gpu = min(self.args.n_gpu, 1)
