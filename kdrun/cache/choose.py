@@ -110,12 +110,13 @@ def choose_teacher(
             that the loss has no meaning with.
     """
     if model.teacher_cache is None:
-        live = open_teacher(pair, model)
+        notes: list[str] = []
+        live = open_teacher(pair, model, notes.append)
         if live is None:
             return ChosenTeacher()
         width = int(live.model.get_output_embeddings().weight.shape[0])
         note = f"teacher: {describe_model(live.model)}"
-        return ChosenTeacher(live, live, {"teacher": width}, (note,))
+        return ChosenTeacher(live, live, {"teacher": width}, (*notes, note))
     return _choose_cached(model, distilled, pair, examples, loss)
 
 

@@ -74,7 +74,7 @@ def cache_teacher(
         examples = encode_for(data, rows, pair.tokenizer, seed, False, pair.left_out)
         for note in (*pair.notes, *rows.notes, *examples.notes):
             console.print(note, markup=False)
-        teacher = open_teacher(pair, model)
+        teacher = open_teacher(pair, model, lambda line: console.print(line, markup=False))
         assert teacher is not None
         console.print(f"teacher: {describe_model(teacher.model)}", markup=False)
         teacher.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -33,7 +33,7 @@ def generate(
     from kdrun.models.generation import answer
 
     for piece in answer(
-        student, prompt, max_new_tokens, sampling_temperature, seed, trust_remote_code
+        student, prompt, max_new_tokens, sampling_temperature, seed, trust_remote_code, _say
     ):
         click.echo(piece, nl=False)
     click.echo()
@@ -50,9 +50,14 @@ def init_student(teacher: str, keep_layers: int, output: str, trust_remote_code:
     from kdrun.quiet import quiet_libraries
 
     with quiet_libraries():
-        made = make(teacher, keep_layers, output, trust_remote_code)
+        made = make(teacher, keep_layers, output, trust_remote_code, _say)
     layers = ", ".join(str(layer) for layer in made.kept_layers)
     click.echo(
         f"{made.folder}: {made.parameters / 1e6:.1f} M parameters, layers {layers} of "
         f"{made.teacher_layers}"
     )
+
+
+def _say(line: str) -> None:
+    """Tell beside what a command prints."""
+    click.echo(line, err=True)

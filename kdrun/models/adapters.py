@@ -1,4 +1,4 @@
-"""Low-rank adapters through peft: put on a student, described, merged when loaded."""
+"""Low-rank adapters through peft: put on a student, and described."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from kdrun.config.sections import LoraConfig
 
-_INSTALL = "pip install 'kdlosses[lora]'"
+INSTALL_PEFT = "pip install 'kdlosses[lora]'"
 
 
 def check_peft(config: LoraConfig) -> None:
@@ -27,7 +27,7 @@ def check_peft(config: LoraConfig) -> None:
     from importlib.util import find_spec
 
     if config.rank is not None and find_spec("peft") is None:
-        raise InputError(f"lora.rank={config.rank} needs the package peft: {_INSTALL}")
+        raise InputError(f"lora.rank={config.rank} needs the package peft: {INSTALL_PEFT}")
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, base: str, seed: int) -> Any:
@@ -57,7 +57,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, base: str, seed: in
         use_dora=config.dora,
         task_type="CAUSAL_LM",
     )
-    with _without_advice():
+    with without_advice():
         adapted = peft.get_peft_model(model, settings)
     for kept in adapted.peft_config.values():
         kept.base_model_name_or_path = base
@@ -99,42 +99,8 @@ def describe_adapters(model: Any, config: LoraConfig) -> str:
 
 
 @contextmanager
-def _without_advice() -> Iterator[None]:
+def without_advice() -> Iterator[None]:
     """Leave out what peft's own calls to transformers bring up: they are not the user's."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         yield
-
-
-def merge_adapter(model: PreTrainedModel, folder: str) -> PreTrainedModel:
-    """Put a saved adapter on its base model and merge it into the weights.
-
-    Args:
-        model: the base model.
-        folder: of the adapter.
-
-    Raises:
-        InputError: peft is missing, or the adapter is broken, of another kind or of another model.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise InputError(f"{folder} holds an adapter, which needs peft: {_INSTALL}") from error
-    from safetensors import SafetensorError
-
-    try:
-        with _without_advice():
-            # peft only warns where weights of the adapter are missing.
-            warnings.simplefilter("error", UserWarning)
-            adapted = peft.PeftModel.from_pretrained(model, folder, torch_device=str(model.device))
-    except (OSError, ValueError, KeyError, RuntimeError, UserWarning, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"{folder}: the adapter does not fit its base model or is broken ({reason})"
-        ) from error
-    if not hasattr(adapted, "merge_and_unload"):
-        raise InputError(
-            f"{folder}: this kind of adapter cannot be merged into its model; use LoRA"
-        )
-    merged: PreTrainedModel = adapted.merge_and_unload()
-    return merged.eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,6 +106,7 @@ def answer(
     sampling_temperature: float,
     seed: int,
     trust_remote_code: bool,
+    say: Callable[[str], None] | None = None,
 ) -> Iterator[str]:
     """Generate an answer, prompted exactly as chats are in training.
 
@@ -116,6 +117,7 @@ def answer(
         sampling_temperature: 0 takes the most likely token.
         seed: of the sampling.
         trust_remote_code: run Python code that comes with the model.
+        say: is told what of the model's files is not used, a line each; None tells nobody.
 
     Yields:
         The text, so far all at once.
@@ -128,7 +130,7 @@ def answer(
     with quiet_libraries():
         source = find_model(model_name)
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-        model = load_model(source, trust_remote_code=trust_remote_code)
+        model = load_model(source, trust_remote_code=trust_remote_code, say=say)
         if tokenizer.chat_template:
             ids = encode_prompt(tokenizer, [Message("user", prompt)])
         else:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kdlosses import Logits, Projected
+from kdrun.models.routers import balancing_loss
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 Consumer = Callable[["Logits | Projected"], dict[str, "Tensor"]]
 
 _CONSUME = "consume_logits"
+BALANCING = "aux_loss"
+"""In what a call returns, the load-balancing loss of a mixture of experts."""
 _TOLERANCE = 1e-5
 
 
@@ -130,10 +133,15 @@ def _swapped(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             module.forward = previous
 
 
-def install(model: nn.Module, split: HeadSplit) -> None:
+def install(model: nn.Module, split: HeadSplit, balanced: bool = False) -> None:
     """Teach a model's ``forward`` the keyword ``consume_logits``; without it nothing changes.
 
     To be done before the model is wrapped or prepared, so that wrappers call the new ``forward``.
+
+    Args:
+        model: a causal language model.
+        split: how it makes logits.
+        balanced: let calls in training mode return the load-balancing loss of its experts too.
     """
     inner = causal_lm(model)
     original = inner.forward
@@ -143,9 +151,14 @@ def install(model: nn.Module, split: HeadSplit) -> None:
         if consume is None:
             return original(*args, **kwargs)
         inputs = {name: value for name, value in kwargs.items() if value is not None}
-        if split.reason is not None:
-            return consume(Logits(original(*args, use_cache=False, **inputs).logits))
-        return _consume(inner, split, inputs, consume)
+        wants_routers = balanced and inner.training
+        if wants_routers:
+            inputs["output_router_logits"] = True
+        if split.reason is None:
+            return _consume(inner, split, inputs, consume, wants_routers)
+        outputs = original(*args, use_cache=False, **inputs)
+        result = consume(Logits(outputs.logits))
+        return {**result, BALANCING: outputs.aux_loss} if wants_routers else result
 
     # The signature decides which columns transformers passes on and which arguments peft accepts.
     forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
@@ -158,11 +171,18 @@ def uninstall(model: nn.Module) -> None:
 
 
 def _consume(
-    model: PreTrainedModel, split: HeadSplit, inputs: dict[str, Any], consume: Consumer
+    model: PreTrainedModel,
+    split: HeadSplit,
+    inputs: dict[str, Any],
+    consume: Consumer,
+    wants_routers: bool,
 ) -> dict[str, Tensor]:
-    accepted = inspect.signature(type(model.base_model).forward).parameters
+    accepted = {*inspect.signature(type(model.base_model).forward).parameters}
+    if wants_routers:  # backbones take it among their keyword arguments
+        accepted.add("output_router_logits")
     wanted = {name: value for name, value in inputs.items() if name in accepted}
-    hidden = model.base_model(**wanted, use_cache=False).last_hidden_state
+    outputs = model.base_model(**wanted, use_cache=False)
+    hidden = outputs.last_hidden_state
     head = model.get_output_embeddings()
 
     def project(states: Tensor) -> dict[str, Tensor]:
@@ -171,6 +191,9 @@ def _consume(
 
     with _swapped(head, project):
         result: dict[str, Tensor] = head(hidden)
+    if wants_routers:
+        mask = inputs.get("attention_mask")
+        result = {**result, BALANCING: balancing_loss(model, outputs.router_logits, mask)}
     return result
 
 

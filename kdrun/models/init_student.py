@@ -8,7 +8,7 @@ chat template, generation settings - is the teacher's.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,7 @@ def init_student(
     keep_layers: int,
     output: str | Path,
     trust_remote_code: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> InitialStudent:
     """Make a student of evenly spaced layers of a teacher, and save it as a plain folder.
 
@@ -68,6 +69,7 @@ def init_student(
         keep_layers: How many layers the student has, from 1 to the teacher's number.
         output: A folder that does not exist or is empty.
         trust_remote_code: Run Python code that comes with the teacher.
+        say: Is told what of the teacher's files is not used, a line each; None tells nobody.
 
     Raises:
         InputError: The teacher cannot be loaded or taken apart, `keep_layers` is out of range, or
@@ -79,7 +81,7 @@ def init_student(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     # A folder keeps the type that it is stored in; a GGUF file holds no type to keep.
     dtype = "float32" if source.gguf_file else "auto"
-    model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code, say=say)
     layers = model.config.get_text_config().num_hidden_layers
     kept = spaced_layers(layers, keep_layers)
     student = keep_only(model, kept)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kdrun.errors import InputError
-from kdrun.models.adapters import merge_adapter
 from kdrun.models.failures import one_clear_line
 from kdrun.models.locate import ModelSource
+from kdrun.models.merge import describe_unread, merge_adapter
+from kdrun.models.unread import describe_unread_files
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,7 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     trust_remote_code: bool = False,
     device: str | torch.device | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model with all its weights.
 
@@ -28,13 +31,15 @@ def load_model(
         dtype: The type of its weights; ``auto`` keeps that of the checkpoint.
         trust_remote_code: Run Python code that comes with the model.
         device: Where to put it; the CPU by default.
+        say: Is told what of the model's files is not used, a line each; None tells nobody.
 
     Returns:
         The model in evaluation mode, adapters merged into its weights. One from a GGUF file is
         dequantised, and is then a model like any other: it can be trained and saved.
 
     Raises:
-        InputError: It cannot be loaded, is not a causal language model, or misses weights.
+        InputError: It cannot be loaded, is not a causal language model, misses weights, or is
+            quantised by a method that is not known.
     """
     from transformers import AutoModelForCausalLM
 
@@ -50,9 +55,22 @@ def load_model(
         )
     _check_complete(base, info)
     _check_causal(base, model)
+    _check_quantization(base, model)
+    tell = say or _tell_nobody
+    for note in (
+        *describe_unread_files(source),
+        *describe_unread(base, sorted(info["unexpected_keys"]), "checkpoint"),
+    ):
+        tell(note)
     for folder in source.adapters:
-        model = merge_adapter(model, folder)
+        model = merge_adapter(model, folder, tell)
+    for note in _settle_tying(source, model):
+        tell(note)
     return model.to(device) if device is not None else model
+
+
+def _tell_nobody(line: str) -> None:
+    """Takes the place of a listener."""
 
 
 def _gguf_options(gguf_file: str) -> dict[str, Any]:
@@ -82,6 +100,54 @@ def _check_causal(source: ModelSource, model: PreTrainedModel) -> None:
     architectures = model.config.architectures or []
     if any(name.endswith("ForMaskedLM") for name in architectures):
         raise InputError(f"{source} is not a causal language model ({architectures[0]})")
+
+
+def _check_quantization(source: ModelSource, model: PreTrainedModel) -> None:
+    """Refuse numbers that a method of quantisation has packed, and transformers not unpacked.
+
+    Where it does not know the method, it takes them for weights.
+    """
+    settings = getattr(model.config, "quantization_config", None)
+    if settings is None or getattr(model, "hf_quantizer", None) is not None:
+        return
+    method = settings.get("quant_method") if isinstance(settings, dict) else type(settings).__name__
+    raise InputError(
+        f"{source}: its weights are quantised by the method {method!r}, which this version of "
+        "transformers does not know; give a checkpoint that is not quantised, or, if this one is "
+        "not, remove quantization_config from its config.json"
+    )
+
+
+def _settle_tying(source: ModelSource, model: PreTrainedModel) -> list[str]:
+    """Let the configuration say whether embeddings and head are one matrix, as they are.
+
+    A program that believes it would else drop the head of a student that is saved with it. Two
+    matrices with equal values become one again.
+
+    Returns:
+        A line where they are two and the configuration says one.
+    """
+    import torch
+
+    config = model.config.get_text_config()
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or table is None or head.weight is table.weight:
+        return []
+    first, second = table.weight, head.weight
+    says_so = getattr(config, "tie_word_embeddings", False)
+    if says_so and first.shape == second.shape and torch.equal(first, second):
+        head.weight = first
+        return []
+    names = {n for n, weight in model.named_parameters() if weight is second}
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    model.all_tied_weights_keys = {n: of for n, of in tied.items() if n not in names}
+    if not says_so:
+        return []
+    config.tie_word_embeddings = model.config.tie_word_embeddings = False
+    return [
+        f"{source}: its head is not its embeddings, though its config.json says so; what is saved "
+        "of it says tie_word_embeddings: false"
+    ]
 
 
 def rebuild(

@@ -13,6 +13,7 @@ from kdrun.errors import InputError
 from kdrun.models.context import check_length, load_model_config
 from kdrun.models.load import load_model
 from kdrun.models.locate import ModelSource, locate_model
+from kdrun.models.merge import adapter_rows
 from kdrun.models.quantize import quantize
 from kdrun.models.tokenizers import compare_tokenizers, load_tokenizer, tokens_from
 
@@ -83,9 +84,12 @@ def find_pair(config: ModelConfig) -> Pair:
 
 
 def _head_rows(source: ModelSource | None, trust_remote_code: bool) -> int:
-    """Rows of a model's output head, by its configuration; no weights are read."""
+    """Rows of a model's output head, by its configuration or adapter; no weights are read."""
     if source is None:
         return sys.maxsize
+    brought = [adapter_rows(folder) for folder in reversed(source.adapters)]
+    if found := [count for count in brought if count is not None]:
+        return found[0]
     config = load_model_config(source, trust_remote_code)
     rows = getattr(config.get_text_config(), "vocab_size", None)
     return rows if isinstance(rows, int) and rows > 0 else sys.maxsize
@@ -116,33 +120,50 @@ def check_context(pair: Pair, max_length: int, trust_remote_code: bool) -> None:
             check_length(source, max_length, trust_remote_code)
 
 
-def load_teacher(pair: Pair, config: ModelConfig) -> PreTrainedModel | None:
+def load_teacher(
+    pair: Pair, config: ModelConfig, say: Callable[[str], None] | None = None
+) -> PreTrainedModel | None:
     """Load the teacher's weights, where there is a teacher, in as many bits as was asked for."""
     if pair.teacher is None:
         return None
-    model = load_model(pair.teacher, config.dtype, config.trust_remote_code)
+    model = load_model(pair.teacher, config.dtype, config.trust_remote_code, say=say)
     if config.teacher_quantization is not None:
         quantize(model)
     return model
 
 
-def open_teacher(pair: Pair, config: ModelConfig) -> FrozenTeacher | None:
+def open_teacher(
+    pair: Pair, config: ModelConfig, say: Callable[[str], None] | None = None
+) -> FrozenTeacher | None:
     """Load the teacher, where there is one, and find out how it makes its logits.
+
+    Args:
+        pair: has the teacher.
+        config: gives its type and bits.
+        say: is told what of its files is not used.
 
     Raises:
         InputError: it cannot be loaded, or its head is narrower than the vocabulary.
     """
     from kdrun.models.heads import FrozenTeacher, find_split
 
-    model = load_teacher(pair, config)
+    model = load_teacher(pair, config, say)
     if model is None:
         return None
     check_head(model, pair, str(pair.teacher))
     return FrozenTeacher(model, find_split(model))
 
 
-def load_student(pair: Pair, config: ModelConfig, seed: int) -> PreTrainedModel:
+def load_student(
+    pair: Pair, config: ModelConfig, seed: int, say: Callable[[str], None] | None = None
+) -> PreTrainedModel:
     """Load the student's weights, or make those of the built-in student from the seed.
+
+    Args:
+        pair: has the student.
+        config: gives its type.
+        seed: of weights that are made, where the configuration gives none.
+        say: is told what of its files is not used.
 
     Raises:
         InputError: it cannot be loaded, or its head is narrower than the vocabulary.
@@ -156,7 +177,7 @@ def load_student(pair: Pair, config: ModelConfig, seed: int) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pair.student.path))
         model = model.to(getattr(torch, config.dtype))
     else:
-        model = load_model(pair.student, config.dtype, config.trust_remote_code)
+        model = load_model(pair.student, config.dtype, config.trust_remote_code, say=say)
         check_head(model, pair, str(pair.student))
     if config.init_seed is not None:
         set_seed(seed)

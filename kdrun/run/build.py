@@ -125,10 +125,12 @@ def _guard(
 
 
 def _tell(trainer: DistillTrainer, start: Start) -> None:
-    """Say how logits are made, and where the run goes on."""
+    """Say how logits are made, what experts add, and where the run goes on."""
     for name, split in trainer.splits.items():
         if split.reason is not None:
             start.console.print(f"{name}: chunks of its full logits are used: {split.reason}")
+    if trainer.balancing.note is not None:
+        start.say(trainer.balancing.note)
     if start.resume:
         for note in start.notes:
             start.say(note)

@@ -191,7 +191,11 @@ def _measure_all(
 
     first = configs[0].model
     found: list[Found] = []
-    model = load_teacher(pairs[0], first)
+
+    def say(line: str) -> None:
+        progress.print(line, markup=False)
+
+    model = load_teacher(pairs[0], first, say)
     teacher = None
     if model is not None:
         name, asked = str(first.teacher), questions[-1]
@@ -200,7 +204,8 @@ def _measure_all(
     for name, pair, config, asked in zip(
         students, pairs, configs, questions[: len(pairs)], strict=True
     ):
-        student = load_model(pair.student, config.model.dtype, config.model.trust_remote_code)
+        trust = config.model.trust_remote_code
+        student = load_model(pair.student, config.model.dtype, trust, say=say)
         found.append(measure(name, "student", student, teacher, pair, config, asked))
     return found
 

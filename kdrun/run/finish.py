@@ -110,6 +110,8 @@ def save_student(trainer: DistillTrainer, start: Start, merge: bool) -> None:
     if merge:
         _save(model, tokenizer, folder / runs.ADAPTER)
         model = model.merge_and_unload()
+    else:  # of an earlier student, which was merged
+        shutil.rmtree(folder / runs.ADAPTER, ignore_errors=True)
     _save(model, tokenizer, folder / STUDENT, **weights)
 
 

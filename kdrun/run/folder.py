@@ -95,17 +95,20 @@ def clear(folder: Path, keep_base: bool) -> None:
         folder: of the run.
         keep_base: leave :data:`BASE` as it is, which the new run has just written.
     """
-    for name in (CONFIG, METRICS, SUMMARY, ANSWERS, INPUTS):
-        (folder / name).unlink(missing_ok=True)
-    for name in (
-        STUDENT,
-        CHECKPOINTS,
-        ADAPTER,
-        TENSORBOARD,
-        f".{STUDENT}.partial",
-        *(() if keep_base else (BASE,)),
-    ):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    for path in written_by_runs(folder):
+        if path.name == BASE and keep_base:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def written_by_runs(folder: Path) -> list[Path]:
+    """What runs write into their folder, and a new run that takes its place removes."""
+    files = (CONFIG, METRICS, SUMMARY, ANSWERS, INPUTS)
+    folders = (STUDENT, CHECKPOINTS, ADAPTER, TENSORBOARD, f".{STUDENT}.partial", BASE)
+    return [folder / name for name in (*files, *folders)]
 
 
 @contextmanager

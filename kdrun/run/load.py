@@ -60,7 +60,7 @@ def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
     pair = prepared.pair
     loss = build_loss(unchunked(config.loss), None)
     teacher = choose_teacher(config.model, config.loss, pair, prepared.examples, loss)
-    student: Any = load_student(pair, config.model, config.training.seed)
+    student: Any = load_student(pair, config.model, config.training.seed, start.say)
     widths = {"student": student.get_output_embeddings().weight.shape[0], **teacher.widths}
     describe_cut(widths, pair.vocab_size, start.say)
     of_student = Asked(pair.tokenizer, context_limit(student.config), Rendering.of(config.data))

@@ -16,6 +16,7 @@ from kdrun.models.locate import STUDENT, holds_model
 from kdrun.paths import expand_home
 from kdrun.quiet import make_console
 from kdrun.run import folder as runs
+from kdrun.run.overwrite import check_keeps_inputs
 from kdrun.run.processes import World
 from kdrun.training.checkpoint import SHARDS, Found, find_checkpoint, is_last, step_of
 
@@ -117,10 +118,13 @@ def open_folder(config: RunConfig, resume: bool, overwrite: bool, console: Conso
         console: by default standard error.
 
     Raises:
-        InputError: the folder holds something else, or the processes do not suit the run.
+        InputError: the folder holds something else, or input of the run that would be removed; or
+            the processes do not suit the run.
     """
     world = World(config.training.fsdp)
     folder = Path(world.share(str(runs.choose_folder(config.output.dir, config.loss.spec))))
+    if not resume:
+        check_keeps_inputs(config, folder)
     if world.is_main:
         runs.prepare_folder(folder, resume, overwrite)
     world.wait()

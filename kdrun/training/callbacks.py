@@ -9,6 +9,8 @@ from transformers import TrainerCallback
 if TYPE_CHECKING:
     from kdrun.procedures.session import Session
 
+_SETTINGS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
+
 
 class Stepping(Protocol):
     """What a trainer does around its steps."""
@@ -72,6 +74,39 @@ class Advance(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the optimiser's step, before it is logged and saved."""
         self._trainer.advance_objective()
+
+
+class KeepSettings(TrainerCallback):
+    """Gives a model its own settings back, which the Trainer makes those of the training.
+
+    It turns the cache of keys and values off, and takes the tokenizer's special tokens over; both
+    would be saved with the student and slow down or change whoever uses it.
+
+    Args:
+        model: a causal language model, before the Trainer has it.
+    """
+
+    def __init__(self, model: Any) -> None:
+        owners = [model.config, model.config.get_text_config()]
+        if model.generation_config is not None:
+            owners.append(model.generation_config)
+        self._own = [
+            (owner, {name: getattr(owner, name) for name in _SETTINGS if hasattr(owner, name)})
+            for owner in owners
+        ]
+
+    def restore(self) -> None:
+        """Put them back."""
+        for owner, values in self._own:
+            for name in _SETTINGS:
+                if name in values:
+                    setattr(owner, name, values[name])
+                elif hasattr(owner, name):
+                    delattr(owner, name)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer takes the special tokens over just before."""
+        self.restore()
 
 
 class TellProcedure(TrainerCallback):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdrun.evaluation.measures import named_terms
+from kdrun.models.heads import BALANCING
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -23,14 +24,16 @@ class LossSums:
     Args:
         terms: of the loss.
         device: of the training.
+        balanced: whether the student's experts have a load-balancing loss.
 
     Attributes:
         supervised_tokens: of all micro-batches so far.
         moving_values: what was scheduled or carried state in the last step, by name.
     """
 
-    def __init__(self, terms: int, device: torch.device) -> None:
-        self._shares = torch.zeros(2 + terms, device=device)
+    def __init__(self, terms: int, device: torch.device, balanced: bool = False) -> None:
+        self._shares = torch.zeros(3 + terms, device=device)
+        self._balanced = balanced
         self._step_terms = torch.zeros(terms, device=device)
         self._logged_step = 0
         self._before_step = self._shares.clone()
@@ -39,8 +42,9 @@ class LossSums:
 
     def add(self, outputs: Mapping[str, Tensor]) -> None:
         """Add a micro-batch's class loss, KD loss and terms."""
-        both = torch.stack([outputs["class_loss"], outputs["kd_loss"]])
-        self._shares += torch.cat([both, outputs["kd_terms"]]).detach()
+        parts = [outputs["class_loss"], outputs["kd_loss"]]
+        parts.append(outputs[BALANCING] if self._balanced else torch.zeros_like(parts[0]))
+        self._shares += torch.cat([torch.stack(parts), outputs["kd_terms"]]).detach()
         self._step_terms += outputs["kd_terms"].detach()
         self.supervised_tokens += int(outputs["num_tokens"])
 
@@ -98,7 +102,8 @@ class LossSums:
             "loss": loss,
             "class_loss": shares[0],
             "kd_loss": shares[1] if objective.needs_teacher else None,
-            **named_terms(objective.loss, shares[2:]),
+            **({BALANCING: shares[2]} if self._balanced else {}),
+            **named_terms(objective.loss, shares[3:]),
             **moving,
             **more,
             **logs,

@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from kdlosses import KDObjective, Schedule, TokenLoss, get_loss
 from kdrun.evaluation.measures import figures, prepare_measures, silence_repeats
 from kdrun.models.heads import (
+    BALANCING,
     Consumer,
     FrozenTeacher,
     HeadSplit,
@@ -23,11 +24,12 @@ from kdrun.models.heads import (
     find_split,
     install,
 )
+from kdrun.models.routers import find_balancing
 from kdrun.procedures.base import Origin, Procedure
 from kdrun.procedures.registry import get_procedure
 from kdrun.procedures.sampling import Sampling, tokens_by_origin
 from kdrun.procedures.session import Place, Session
-from kdrun.training.callbacks import Advance, MoveToEpoch, TellProcedure
+from kdrun.training.callbacks import Advance, KeepSettings, MoveToEpoch, TellProcedure
 from kdrun.training.guard import LossGuard
 from kdrun.training.log import LossSums
 from kdrun.training.loss import StepTokens, prepare_loss
@@ -66,6 +68,7 @@ class DistillTrainer(SavingTrainer):
         session: the procedure at work; None without one.
         step_batches: the micro-batches of the present step, and its supervised tokens.
         guard: what is done about a loss that is not finite; by default training stops.
+        balancing: the load-balancing loss of a student with experts, which training adds.
         stops_evaluating: whether the run is asked to stop, so that an evaluation amid the training
             is broken off.
         sums: what the next line of the log is a mean of.
@@ -94,9 +97,13 @@ class DistillTrainer(SavingTrainer):
             raise ValueError(f"teacher: needed at kd_ratio {kd_ratio}, got None")
         _refuse_without_effect(args, options)
         self.student_split: HeadSplit = find_split(model)
-        install(model, self.student_split)
+        self.balancing = find_balancing(causal_lm(model))
+        install(model, self.student_split, balanced=self.balancing.coefficient > 0)
         self.objective = objective
+        own = KeepSettings(causal_lm(model))
         super().__init__(model=model, args=args, **options)
+        own.restore()
+        self.add_callback(own)
         # Of several GPUs one process takes the first, not torch's DataParallel, which deals a batch
         # out to replicas: labels and teacher are one process's.
         self.args._n_gpu = min(self.args.n_gpu, 1)
@@ -112,11 +119,12 @@ class DistillTrainer(SavingTrainer):
         self.model_accepts_loss_kwargs = True
         self.args.logging_nan_inf_filter = False  # it would log an old value in place of a NaN
         self.guard = LossGuard()
-        self.sums = LossSums(len(self.objective.loss.terms), self.args.device)
+        balanced = self.balancing.coefficient > 0
+        self.sums = LossSums(len(self.objective.loss.terms), self.args.device, balanced)
         self._origin_tokens = torch.zeros(len(Origin), dtype=torch.int64, device=self.args.device)
         self.session: Session | None = None
         if procedure is not None:
-            self.session = self._open_session(procedure, sampling or Sampling())
+            self.session = _open_session(self, procedure, sampling or Sampling())
             self.add_callback(TellProcedure(self.session))
         self.step_batches: StepBatches = ([], None)
         self.stops_evaluating: Callable[[], bool] = lambda: False
@@ -127,30 +135,6 @@ class DistillTrainer(SavingTrainer):
     def _may_stop(self) -> bool:
         """Whether an evaluation may be broken off: others may wait for it, or learn from it."""
         return self.accelerator.num_processes == 1 and self.session is None
-
-    def _open_session(self, procedure: Procedure | str, sampling: Sampling) -> Session:
-        teacher = self.teacher.model if isinstance(self.teacher, FrozenTeacher) else None
-        if teacher is None:
-            raise ValueError("procedure: needs a live teacher, got none")
-        if self.processing_class is None:
-            raise ValueError("procedure: needs the tokenizer as processing_class, got None")
-        student = causal_lm(self.model)
-        heads = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
-        given = self.objective.loss.vocab_size
-        return Session(
-            procedure=get_procedure(procedure) if isinstance(procedure, str) else procedure,
-            settings=sampling,
-            student=student,
-            teacher=teacher,
-            tokenizer=self.processing_class,
-            vocab_size=min([*heads, *([] if given is None else [given])]),
-            seed=self.args.seed,
-            place=Place(
-                self.accelerator.process_index,
-                self.accelerator.num_processes,
-                self.args.train_batch_size,
-            ),
-        )
 
     @property
     def splits(self) -> dict[str, HeadSplit]:
@@ -193,8 +177,13 @@ class DistillTrainer(SavingTrainer):
     ) -> Any:
         """The objective of a micro-batch, over the supervised tokens of the whole step."""
         outputs = self._outputs(model, inputs, num_items_in_batch, self.guard)
-        self.sums.add(outputs)
         loss = outputs["loss"]
+        if BALANCING in outputs:  # a mean over the micro-batches and processes of the step
+            parts = 1 if num_items_in_batch is None else max(1, len(self.step_batches[0]))
+            share = outputs[BALANCING] / (parts * self.accelerator.num_processes)
+            outputs[BALANCING] = share
+            loss = loss + self.balancing.coefficient * share
+        self.sums.add(outputs)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP and FSDP average gradients
         return (loss, outputs) if return_outputs else loss
@@ -356,3 +345,30 @@ def _refuse_without_effect(args: TrainingArguments | None, options: dict[str, An
                 f"{name}: is never called; the loss is given as loss, and evaluation measures "
                 "without predictions that it could be given"
             )
+
+
+def _open_session(
+    trainer: DistillTrainer, procedure: Procedure | str, sampling: Sampling
+) -> Session:
+    teacher = trainer.teacher.model if isinstance(trainer.teacher, FrozenTeacher) else None
+    if teacher is None:
+        raise ValueError("procedure: needs a live teacher, got none")
+    if trainer.processing_class is None:
+        raise ValueError("procedure: needs the tokenizer as processing_class, got None")
+    student = causal_lm(trainer.model)
+    heads = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
+    given = trainer.objective.loss.vocab_size
+    return Session(
+        procedure=get_procedure(procedure) if isinstance(procedure, str) else procedure,
+        settings=sampling,
+        student=student,
+        teacher=teacher,
+        tokenizer=trainer.processing_class,
+        vocab_size=min([*heads, *([] if given is None else [given])]),
+        seed=trainer.args.seed,
+        place=Place(
+            trainer.accelerator.process_index,
+            trainer.accelerator.num_processes,
+            trainer.args.train_batch_size,
+        ),
+    )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -217,3 +218,12 @@ def test_a_gguf_teacher(smollm2_gguf: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(made.folder)
     assert "<|im_start|>" in tokenizer.chat_template
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+
+
+def test_f12_what_the_student_is_not_made_of_is_told(tiny_pair: Any, tmp_path: Path) -> None:
+    shutil.copytree(tiny_pair.teacher, tmp_path / "teacher")
+    (tmp_path / "teacher" / "pytorch_model.bin").touch()
+    said: list[str] = []
+    init_student(tmp_path / "teacher", 1, tmp_path / "student", say=said.append)
+    assert len(said) == 1
+    assert said[0].endswith("read from model.safetensors; left out: pytorch_model.bin")

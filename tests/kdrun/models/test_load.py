@@ -66,6 +66,72 @@ def test_a_weight_of_another_shape(folder: Path) -> None:
     error_of(folder)
 
 
+def told(folder: Path) -> tuple[Any, list[str]]:
+    said: list[str] = []
+    return load_model(locate_model(folder), say=said.append), said
+
+
+def test_f12_weights_that_the_class_does_not_read_are_named(folder: Path) -> None:
+    assert told(folder)[1] == []
+    weights = load_file(folder / "model.safetensors")
+    extra = {f"model.layers.2.mtp.{name}.weight": torch.ones(2, 2) for name in "ab"}
+    save_file(weights | extra, folder / "model.safetensors", metadata={"format": "pt"})
+    assert told(folder)[1] == [
+        f"{folder}: 2 weights of the checkpoint are not part of the model's class and are left "
+        "out, such as model.layers.2.mtp.a.weight"
+    ]
+
+
+def test_f12_weight_files_that_are_not_read_are_named(folder: Path) -> None:
+    for name in ("pytorch_model.bin", "model-00001-of-00002.safetensors", "model.gguf"):
+        (folder / name).touch()
+    for name in ("optimizer.pt", "training_args.bin", "README.md"):  # no weights of the model
+        (folder / name).touch()
+    assert told(folder)[1] == [
+        f"{folder}: weights are read from model.safetensors; left out: "
+        "model-00001-of-00002.safetensors, model.gguf, pytorch_model.bin"
+    ]
+
+
+def test_f12_all_shards_are_read(folder: Path) -> None:
+    model = load_model(locate_model(folder))
+    model.save_pretrained(folder / "shards", max_shard_size="10kB")
+    assert len(list((folder / "shards").glob("*.safetensors"))) > 1
+    assert told(folder / "shards")[1] == []
+
+
+def test_f15_a_head_of_its_own_is_saved_as_such(folder: Path) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(config | {"tie_word_embeddings": True}), encoding="utf-8")
+    weights = load_file(folder / "model.safetensors")
+    head = weights["lm_head.weight"].clone()
+    model, said = told(folder)
+    assert said == [
+        f"{folder}: its head is not its embeddings, though its config.json says so; what is saved "
+        "of it says tie_word_embeddings: false"
+    ]
+    model.save_pretrained(folder / "saved")
+    kept = json.loads((folder / "saved" / "config.json").read_text(encoding="utf-8"))
+    assert kept["tie_word_embeddings"] is False
+    again, said = told(folder / "saved")
+    assert said == []
+    torch.testing.assert_close(again.lm_head.weight, head.float())
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model, said = told(folder)
+    assert said == []
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_f89_a_method_of_quantisation_that_is_not_known(folder: Path) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "unheard", "bits": 4}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    assert "quantised by the method 'unheard', which this version of" in error_of(folder)
+
+
 def test_cut_off_weights(folder: Path) -> None:
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])

@@ -1,0 +1,64 @@
+"""Weight files in a model's folder that are not read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kdrun.models.locate import ModelSource
+from kdrun.models.merge import ADAPTER_WEIGHTS
+
+_FORMATS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
+# What trainers keep beside weights: everyone knows that it is not the model's.
+_OF_TRAINERS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+_BASES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_ADAPTERS = (ADAPTER_WEIGHTS, "adapter_model.bin")
+_SHOWN = 3
+
+
+def describe_unread_files(source: ModelSource) -> list[str]:
+    """A line for each folder of a model with weight files that are not read from it.
+
+    Args:
+        source: the model with its adapters; what is on the hub is not looked through.
+    """
+    lines = []
+    if source.is_local:
+        folder = Path(source.path)
+        read = {source.gguf_file} if source.gguf_file else _first_of(folder, _BASES)
+        lines += _describe(folder, read)
+    for adapter in map(Path, source.adapters):
+        lines += _describe(adapter, _first_of(adapter, _ADAPTERS))
+    return lines
+
+
+def _describe(folder: Path, read: set[str]) -> list[str]:
+    names = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.suffix.lower() in _FORMATS
+        and path.name not in read
+        and not path.name.startswith(_OF_TRAINERS)
+    )
+    if not read or not names:
+        return []
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [
+        f"{folder}: weights are read from {min(read)}{', ...' if len(read) > 1 else ''}; left out: "
+        f"{', '.join(names[:_SHOWN])}{more}"
+    ]
+
+
+def _first_of(folder: Path, names: tuple[str, ...]) -> set[str]:
+    """The weight files that are read: those of the first name that is there."""
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        return set()
+    if found.suffix != ".json":
+        return {found.name}
+    return set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values())
