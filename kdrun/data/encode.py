@@ -9,11 +9,10 @@ that is also the padding token stays a target.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 from kdrun.data.chat import (
     USUAL_RENDERING,
@@ -25,10 +24,10 @@ from kdrun.data.chat import (
     special_tokens,
 )
 from kdrun.data.collate import IGNORE_INDEX
+from kdrun.data.encode_report import EncodedRows, find_controls, report_on, too_long
+from kdrun.data.encoding import Encoding, Example
 from kdrun.data.fields import BadRowError
 from kdrun.data.formats import ChatRow
-from kdrun.data.records import Position
-from kdrun.data.rows import BadRow, describe_bad_rows, name_positions
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,93 +38,12 @@ _BATCH = 1000
 LongRows = Literal["cut", "skip"]
 
 
-class Example(TypedDict):
-    """One row as the models see it."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-
-@dataclass(frozen=True)
-class EncodeReport:
-    """What became of the rows.
-
-    Attributes:
-        rows: How many there were.
-        kept: How many became examples.
-        skipped: The others, with the reason.
-        cut: The rows whose end did not fit.
-        controls: The rows whose text holds a control token of the tokenizer.
-        control: The first such token.
-        tokens: Tokens of all examples.
-        supervised_tokens: Those of them that are targets.
-    """
-
-    rows: int
-    kept: int
-    skipped: tuple[BadRow, ...]
-    cut: tuple[Position, ...]
-    controls: tuple[Position, ...]
-    control: str
-    tokens: int
-    supervised_tokens: int
-    rendered: bool = False
-
-    def warnings(self) -> list[str]:
-        """One line for each kind of loss, with the numbers of the first five rows."""
-        lines = describe_bad_rows(self.skipped, self.rows)
-        if self.cut:
-            lines.append(
-                f"{self.cut[0].file}: cut the end of {len(self.cut)} of {self.rows} rows at "
-                f"data.max_length: {name_positions(self.cut)}"
-            )
-        if self.controls and not self.rendered:
-            lines.append(
-                f"{self.controls[0].file}: the text of {len(self.controls)} of {self.rows} rows "
-                f"holds control tokens of the tokenizer, such as {self.control!r}: "
-                f"{name_positions(self.controls)}; where rows are rendered already, set "
-                "data.rendered=true, so that the chat template is not applied a second time"
-            )
-        return lines
-
-
-@dataclass(frozen=True)
-class EncodedRows:
-    """Examples, in the order of the rows, and the report on them."""
-
-    examples: Sequence[Example]
-    report: EncodeReport
-
-
 @dataclass(frozen=True, slots=True)
 class _Tokens:
     """A whole conversation: its ids, and the ranges of them that are answers."""
 
     ids: list[int]
     answers: list[range]
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """Examples, and what became of the other rows, by the rows' places in the list.
-
-    Attributes:
-        examples: In the order of the rows.
-        skipped: Rows that became no example, and why.
-        cut: Rows whose end did not fit.
-        controls: Rows whose text holds a control token of the tokenizer, and the first such token.
-        shortest: The fewest tokens that stand before an answer, and the fewest of a row.
-        tokens: Tokens of all examples.
-        supervised: Those of them that are targets.
-    """
-
-    examples: Sequence[Example]
-    skipped: list[tuple[int, str]]
-    cut: list[int]
-    controls: list[tuple[int, str]]
-    shortest: tuple[int, ...] | None
-    tokens: int
-    supervised: int
 
 
 def encode_chats(
@@ -179,7 +97,7 @@ def encode(
         prompts.append(tokens.answers[0].start)
         lengths.append(len(tokens.ids))
         if len(tokens.ids) > max_length and long_rows == "skip":
-            skipped.append((number, _too_long(max_length)))
+            skipped.append((number, too_long(max_length)))
             continue
         example = _example(tokens, max_length)
         # The first token of a row has nothing before it that could predict it.
@@ -197,85 +115,11 @@ def encode(
         examples=examples,
         skipped=skipped,
         cut=cut,
-        controls=_find_controls(rows, tokenizer),
+        controls=find_controls(rows, tokenizer),
         shortest=(min(prompts), min(lengths)) if prompts else None,
         tokens=sum(len(example["input_ids"]) for example in examples),
         supervised=supervised,
     )
-
-
-def report_on(
-    rows: Sequence[ChatRow], encoding: Encoding, max_length: int, rendered: bool = False
-) -> EncodedRows:
-    """Name the rows that were skipped or cut.
-
-    Args:
-        rows: What was encoded.
-        encoding: What `encode` returned.
-        max_length: What it was given.
-        rendered: Whether the rows were rendered already, and control tokens belong to them.
-
-    Raises:
-        InputError: No row is left.
-    """
-    examples = encoding.examples
-    skipped = [BadRow(rows[number].position, reason) for number, reason in encoding.skipped]
-    if not examples:
-        raise _nothing_left(skipped, encoding.shortest, max_length)
-    report = EncodeReport(
-        rows=len(rows),
-        kept=len(examples),
-        skipped=tuple(skipped),
-        cut=tuple(rows[number].position for number in encoding.cut),
-        controls=tuple(rows[number].position for number, _ in encoding.controls),
-        control=encoding.controls[0][1] if encoding.controls else "",
-        tokens=encoding.tokens,
-        supervised_tokens=encoding.supervised,
-        rendered=rendered,
-    )
-    return EncodedRows(examples, report)
-
-
-def _find_controls(
-    rows: Sequence[ChatRow], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[int, str]]:
-    """Rows whose own text the tokenizer would take for its control tokens."""
-    tokens = sorted(special_tokens(tokenizer), key=len, reverse=True)
-    if not tokens or not tokenizer.chat_template:
-        return []
-    pattern = re.compile("|".join(map(re.escape, tokens)))
-    found = []
-    for number, row in enumerate(rows):
-        hits = (pattern.search(message.content) for message in row.messages)
-        first = next((hit for hit in hits if hit is not None), None)
-        if first is not None:
-            found.append((number, first[0]))
-    return found
-
-
-def _nothing_left(
-    skipped: Sequence[BadRow], shortest: tuple[int, ...] | None, max_length: int
-) -> InputError:
-    if shortest is not None and not any(row.reason == _too_long(max_length) for row in skipped):
-        return InputError(
-            f"data.max_length={max_length}: all {len(skipped)} rows are skipped, since no prompt "
-            f"leaves room for an answer (the shortest has {shortest[0]} tokens); raise it"
-        )
-    if shortest is not None:
-        return InputError(
-            f"data.max_length={max_length}: all {len(skipped)} rows are skipped, since none fits "
-            f"(the shortest has {shortest[1]} tokens); raise it, or set data.long_rows=cut"
-        )
-    if not skipped:
-        return InputError("there are no rows to encode")
-    return InputError(
-        f"{skipped[0].position}: none of the {len(skipped)} rows can be used; "
-        f"this one {skipped[0].reason}"
-    )
-
-
-def _too_long(max_length: int) -> str:
-    return f"has more than {max_length} tokens"
 
 
 def _example(tokens: _Tokens, max_length: int) -> Example:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from kdrun.builtin.text import load_text
 from kdrun.config.sections import BUILT_IN, DataConfig
 from kdrun.data.chat import USUAL_RENDERING, Rendering
-from kdrun.data.encode import LongRows, encode, report_on
+from kdrun.data.encode import LongRows, encode
+from kdrun.data.encode_report import report_on
 from kdrun.data.origins import Origins
 from kdrun.data.rows import (
     BadRow,

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 from kdrun.data.chat import Rendering, uses_date
 from kdrun.data.collate import IGNORE_INDEX
-from kdrun.data.encode import Encoding, Example, LongRows, encode
+from kdrun.data.encode import LongRows, encode
+from kdrun.data.encoding import Encoding, Example
 from kdrun.data.formats import ChatRow
 from kdrun.errors import InputError
 from kdrun.paths import expand_home
@@ -33,7 +34,16 @@ if TYPE_CHECKING:
 
 _NONE = "none"
 _WORTHWHILE = 500_000  # characters: about a second of work
-_CODE = ("chat.py", "encode.py", "messages.py", "token_cache.py", "windows.py")
+_CODE = (
+    "chat.py",
+    "encode.py",
+    "encode_report.py",
+    "encoding.py",
+    "messages.py",
+    "token_cache.py",
+    "windows.py",
+)
+"""The files that decide what is encoded, and what is kept of it."""
 
 
 @dataclass(frozen=True)
