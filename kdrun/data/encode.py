@@ -20,14 +20,15 @@ from kdrun.data.chat import (
     HiddenAnswersError,
     RenderedChat,
     Rendering,
-    as_dicts,
-    special_tokens,
+    refused_by_template,
 )
 from kdrun.data.collate import IGNORE_INDEX
-from kdrun.data.encode_report import EncodedRows, find_controls, report_on, too_long
+from kdrun.data.encode_report import EncodedRows, find_controls, no_room, report_on, too_long
 from kdrun.data.encoding import Encoding, Example
 from kdrun.data.fields import BadRowError
 from kdrun.data.formats import ChatRow
+from kdrun.data.lost import Place, find_lost
+from kdrun.data.turn_ends import special_tokens
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,10 +41,11 @@ LongRows = Literal["cut", "skip"]
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """A whole conversation: its ids, and the ranges of them that are answers."""
+    """A whole conversation: its ids, the ranges of them that are answers, and what is missing."""
 
     ids: list[int]
     answers: list[range]
+    lost: tuple[str, ...] = ()
 
 
 def encode_chats(
@@ -87,6 +89,7 @@ def encode(
     examples: list[Example] = []
     skipped: list[tuple[int, str]] = []
     cut: list[int] = []
+    lost: list[tuple[int, str]] = []
     prompts: list[int] = []
     lengths: list[int] = []
     supervised = 0
@@ -104,17 +107,18 @@ def encode(
         labels = example["labels"][1:]
         targets = len(labels) - labels.count(IGNORE_INDEX)
         if not targets:
-            reason = f"has a prompt that leaves no room for an answer in {max_length} tokens"
-            skipped.append((number, reason))
+            skipped.append((number, no_room(max_length)))
             continue
         if len(tokens.ids) > max_length:
             cut.append(number)
+        lost += [(number, kind) for kind in tokens.lost]
         examples.append(example)
         supervised += targets
     return Encoding(
         examples=examples,
         skipped=skipped,
         cut=cut,
+        lost=lost,
         controls=find_controls(rows, tokenizer),
         shortest=(min(prompts), min(lengths)) if prompts else None,
         tokens=sum(len(example["input_ids"]) for example in examples),
@@ -145,7 +149,7 @@ def _tokenise(
                 ids, ends = next(encoded)
                 yield _learned(finder.find(chat, ids, ends), row)
             elif isinstance(chat, HiddenAnswersError):
-                found = _by_generation_blocks(tokenizer, row, rendering)
+                found = _by_generation_blocks(tokenizer, renderer, row, rendering)
                 yield found if isinstance(found, BadRowError) else _learned(found, row)
             else:
                 yield chat
@@ -162,7 +166,7 @@ def _learned(tokens: _Tokens, row: ChatRow) -> _Tokens | BadRowError:
             "not tell apart"
         )
     chosen = [answer for answer, own in zip(tokens.answers, learned, strict=True) if own]
-    return _Tokens(tokens.ids, chosen)
+    return _Tokens(tokens.ids, chosen, tokens.lost)
 
 
 def _render(
@@ -203,8 +207,6 @@ class _AnswerFinder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._special = set(special_tokens(tokenizer).values())
-        self._added = self._special | set(tokenizer.added_tokens_decoder)
-        self._eos: int | None = tokenizer.eos_token_id
         self._blank: dict[tuple[int, ...], bool] = {}
 
     def find(self, chat: RenderedChat, ids: list[int], ends: list[int] | None) -> _Tokens:
@@ -217,13 +219,7 @@ class _AnswerFinder:
                 range(bisect_right(ends, span.start), bisect_right(ends, span.end))
                 for span in chat.answers
             ]
-        found = [self._end_turn(ids, answer) for answer in answers]
-        last = found[-1]
-        if self._eos is not None and not self._added.intersection(ids[last.start : last.stop][-1:]):
-            # This template ends no turn. Without an end the student would learn never to stop.
-            ids = [*ids[: last.stop], self._eos]
-            found[-1] = range(last.start, last.stop + 1)
-        return _Tokens(ids, found)
+        return _Tokens(ids, [self._end_turn(ids, answer) for answer in answers], chat.lost)
 
     def _end_turn(self, ids: list[int], answer: range) -> range:
         """Stop after the end-of-turn token; without one, after the last visible token."""
@@ -257,7 +253,10 @@ class _AnswerFinder:
 
 
 def _by_generation_blocks(
-    tokenizer: PreTrainedTokenizerBase, row: ChatRow, rendering: Rendering
+    tokenizer: PreTrainedTokenizerBase,
+    renderer: ChatRenderer,
+    row: ChatRow,
+    rendering: Rendering,
 ) -> _Tokens | BadRowError:
     """Answers as the template itself marks them, with ``{% generation %}`` blocks."""
     template = tokenizer.get_chat_template()
@@ -267,15 +266,32 @@ def _by_generation_blocks(
             "follow, so that its answers cannot be found; use rows with one answer, or mark the "
             "answers in the template with {% generation %}"
         )
-    encoded: Any = tokenizer.apply_chat_template(
-        as_dicts(row.messages),
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        **rendering.variables(),
-    )
+    try:
+        encoded: Any = tokenizer.apply_chat_template(
+            renderer.given(row.messages),
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **rendering.variables(),
+        )
+    except Exception as error:  # as for every template
+        return refused_by_template(error)
+    ids: list[int] = list(encoded["input_ids"])
     mask: list[int] = list(encoded["assistant_masks"])
     edges = [i for i, (a, b) in enumerate(zip([0, *mask], [*mask, 0], strict=True)) if a != b]
     answers = [range(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
     if not answers:
         return BadRowError("has no answer in the template's {% generation %} blocks")
-    return _Tokens(list(encoded["input_ids"]), answers)
+    turns = [str(tokenizer.decode(ids[answer.start : answer.stop])) for answer in answers]
+    try:
+        lost = find_lost(row.messages, _blocks(row, renderer.render(row.messages), turns))
+    except BadRowError as error:
+        return error
+    return _Tokens(ids, answers, lost)
+
+
+def _blocks(row: ChatRow, text: str, turns: Sequence[str]) -> list[Place]:
+    """Where messages have to stand: answers in their blocks, others anywhere."""
+    answers = [message for message in row.messages if message.role == "assistant"]
+    # A template may write several answers as one block, or one as several.
+    blocks = iter(turns if len(turns) == len(answers) else ["".join(turns)] * len(answers))
+    return [Place(next(blocks) if m.role == "assistant" else text) for m in row.messages]

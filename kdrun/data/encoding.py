@@ -22,6 +22,7 @@ class Encoding:
         examples: In the order of the rows.
         skipped: Rows that became no example, and why.
         cut: Rows whose end did not fit.
+        lost: Rows of which the chat template leaves something out, with each kind of loss.
         controls: Rows whose text holds a control token of the tokenizer, and the first such token.
         shortest: The fewest tokens that stand before an answer, and the fewest of a row.
         tokens: Tokens of all examples.
@@ -31,6 +32,7 @@ class Encoding:
     examples: Sequence[Example]
     skipped: list[tuple[int, str]]
     cut: list[int]
+    lost: list[tuple[int, str]]
     controls: list[tuple[int, str]]
     shortest: tuple[int, ...] | None
     tokens: int

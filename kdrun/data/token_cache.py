@@ -39,8 +39,10 @@ _CODE = (
     "encode.py",
     "encode_report.py",
     "encoding.py",
+    "lost.py",
     "messages.py",
     "token_cache.py",
+    "turn_ends.py",
     "windows.py",
 )
 """The files that decide what is encoded, and what is kept of it."""
@@ -171,7 +173,7 @@ def _pack(encoding: Encoding) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         "supervised": (_ints(labels) != IGNORE_INDEX).astype(np.uint8),
         "lengths": _ints([len(example["input_ids"]) for example in encoding.examples]),
     }
-    names = ("skipped", "cut", "controls", "shortest", "supervised")
+    names = ("skipped", "cut", "lost", "controls", "shortest", "supervised")
     return arrays, {name: getattr(encoding, name) for name in names}
 
 
@@ -180,6 +182,7 @@ def _unpack(arrays: dict[str, np.ndarray], rest: dict[str, Any]) -> Encoding:
         examples=_Stored(arrays),
         skipped=[(number, reason) for number, reason in rest["skipped"]],
         cut=rest["cut"],
+        lost=[(number, kind) for number, kind in rest["lost"]],
         controls=[(number, token) for number, token in rest["controls"]],
         shortest=tuple(rest["shortest"]),
         tokens=len(arrays["ids"]),

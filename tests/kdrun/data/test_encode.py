@@ -156,7 +156,7 @@ class TestTemplates:
         )
         changed = with_template(tiny_tokenizer, template)
         example = encode_one(changed, chat("a?", "one", "b?", "two"))
-        assert targets(changed, example) == "onetwo<|im_end|>"
+        assert targets(changed, example) == "one<|im_end|>two<|im_end|>"
         assert example["input_ids"][-1] == changed.eos_token_id
 
     def test_a_prompt_that_opens_reasoning(self, tiny_tokenizer: Any) -> None:
