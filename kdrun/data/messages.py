@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kdrun.data.fields import BadRowError, Fields, is_missing, kind_of
+from kdrun.data.fields import BadRowError, Fields, kind_of
 from kdrun.data.records import Position
 from kdrun.errors import InputError
 
@@ -165,9 +165,10 @@ def _message(fields: Fields, turn: object, number: int, field: str, position: Po
             "gpt, chatgpt, bot, model)"
         )
     content_field = "value" if turn.get("content") is None and "value" in turn else "content"
-    if is_missing(turn.get(content_field)) and any(inner.has(name) for name in _CALL_NAMES):
-        raise BadRowError("has a tool call, which kdrun does not learn from, as an answer")
-    return Message(role, inner.optional_text(content_field), _is_learned(inner, role, number))
+    content = inner.optional_text(content_field)
+    if not content and any(inner.has(name) for name in _CALL_NAMES):
+        raise BadRowError("has a tool call, which kdrun does not learn from")
+    return Message(role, content, _is_learned(inner, role, number))
 
 
 def _is_learned(turn: Fields, role: Role, number: int) -> bool:
