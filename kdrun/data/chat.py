@@ -8,6 +8,10 @@ A template does not say where an answer begins. It is found by rendering twice: 
 the answer with the prompt for a generation are what the model is given, so what follows them in the
 whole conversation is what it has to say. It ends where the same messages, rendered alone, end; a
 template that writes the last answer otherwise is rendered with a mark behind the answer.
+
+An answer that the template does not end gets the end-of-text token behind its words, since the
+student would learn never to stop. Whether a turn has an end is read from what the template writes
+behind the answer, never from the answer's own words.
 """
 
 from __future__ import annotations
@@ -15,13 +19,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdrun.data.fields import BadRowError
+from kdrun.data.lost import find_lost, places
 from kdrun.data.messages import Message
+from kdrun.data.turn_ends import TurnEnds, name_of
+from kdrun.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,10 +64,17 @@ class AnswerSpan:
 
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
-    """A conversation as the template writes it, and the turns of the assistant in it."""
+    """A conversation as the template writes it.
+
+    Attributes:
+        text: All of it; every answer has an end.
+        answers: The turns of the assistant in it.
+        lost: What the template leaves out, as the keys of `kdrun.data.lost.CONSEQUENCES`.
+    """
 
     text: str
     answers: tuple[AnswerSpan, ...]
+    lost: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +119,9 @@ class ChatRenderer:
     Args:
         tokenizer: The tokenizer that both models use.
         rendering: What the text follows from besides the template.
+
+    Raises:
+        InputError: The tokenizer has several templates, and none of them is the usual one.
     """
 
     def __init__(
@@ -112,11 +129,32 @@ class ChatRenderer:
     ) -> None:
         """Take the tokenizer's template."""
         self._tokenizer = tokenizer
+        self._endings: dict[bool, str] = {}
+        self._rendered = rendering.rendered
+        self._brought = bool(tokenizer.chat_template) and not rendering.rendered
         self._template = template_of(tokenizer, rendering)
 
     @cached_property
-    def _special(self) -> tuple[str, ...]:
-        return tuple(special_tokens(self._tokenizer))
+    def reads_parts(self) -> bool:
+        """Whether the template writes texts only where they come as lists of parts.
+
+        Those of models that also see images may: a plain text then renders to nothing.
+        """
+        if not self._brought or "text" not in self._template:
+            return False
+        probe = (Message("user", _MARK), Message("assistant", _MARK))
+        texts, parts = as_dicts(probe), _as_parts(probe)
+        return self._count_marks(texts) < len(probe) <= self._count_marks(parts)
+
+    def _count_marks(self, given: list[dict[str, Any]]) -> int:
+        try:
+            return self._apply(given).count(_MARK)
+        except BadRowError:
+            return 0
+
+    @cached_property
+    def _ends(self) -> TurnEnds:
+        return TurnEnds(self._tokenizer)
 
     def render(self, messages: Sequence[Message], *, for_generation: bool = False) -> str:
         """The conversation as text, special tokens included: tokenise it without adding any.
@@ -128,29 +166,59 @@ class ChatRenderer:
         Raises:
             BadRowError: The template refuses the conversation.
         """
-        from jinja2 import TemplateError
+        return self._apply(self.given(messages), for_generation)
 
+    def given(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Messages in the form that this template reads."""
+        return _as_parts(messages) if self.reads_parts else as_dicts(messages)
+
+    def _apply(self, given: list[dict[str, Any]], for_generation: bool = False) -> str:
         try:
             rendered: str = self._tokenizer.apply_chat_template(
-                as_dicts(messages),
+                given,
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=for_generation,
             )
-        except TemplateError as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise BadRowError(f"is refused by the chat template ({reason})") from error
+        except Exception as error:
+            # A template is code that comes with a model, and fails in as many ways.
+            raise refused_by_template(error) from error
         return rendered
+
+    def render_prompt(self, messages: Sequence[Message]) -> str:
+        """What a model is given to answer a conversation, exactly as in training.
+
+        Raises:
+            BadRowError: The template refuses the conversation.
+            InputError: Neither the template nor the tokenizer has an end for earlier answers.
+        """
+        prompt = self.render(messages, for_generation=True)
+        if not any(message.role == "assistant" for message in messages):
+            return prompt
+        text = self.render(messages)
+        if not prompt.startswith(text):
+            return prompt
+        try:
+            ended = self._end_turns(messages, text, self._find_answers(messages, text)).text
+        except HiddenAnswersError:
+            return prompt
+        return ended + prompt[len(text) :]
 
     def render_with_answers(self, messages: Sequence[Message]) -> RenderedChat:
         """Render a conversation that ends with an answer, and find its answers.
 
         Raises:
-            BadRowError: The template refuses the conversation.
+            BadRowError: The template refuses the conversation, or leaves out an answer.
             HiddenAnswersError: The template writes a message otherwise when others follow it, and
                 so that the end of an answer cannot be told.
+            InputError: Neither the template nor the tokenizer has an end for answers.
         """
         text = self.render(messages)
+        answers = self._find_answers(messages, text)
+        lost = find_lost(messages, places(messages, text, [(a.start, a.end) for a in answers]))
+        return replace(self._end_turns(messages, text, answers), lost=lost)
+
+    def _find_answers(self, messages: Sequence[Message], text: str) -> list[AnswerSpan]:
         answers = []
         for turn, message in enumerate(messages):
             if message.role != "assistant":
@@ -164,7 +232,54 @@ class ChatRenderer:
             if end < start:
                 raise HiddenAnswersError
             answers.append(AnswerSpan(start, end))
-        return RenderedChat(text, tuple(answers))
+        return answers
+
+    def _end_turns(
+        self, messages: Sequence[Message], text: str, answers: Sequence[AnswerSpan]
+    ) -> RenderedChat:
+        """Give an end to each answer to which the template gives none."""
+        turns = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
+        ended, place = "", 0
+        spans = []
+        for turn, span in zip(turns, answers, strict=True):
+            start = len(ended) + span.start - place
+            ended += text[place : span.end]
+            place = span.end
+            if self._needs_end(messages, turn, text, span):
+                is_last = turn == len(messages) - 1
+                opening = 0 if is_last else self._ends.opening(text[place:])
+                if opening:
+                    # GLM's templates end no turn: the token that opens the next one is the end.
+                    ended += text[place : place + opening]
+                    place += opening
+                else:
+                    words = ended[: max(start, len(ended.rstrip()))]
+                    # In the turn is also the white space that some special tokens swallow.
+                    behind = "" if is_last else ended[len(words) :]
+                    ended = words + self._ends.end_of_text() + behind
+                    place = len(text) if is_last else place
+            spans.append(AnswerSpan(start, len(ended)))
+        return RenderedChat(ended + text[place:], tuple(spans))
+
+    def _needs_end(
+        self, messages: Sequence[Message], turn: int, text: str, span: AnswerSpan
+    ) -> bool:
+        """Whether the template leaves an answer without an end.
+
+        What it writes behind a turn in the middle, and behind the last one, is found with the first
+        row and kept: it follows from the template.
+        """
+        own = text[span.start : span.end]
+        if self._rendered:
+            return not self._ends.ends_itself(own)
+        is_last = turn == len(messages) - 1
+        ending = self._endings.get(is_last)
+        if ending is None or not own.endswith(ending):
+            ending = text[self._end_of_content(messages, turn, text) : span.end]
+            self._endings.setdefault(is_last, ending)
+        if not ending.strip():
+            return True
+        return is_last and not self._ends.is_end(ending)
 
     def _end_of_answer(
         self, messages: Sequence[Message], turn: int, text: str, through: str
@@ -178,7 +293,7 @@ class ChatRenderer:
         ending = through[self._end_of_content(messages[: turn + 1], turn, through) :]
         if not ending.strip() or not rest.startswith(ending):
             rest = rest.lstrip()
-            ending = max((t for t in self._special if rest.startswith(t)), key=len, default="")
+            ending = max((t for t in self._ends.special if rest.startswith(t)), key=len, default="")
             if not ending:
                 raise HiddenAnswersError
         # With the white space behind it, which some special tokens swallow.
@@ -206,11 +321,22 @@ class ChatRenderer:
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> str:
-    """The template that conversations are rendered with."""
+    """The template that conversations are rendered with.
+
+    Raises:
+        InputError: the tokenizer brings several, and none is the default.
+    """
     if rendering.rendered:
         return _JOINED_TEMPLATE
     if not tokenizer.chat_template:
         return _plain_template(tokenizer)
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and "default" not in named:
+        raise InputError(
+            f"{name_of(tokenizer)}: the tokenizer has several chat templates "
+            f"({', '.join(sorted(named))}) and none called default; keep one of them as its "
+            "chat_template"
+        )
     return rendering.dated(tokenizer.get_chat_template())
 
 
@@ -219,17 +345,22 @@ def uses_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     return "strftime_now" in json.dumps(tokenizer.chat_template)
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The ids of the tokens that no text stands for, such as the end of a turn."""
-    added = tokenizer.added_tokens_decoder
-    found = {token.content: number for number, token in added.items() if token.special}
-    own = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    return found | dict(own)
-
-
-def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
+def as_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages in the form that chat templates read."""
     return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def refused_by_template(error: Exception) -> BadRowError:
+    """What is said of a conversation that a template fails on."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return BadRowError(f"is refused by the chat template ({reason})")
+
+
+def _as_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    return [
+        {"role": message.role, "content": [{"type": "text", "text": message.content}]}
+        for message in messages
+    ]
 
 
 def _shared_length(left: str, right: str) -> int:

@@ -9,11 +9,10 @@ that is also the padding token stays a target.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 from kdrun.data.chat import (
     USUAL_RENDERING,
@@ -21,15 +20,16 @@ from kdrun.data.chat import (
     HiddenAnswersError,
     RenderedChat,
     Rendering,
-    as_dicts,
-    special_tokens,
+    refused_by_template,
     template_of,
 )
 from kdrun.data.collate import IGNORE_INDEX
+from kdrun.data.encode_report import EncodedRows, find_controls, no_room, report_on, too_long
+from kdrun.data.encoding import Encoding, Example
 from kdrun.data.fields import BadRowError
 from kdrun.data.formats import ChatRow
-from kdrun.data.records import Position
-from kdrun.data.rows import BadRow, describe_bad_rows, name_positions
+from kdrun.data.lost import Place, find_lost
+from kdrun.data.turn_ends import special_tokens
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,93 +40,13 @@ _BATCH = 1000
 LongRows = Literal["cut", "skip"]
 
 
-class Example(TypedDict):
-    """One row as the models see it."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-
-@dataclass(frozen=True)
-class EncodeReport:
-    """What became of the rows.
-
-    Attributes:
-        rows: How many there were.
-        kept: How many became examples.
-        skipped: The others, with the reason.
-        cut: The rows whose end did not fit.
-        controls: The rows whose text holds a control token of the tokenizer.
-        control: The first such token.
-        tokens: Tokens of all examples.
-        supervised_tokens: Those of them that are targets.
-    """
-
-    rows: int
-    kept: int
-    skipped: tuple[BadRow, ...]
-    cut: tuple[Position, ...]
-    controls: tuple[Position, ...]
-    control: str
-    tokens: int
-    supervised_tokens: int
-    rendered: bool = False
-
-    def warnings(self) -> list[str]:
-        """One line for each kind of loss, with the numbers of the first five rows."""
-        lines = describe_bad_rows(self.skipped, self.rows)
-        if self.cut:
-            lines.append(
-                f"{self.cut[0].file}: cut the end of {len(self.cut)} of {self.rows} rows at "
-                f"data.max_length: {name_positions(self.cut)}"
-            )
-        if self.controls and not self.rendered:
-            lines.append(
-                f"{self.controls[0].file}: the text of {len(self.controls)} of {self.rows} rows "
-                f"holds control tokens of the tokenizer, such as {self.control!r}: "
-                f"{name_positions(self.controls)}; where rows are rendered already, set "
-                "data.rendered=true, so that the chat template is not applied a second time"
-            )
-        return lines
-
-
-@dataclass(frozen=True)
-class EncodedRows:
-    """Examples, in the order of the rows, and the report on them."""
-
-    examples: Sequence[Example]
-    report: EncodeReport
-
-
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """A whole conversation: its ids, and the ranges of them that are answers."""
+    """A whole conversation: its ids, the ranges of them that are answers, and what is missing."""
 
     ids: list[int]
     answers: list[range]
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """Examples, and what became of the other rows, by the rows' places in the list.
-
-    Attributes:
-        examples: In the order of the rows.
-        skipped: Rows that became no example, and why.
-        cut: Rows whose end did not fit.
-        controls: Rows whose text holds a control token of the tokenizer, and the first such token.
-        shortest: The fewest tokens that stand before an answer, and the fewest of a row.
-        tokens: Tokens of all examples.
-        supervised: Those of them that are targets.
-    """
-
-    examples: Sequence[Example]
-    skipped: list[tuple[int, str]]
-    cut: list[int]
-    controls: list[tuple[int, str]]
-    shortest: tuple[int, ...] | None
-    tokens: int
-    supervised: int
+    lost: tuple[str, ...] = ()
 
 
 def encode_chats(
@@ -170,6 +90,7 @@ def encode(
     examples: list[Example] = []
     skipped: list[tuple[int, str]] = []
     cut: list[int] = []
+    lost: list[tuple[int, str]] = []
     prompts: list[int] = []
     lengths: list[int] = []
     supervised = 0
@@ -180,103 +101,30 @@ def encode(
         prompts.append(tokens.answers[0].start)
         lengths.append(len(tokens.ids))
         if len(tokens.ids) > max_length and long_rows == "skip":
-            skipped.append((number, _too_long(max_length)))
+            skipped.append((number, too_long(max_length)))
             continue
         example = _example(tokens, max_length)
         # The first token of a row has nothing before it that could predict it.
         labels = example["labels"][1:]
         targets = len(labels) - labels.count(IGNORE_INDEX)
         if not targets:
-            reason = f"has a prompt that leaves no room for an answer in {max_length} tokens"
-            skipped.append((number, reason))
+            skipped.append((number, no_room(max_length)))
             continue
         if len(tokens.ids) > max_length:
             cut.append(number)
+        lost += [(number, kind) for kind in tokens.lost]
         examples.append(example)
         supervised += targets
     return Encoding(
         examples=examples,
         skipped=skipped,
         cut=cut,
-        controls=_find_controls(rows, tokenizer),
+        lost=lost,
+        controls=find_controls(rows, tokenizer),
         shortest=(min(prompts), min(lengths)) if prompts else None,
         tokens=sum(len(example["input_ids"]) for example in examples),
         supervised=supervised,
     )
-
-
-def report_on(
-    rows: Sequence[ChatRow], encoding: Encoding, max_length: int, rendered: bool = False
-) -> EncodedRows:
-    """Name the rows that were skipped or cut.
-
-    Args:
-        rows: What was encoded.
-        encoding: What `encode` returned.
-        max_length: What it was given.
-        rendered: Whether the rows were rendered already, and control tokens belong to them.
-
-    Raises:
-        InputError: No row is left.
-    """
-    examples = encoding.examples
-    skipped = [BadRow(rows[number].position, reason) for number, reason in encoding.skipped]
-    if not examples:
-        raise _nothing_left(skipped, encoding.shortest, max_length)
-    report = EncodeReport(
-        rows=len(rows),
-        kept=len(examples),
-        skipped=tuple(skipped),
-        cut=tuple(rows[number].position for number in encoding.cut),
-        controls=tuple(rows[number].position for number, _ in encoding.controls),
-        control=encoding.controls[0][1] if encoding.controls else "",
-        tokens=encoding.tokens,
-        supervised_tokens=encoding.supervised,
-        rendered=rendered,
-    )
-    return EncodedRows(examples, report)
-
-
-def _find_controls(
-    rows: Sequence[ChatRow], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[int, str]]:
-    """Rows whose own text the tokenizer would take for its control tokens."""
-    tokens = sorted(special_tokens(tokenizer), key=len, reverse=True)
-    if not tokens or not tokenizer.chat_template:
-        return []
-    pattern = re.compile("|".join(map(re.escape, tokens)))
-    found = []
-    for number, row in enumerate(rows):
-        hits = (pattern.search(message.content) for message in row.messages)
-        first = next((hit for hit in hits if hit is not None), None)
-        if first is not None:
-            found.append((number, first[0]))
-    return found
-
-
-def _nothing_left(
-    skipped: Sequence[BadRow], shortest: tuple[int, ...] | None, max_length: int
-) -> InputError:
-    if shortest is not None and not any(row.reason == _too_long(max_length) for row in skipped):
-        return InputError(
-            f"data.max_length={max_length}: all {len(skipped)} rows are skipped, since no prompt "
-            f"leaves room for an answer (the shortest has {shortest[0]} tokens); raise it"
-        )
-    if shortest is not None:
-        return InputError(
-            f"data.max_length={max_length}: all {len(skipped)} rows are skipped, since none fits "
-            f"(the shortest has {shortest[1]} tokens); raise it, or set data.long_rows=cut"
-        )
-    if not skipped:
-        return InputError("there are no rows to encode")
-    return InputError(
-        f"{skipped[0].position}: none of the {len(skipped)} rows can be used; "
-        f"this one {skipped[0].reason}"
-    )
-
-
-def _too_long(max_length: int) -> str:
-    return f"has more than {max_length} tokens"
 
 
 def _example(tokens: _Tokens, max_length: int) -> Example:
@@ -302,7 +150,7 @@ def _tokenise(
                 ids, ends = next(encoded)
                 yield _learned(finder.find(chat, ids, ends), row)
             elif isinstance(chat, HiddenAnswersError):
-                found = _by_generation_blocks(tokenizer, row, rendering)
+                found = _by_generation_blocks(tokenizer, renderer, row, rendering)
                 yield found if isinstance(found, BadRowError) else _learned(found, row)
             else:
                 yield chat
@@ -319,7 +167,7 @@ def _learned(tokens: _Tokens, row: ChatRow) -> _Tokens | BadRowError:
             "not tell apart"
         )
     chosen = [answer for answer, own in zip(tokens.answers, learned, strict=True) if own]
-    return _Tokens(tokens.ids, chosen)
+    return _Tokens(tokens.ids, chosen, tokens.lost)
 
 
 def _render(
@@ -360,8 +208,6 @@ class _AnswerFinder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._special = set(special_tokens(tokenizer).values())
-        self._added = self._special | set(tokenizer.added_tokens_decoder)
-        self._eos: int | None = tokenizer.eos_token_id
         self._blank: dict[tuple[int, ...], bool] = {}
 
     def find(self, chat: RenderedChat, ids: list[int], ends: list[int] | None) -> _Tokens:
@@ -374,13 +220,7 @@ class _AnswerFinder:
                 range(bisect_right(ends, span.start), bisect_right(ends, span.end))
                 for span in chat.answers
             ]
-        found = [self._end_turn(ids, answer) for answer in answers]
-        last = found[-1]
-        if self._eos is not None and not self._added.intersection(ids[last.start : last.stop][-1:]):
-            # This template ends no turn. Without an end the student would learn never to stop.
-            ids = [*ids[: last.stop], self._eos]
-            found[-1] = range(last.start, last.stop + 1)
-        return _Tokens(ids, found)
+        return _Tokens(ids, [self._end_turn(ids, answer) for answer in answers], chat.lost)
 
     def _end_turn(self, ids: list[int], answer: range) -> range:
         """Stop after the end-of-turn token; without one, after the last visible token."""
@@ -414,7 +254,10 @@ class _AnswerFinder:
 
 
 def _by_generation_blocks(
-    tokenizer: PreTrainedTokenizerBase, row: ChatRow, rendering: Rendering
+    tokenizer: PreTrainedTokenizerBase,
+    renderer: ChatRenderer,
+    row: ChatRow,
+    rendering: Rendering,
 ) -> _Tokens | BadRowError:
     """Answers as the template itself marks them, with ``{% generation %}`` blocks."""
     template = template_of(tokenizer, rendering)
@@ -424,15 +267,32 @@ def _by_generation_blocks(
             "follow, so that its answers cannot be found; use rows with one answer, or mark the "
             "answers in the template with {% generation %}"
         )
-    encoded: Any = tokenizer.apply_chat_template(
-        as_dicts(row.messages),
-        chat_template=template,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
+    try:
+        encoded: Any = tokenizer.apply_chat_template(
+            renderer.given(row.messages),
+            chat_template=template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+    except Exception as error:  # as for every template
+        return refused_by_template(error)
+    ids: list[int] = list(encoded["input_ids"])
     mask: list[int] = list(encoded["assistant_masks"])
     edges = [i for i, (a, b) in enumerate(zip([0, *mask], [*mask, 0], strict=True)) if a != b]
     answers = [range(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
     if not answers:
         return BadRowError("has no answer in the template's {% generation %} blocks")
-    return _Tokens(list(encoded["input_ids"]), answers)
+    turns = [str(tokenizer.decode(ids[answer.start : answer.stop])) for answer in answers]
+    try:
+        lost = find_lost(row.messages, _blocks(row, renderer.render(row.messages), turns))
+    except BadRowError as error:
+        return error
+    return _Tokens(ids, answers, lost)
+
+
+def _blocks(row: ChatRow, text: str, turns: Sequence[str]) -> list[Place]:
+    """Where messages have to stand: answers in their blocks, others anywhere."""
+    answers = [message for message in row.messages if message.role == "assistant"]
+    # A template may write several answers as one block, or one as several.
+    blocks = iter(turns if len(turns) == len(answers) else ["".join(turns)] * len(answers))
+    return [Place(next(blocks) if m.role == "assistant" else text) for m in row.messages]

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from datetime import date, datetime, time
+from decimal import Decimal
 from typing import Any
+
+# In the order in which they are asked for: true is a number too, and a moment is a date.
+_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (bool, "true or false"),
+    ((int, float, Decimal), "a number"),
+    (str, "text"),
+    (list, "a list"),
+    (dict, "an object"),
+    (datetime, "a date and time"),
+    (date, "a date"),
+    (time, "a time"),
+    (bytes, "bytes"),
+)
 
 
 class BadRowError(Exception):
@@ -54,8 +69,7 @@ class Fields:
         text = self.optional_text(name)
         if not text:
             value = self._values[name]
-            missing = isinstance(value, float) or value is None
-            state = f"set to {_missing_as(value)}" if missing else "empty"
+            state = f"set to {_missing_as(value)}" if is_missing(value) else "empty"
             raise BadRowError(f"has the field {name!r} {state}")
         return text
 
@@ -70,7 +84,7 @@ class Fields:
         value = self.get(name)
         if is_missing(value):
             return ""
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
             value = str(value)
         if not isinstance(value, str):
             raise BadRowError(f"has the field {name!r} as {kind_of(value)}, not as text")
@@ -107,13 +121,15 @@ class Fields:
 
 def is_missing(value: Any) -> bool:
     """Whether a value stands for none: null, or what tables write for it."""
-    return value is None or (isinstance(value, float) and not math.isfinite(value))
+    return value is None or (isinstance(value, float | Decimal) and not math.isfinite(value))
 
 
 def kind_of(value: object) -> str:
-    """What a JSON value is, in words."""
-    names = {list: "a list", dict: "an object", bool: "true or false", str: "text"}
-    return "null" if value is None else names.get(type(value), "a number")
+    """What a value of JSON or of a table is, in words."""
+    if value is None:
+        return "null"
+    found = next((words for kind, words in _KINDS if isinstance(value, kind)), None)
+    return found or f"a value of the type {type(value).__name__}"
 
 
 def _missing_as(value: Any) -> str:

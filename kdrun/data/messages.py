@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,23 @@ _ROLES: dict[str, Role] = {
     "bot": "assistant",
     "model": "assistant",
 }
+# What tools say and are asked has no place in a text that a student learns from without tools.
+_UNUSABLE_ROLES = frozenset(
+    {
+        "developer",
+        "environment",
+        "function",
+        "function_call",
+        "function_response",
+        "ipython",
+        "observation",
+        "tool",
+        "tool_call",
+        "tool_response",
+        "tool_result",
+    }
+)
+_CALL_NAMES = ("tool_calls", "function_call")
 # By these names messages say whether they are learned: OpenAI and others, axolotl, ms-swift, verl.
 _LEARNED_NAMES = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 
@@ -48,10 +66,12 @@ def conversation(fields: Fields, field: str, position: Position) -> tuple[Messag
     A system prompt beside the messages comes first, unless one stands among them.
 
     Raises:
-        BadRowError: no answer, an empty message, or none that is learned.
+        BadRowError: no answer, an empty message, none that is learned, or a message of a tool.
         InputError: an unknown role.
     """
     turns = fields.get(field)
+    if isinstance(turns, str) and turns.strip():
+        raise BadRowError(f"has the messages in {field!r} as text, not as a list")
     if not isinstance(turns, list) or not turns:
         raise BadRowError(f"has no messages in {field!r}")
     messages = [_message(fields, turn, i, field, position) for i, turn in enumerate(turns, 1)]
@@ -133,14 +153,22 @@ def _message(fields: Fields, turn: object, number: int, field: str, position: Po
     if role_field not in turn:
         raise BadRowError(f"has no role in message {number}")
     named = inner.get(role_field)
-    role = _ROLES.get(str(named).strip().casefold())
+    given = str(named).strip().casefold()
+    role = _ROLES.get(given)
+    if role is None and given in _UNUSABLE_ROLES:
+        raise BadRowError(f"has a message of the role {given!r}, which kdrun does not learn from")
     if role is None:
+        close = difflib.get_close_matches(given, _ROLES, n=1)
+        cure = f"did you mean {close[0]}?" if close else "use system, user or assistant"
         raise InputError(
-            f"{position}: unknown role {named!r} in message {number}; use system, user "
-            "or assistant (or the names human, gpt, chatgpt, bot, model)"
+            f"{position}: unknown role {named!r} in message {number}; {cure} (other names: human, "
+            "gpt, chatgpt, bot, model)"
         )
     content_field = "value" if turn.get("content") is None and "value" in turn else "content"
-    return Message(role, inner.optional_text(content_field), _is_learned(inner, role, number))
+    content = inner.optional_text(content_field)
+    if not content and any(inner.has(name) for name in _CALL_NAMES):
+        raise BadRowError("has a tool call, which kdrun does not learn from")
+    return Message(role, content, _is_learned(inner, role, number))
 
 
 def _is_learned(turn: Fields, role: Role, number: int) -> bool:

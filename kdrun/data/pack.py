@@ -12,7 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 from kdrun.data.collate import IGNORE_INDEX
-from kdrun.data.encode import Example
+from kdrun.data.encoding import Example
 
 
 class PackedExample(Example):

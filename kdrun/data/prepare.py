@@ -10,19 +10,17 @@ from typing import TYPE_CHECKING, Any
 from kdrun.builtin.text import load_text
 from kdrun.config.sections import BUILT_IN, DataConfig
 from kdrun.data.chat import USUAL_RENDERING, Rendering
-from kdrun.data.encode import LongRows, encode, report_on
+from kdrun.data.encode import LongRows
+from kdrun.data.encoder import Encoder
 from kdrun.data.origins import Origins
 from kdrun.data.rows import (
-    BadRow,
-    ChatRow,
     Position,
     Row,
     RowSet,
     TextRow,
-    describe_bad_rows,
     load_rows,
 )
-from kdrun.data.split import hold_out, shared_prompts
+from kdrun.data.split import content_hash, hold_out, shared_prompts
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
@@ -96,7 +94,7 @@ def read_rows(config: DataConfig) -> RawRows:
         notes += test.warnings()
         held_out = test.rows
     elif config.part != "all" and config.test is None:
-        validation, test_rows = hold_out(held_out, 0.5, config.hold_out)
+        validation, test_rows = _halve(held_out, config)
         held_out = validation if config.part == "validation" else test_rows
     shared = shared_prompts(train, held_out)
     if shared:
@@ -105,6 +103,16 @@ def read_rows(config: DataConfig) -> RawRows:
             "their measures flatter the student"
         )
     return RawRows(train, held_out, tuple(notes))
+
+
+def _halve(held_out: Sequence[Any], config: DataConfig) -> tuple[list[Any], list[Any]]:
+    """The held-out rows to choose by, and those to report on."""
+    if len({content_hash(row) for row in held_out}) < 2:
+        raise InputError(
+            f"{held_out[0].position.file}: data.part={config.part} takes one half of the held-out "
+            "rows, which needs two that differ; add rows, or name those of the test in data.test"
+        )
+    return hold_out(held_out, 0.5, config.hold_out)
 
 
 def read_held_out(source: str, config: DataConfig) -> tuple[Sequence[Any], list[str]]:
@@ -155,6 +163,7 @@ def encode_for(
         cache,
         Rendering.of(data),
         left_out,
+        data.strict,
     )
 
 
@@ -197,6 +206,7 @@ def encode_rows(
     cache: TokenCache | None = None,
     rendering: Rendering = USUAL_RENDERING,
     left_out: Mapping[str, int] = MappingProxyType({}),
+    strict: bool = False,
 ) -> Examples:
     """Turn rows into examples.
 
@@ -210,14 +220,16 @@ def encode_rows(
         cache: where encoded rows are kept for the next run.
         rendering: what the text of conversations follows from besides the template.
         left_out: as for :func:`encode_for`.
+        strict: refuse rows that the chat template refuses or does not write whole.
 
     Raises:
-        InputError: no row fits ``max_length``.
+        InputError: no row fits ``max_length``, or a row is not whole.
     """
-    encode = _Encoder(tokenizer, max_length, long_rows, cache, rendering, left_out)
-    train = encode(rows.train, seed, shift_windows)
-    held_out = encode(rows.held_out, 0, False)
+    encode = Encoder(tokenizer, max_length, long_rows, cache, rendering, left_out, strict)
+    train = encode(rows.train, seed, shift_windows, "training rows")
+    held_out = encode(rows.held_out, 0, False, "held-out rows")
     notes = [
+        *encode.notes_on_template(rows.train),
         *(f"training rows: {line}" for line in train.notes),
         *(f"held-out rows: {line}" for line in held_out.notes),
     ]
@@ -239,14 +251,16 @@ def encode_held_out(
     cache: TokenCache | None = None,
     rendering: Rendering = USUAL_RENDERING,
     left_out: Mapping[str, int] = MappingProxyType({}),
+    strict: bool = False,
 ) -> tuple[Dataset[Any], list[str]]:
     """Rows to measure on as examples, and notes on them; windows of text stay in their places.
 
     Raises:
-        InputError: no row fits ``max_length``.
+        InputError: no row fits ``max_length``, or with ``strict`` one is not whole.
     """
-    encoded = _Encoder(tokenizer, max_length, long_rows, cache, rendering, left_out)(rows, 0, False)
-    return encoded.examples, encoded.notes
+    encode = Encoder(tokenizer, max_length, long_rows, cache, rendering, left_out, strict)
+    encoded = encode(rows, 0, False, "held-out rows")
+    return encoded.examples, [*encoded.notes, *encode.notes_on_template(rows)]
 
 
 def _documents(texts: Sequence[str]) -> list[TextRow]:
@@ -263,120 +277,3 @@ def _load(source: str, config: DataConfig) -> RowSet:
         response_field=config.response_field,
         strict=config.strict,
     )
-
-
-class Kept(Sequence[Any]):
-    """Some rows of a data set.
-
-    Args:
-        rows: the data set.
-        numbers: of the rows that are kept.
-    """
-
-    def __init__(self, rows: Any, numbers: Sequence[int]) -> None:
-        self._rows, self._numbers = rows, numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: Any) -> Any:
-        """One of them."""
-        return self._rows[self._numbers[index]]
-
-
-def _knows_not(token: str) -> str:
-    return f"has the token {token!r}, which not both models know"
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """Examples, what is to be said about them, and where they come from."""
-
-    examples: Dataset[Any]
-    notes: list[str]
-    origins: Origins
-
-
-@dataclass(frozen=True)
-class _Encoder:
-    """How rows become examples."""
-
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int
-    long_rows: LongRows
-    cache: TokenCache | None
-    rendering: Rendering
-    left_out: Mapping[str, int]
-
-    def __call__(self, rows: Sequence[Row], seed: int, phase: bool) -> _Encoded:
-        if isinstance(rows[0], ChatRow):
-            return self._chats(rows)  # type: ignore[arg-type]
-        # Imported here: this module also reads rows, before torch is needed.
-        from kdrun.data.windows import TextWindows
-
-        length = self.max_length
-        rows, skipped = self._without_left_out(rows)
-        tokens = self._text([row.text for row in rows])
-        try:
-            windows = TextWindows(tokens, length, seed=seed, phase=phase)
-        except ValueError as error:
-            raise InputError(f"{error} Give more text, or a smaller --max-length.") from error
-        note = f"{len(rows)} documents, {len(windows)} windows of {length} tokens"
-        return _Encoded(windows, [note, *skipped], Origins())
-
-    def _without_left_out(self, rows: Sequence[Any]) -> tuple[list[TextRow], list[str]]:
-        """The texts without a token that not both models know, and a note on the others."""
-        bad = []
-        for row in rows if self.left_out else ():
-            token = next((token for token in self.left_out if token in row.text), None)
-            if token is not None:
-                bad.append(BadRow(row.position, _knows_not(token)))
-        places = {row.position for row in bad}
-        kept = [row for row in rows if row.position not in places]
-        if not kept:
-            raise InputError(f"{bad[0].position}: no text can be used; this one {bad[0].reason}")
-        return kept, describe_bad_rows(bad, len(rows))
-
-    def _chats(self, rows: Sequence[ChatRow]) -> _Encoded:
-        settings = (rows, self.tokenizer, self.max_length, self.long_rows, self.rendering)
-        encoding = encode(*settings) if self.cache is None else self.cache.chats(*settings)
-        encoded = report_on(rows, encoding, self.max_length, self.rendering.rendered)
-        report = encoded.report
-        summary = (
-            f"{report.kept} of {report.rows} rows, {report.tokens} tokens, "
-            f"{report.supervised_tokens} supervised"
-        )
-        skipped = {number for number, _ in encoding.skipped}
-        kept = [row.position for number, row in enumerate(rows) if number not in skipped]
-        notes = [summary, *report.warnings()]
-        examples: Any = encoded.examples
-        if self.left_out:
-            examples, kept, more = self._known(examples, kept)
-            notes += more
-        return _Encoded(examples, notes, Origins(kept))
-
-    def _known(
-        self, examples: Any, positions: list[Position]
-    ) -> tuple[Any, list[Position], list[str]]:
-        """The examples without a token that not both models know, and a note on the others."""
-        names = {number: token for token, number in self.left_out.items()}
-        numbers, bad = [], []
-        for number, example in enumerate(examples):
-            found = next((token for token in example["input_ids"] if token in names), None)
-            if found is None:
-                numbers.append(number)
-            else:
-                bad.append(BadRow(positions[number], _knows_not(names[found])))
-        if not bad:
-            return examples, positions, []
-        if not numbers:
-            raise InputError(f"{bad[0].position}: no row can be used; this one {bad[0].reason}")
-        kept = [positions[number] for number in numbers]
-        return Kept(examples, numbers), kept, describe_bad_rows(bad, len(examples))
-
-    def _text(self, texts: Sequence[str]) -> list[int]:
-        from kdrun.data.windows import concatenate
-
-        if self.cache is None:
-            return concatenate(texts, self.tokenizer)
-        return self.cache.text(texts, self.tokenizer)

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 from kdrun.data.chat import Rendering, uses_date
 from kdrun.data.collate import IGNORE_INDEX
-from kdrun.data.encode import Encoding, Example, LongRows, encode
+from kdrun.data.encode import LongRows, encode
+from kdrun.data.encoding import Encoding, Example
 from kdrun.data.formats import ChatRow
 from kdrun.errors import InputError
 from kdrun.paths import expand_home
@@ -33,7 +34,18 @@ if TYPE_CHECKING:
 
 _NONE = "none"
 _WORTHWHILE = 500_000  # characters: about a second of work
-_CODE = ("chat.py", "encode.py", "messages.py", "token_cache.py", "windows.py")
+_CODE = (
+    "chat.py",
+    "encode.py",
+    "encode_report.py",
+    "encoding.py",
+    "lost.py",
+    "messages.py",
+    "token_cache.py",
+    "turn_ends.py",
+    "windows.py",
+)
+"""The files that decide what is encoded, and what is kept of it."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,7 @@ def _pack(encoding: Encoding) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         "supervised": (_ints(labels) != IGNORE_INDEX).astype(np.uint8),
         "lengths": _ints([len(example["input_ids"]) for example in encoding.examples]),
     }
-    names = ("skipped", "cut", "controls", "shortest", "supervised")
+    names = ("skipped", "cut", "lost", "controls", "shortest", "supervised")
     return arrays, {name: getattr(encoding, name) for name in names}
 
 
@@ -170,6 +182,7 @@ def _unpack(arrays: dict[str, np.ndarray], rest: dict[str, Any]) -> Encoding:
         examples=_Stored(arrays),
         skipped=[(number, reason) for number, reason in rest["skipped"]],
         cut=rest["cut"],
+        lost=[(number, kind) for number, kind in rest["lost"]],
         controls=[(number, token) for number, token in rest["controls"]],
         shortest=tuple(rest["shortest"]),
         tokens=len(arrays["ids"]),

@@ -58,7 +58,7 @@ def judge(
     cache = TokenCache.at(data.cache_dir)
     rendering = Rendering.of(data)
     settings = (pair.tokenizer, data.max_length, data.long_rows, cache, rendering, pair.left_out)
-    examples, notes = encode_held_out(rows, *settings)
+    examples, notes = encode_held_out(rows, *settings, data.strict)
     note = None
     if questions is None:
         questions, note = choose_questions(

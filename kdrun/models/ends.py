@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
-from kdrun.data.chat import special_tokens
 from kdrun.data.collate import IGNORE_INDEX
 from kdrun.data.messages import Message
+from kdrun.data.turn_ends import special_tokens
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:

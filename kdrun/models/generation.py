@@ -94,8 +94,9 @@ def encode_prompt(
 
     Raises:
         BadRowError: the chat template refuses the conversation.
+        InputError: neither the chat template nor the tokenizer has an end for earlier answers.
     """
-    text = ChatRenderer(tokenizer, rendering).render(messages, for_generation=True)
+    text = ChatRenderer(tokenizer, rendering).render_prompt(messages)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

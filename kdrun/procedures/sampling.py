@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kdrun.data.collate import IGNORE_INDEX, Collator, shift_labels
-from kdrun.data.encode import Example
+from kdrun.data.encoding import Example
 from kdrun.errors import InputError
 from kdrun.procedures.base import ROLLOUT, MicroBatch, Origin
 

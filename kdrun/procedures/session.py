@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kdrun.data.encode import Example
+from kdrun.data.encoding import Example
 from kdrun.errors import TrainingError
 from kdrun.models.ends import own_ends, stop_tokens
 from kdrun.procedures import sampling

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from kdrun.data.encode import Example
+from kdrun.data.encoding import Example
 from kdrun.errors import InputError
 from kdrun.procedures.base import Desk, Origin
 from kdrun.procedures.sampling import Sample

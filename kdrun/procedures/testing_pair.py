@@ -16,7 +16,7 @@ from torch import Tensor
 from kdlosses import KDObjective, get_loss
 from kdrun.builtin import TEACHER_DIR
 from kdrun.data.collate import IGNORE_INDEX, Collator
-from kdrun.data.encode import Example
+from kdrun.data.encoding import Example
 from kdrun.procedures.base import ROLLOUT, LossRows, MicroBatch, Procedure
 from kdrun.procedures.sampling import Sampling, examples_of
 from kdrun.procedures.session import Place, Session

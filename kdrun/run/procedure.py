@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kdrun.data.prepare import Examples, Kept, encode_held_out
+from kdrun.data.encoder import Kept
+from kdrun.data.prepare import Examples, encode_held_out
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:

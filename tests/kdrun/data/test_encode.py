@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from kdrun.data.chat import USUAL_RENDERING
-from kdrun.data.encode import IGNORE_INDEX, EncodedRows, Example, encode_chats, report_on
+from kdrun.data.collate import IGNORE_INDEX
+from kdrun.data.encode import encode_chats
+from kdrun.data.encode_report import EncodedRows, report_on
+from kdrun.data.encoding import Example
 from kdrun.data.prepare import encode_held_out
 from kdrun.data.rows import ChatRow, Message, Position, TextRow, load_rows
 from kdrun.data.token_cache import TokenCache
@@ -153,7 +156,7 @@ class TestTemplates:
         )
         changed = with_template(tiny_tokenizer, template)
         example = encode_one(changed, chat("a?", "one", "b?", "two"))
-        assert targets(changed, example) == "onetwo<|im_end|>"
+        assert targets(changed, example) == "one<|im_end|>two<|im_end|>"
         assert example["input_ids"][-1] == changed.eos_token_id
 
     def test_a_prompt_that_opens_reasoning(self, tiny_tokenizer: Any) -> None:

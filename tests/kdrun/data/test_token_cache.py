@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from kdrun.data.chat import USUAL_RENDERING
-from kdrun.data.encode import Encoding, encode
+from kdrun.data.encode import encode
+from kdrun.data.encoding import Encoding
 from kdrun.data.records import Position
 from kdrun.data.rows import ChatRow, Message
 from kdrun.data.token_cache import TokenCache

@@ -17,7 +17,7 @@ from kdrun.cache.build import Recipe, build_cache
 from kdrun.cache.read import Cache
 from kdrun.cache.teacher import CachedTeacher
 from kdrun.data.collate import IGNORE_INDEX, Collator
-from kdrun.data.encode import Example
+from kdrun.data.encoding import Example
 from kdrun.data.pack import pack
 from kdrun.errors import InputError
 from kdrun.models.heads import FrozenTeacher, find_split

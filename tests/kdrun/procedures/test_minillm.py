@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdlosses import KDObjective, get_loss
 from kdrun.data.collate import Collator
-from kdrun.data.encode import Example
+from kdrun.data.encoding import Example
 from kdrun.procedures.base import ROLLOUT, LossRows, Origin
 from kdrun.procedures.minillm import MiniLLM
 from kdrun.procedures.sampling import Sample, Sampling

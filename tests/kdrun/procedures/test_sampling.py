@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdrun.data.collate import Collator
-from kdrun.data.encode import Example
+from kdrun.data.encoding import Example
 from kdrun.procedures.base import ROLLOUT, Origin
 from kdrun.procedures.sampling import (
     Sample,

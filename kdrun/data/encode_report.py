@@ -1,0 +1,186 @@
+"""What became of the rows of a file when they were encoded, in words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kdrun.data.encoding import Encoding, Example
+from kdrun.data.formats import ChatRow
+from kdrun.data.lost import CONSEQUENCES
+from kdrun.data.records import Position
+from kdrun.data.rows import BadRow, describe_bad_rows, name_positions
+from kdrun.data.turn_ends import special_tokens
+from kdrun.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What became of the rows.
+
+    Attributes:
+        rows: How many there were.
+        kept: How many became examples.
+        skipped: The others, with the reason.
+        cut: The rows whose end did not fit.
+        lost: What the chat template leaves out, with the rows of each kind of loss.
+        controls: The rows whose text holds a control token of the tokenizer.
+        control: The first such token.
+        tokens: Tokens of all examples.
+        supervised_tokens: Those of them that are targets.
+    """
+
+    rows: int
+    kept: int
+    skipped: tuple[BadRow, ...]
+    cut: tuple[Position, ...]
+    lost: Mapping[str, tuple[Position, ...]]
+    controls: tuple[Position, ...]
+    control: str
+    tokens: int
+    supervised_tokens: int
+    rendered: bool = False
+
+    def warnings(self) -> list[str]:
+        """One line for each kind of loss, with the numbers of the first five rows."""
+        lines = describe_bad_rows(self.skipped, self.rows)
+        if self.cut:
+            lines.append(
+                f"{self.cut[0].file}: cut the end of {len(self.cut)} of {self.rows} rows at "
+                f"data.max_length: {name_positions(self.cut)}"
+            )
+        for kind, found in self.lost.items():
+            lines.append(
+                f"{found[0].file}: the chat template leaves out or changes {kind} in {len(found)} "
+                f"of {self.rows} rows ({len(found) / self.rows:.0%}): {name_positions(found)}: "
+                f"{CONSEQUENCES[kind]}"
+            )
+        if self.controls and not self.rendered:
+            lines.append(
+                f"{self.controls[0].file}: the text of {len(self.controls)} of {self.rows} rows "
+                f"holds control tokens of the tokenizer, such as {self.control!r}: "
+                f"{name_positions(self.controls)}; where rows are rendered already, set "
+                "data.rendered=true, so that they are joined as they are"
+            )
+        return lines
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Examples, in the order of the rows, and the report on them."""
+
+    examples: Sequence[Example]
+    report: EncodeReport
+
+
+def report_on(
+    rows: Sequence[ChatRow],
+    encoding: Encoding,
+    max_length: int,
+    rendered: bool = False,
+    strict: bool = False,
+    what: str = "rows",
+) -> EncodedRows:
+    """Name the rows that were skipped, cut, or not written whole by the chat template.
+
+    Args:
+        rows: What was encoded.
+        encoding: What `encode` returned.
+        max_length: What it was given.
+        rendered: Whether the rows were rendered already, and control tokens belong to them.
+        strict: Refuse the first row that the chat template refuses or does not write whole; what
+            does not fit the length is no mistake of a row.
+        what: Which rows they are, such as ``held-out rows``.
+
+    Raises:
+        InputError: No row is left, or with ``strict`` one is not whole.
+    """
+    examples = encoding.examples
+    skipped = [BadRow(rows[number].position, reason) for number, reason in encoding.skipped]
+    if strict:
+        _refuse_losses(rows, encoding, max_length)
+    if not examples:
+        raise _nothing_left(skipped, encoding.shortest, max_length, what)
+    lost: dict[str, tuple[Position, ...]] = {}
+    for number, kind in encoding.lost:
+        lost[kind] = (*lost.get(kind, ()), rows[number].position)
+    report = EncodeReport(
+        rows=len(rows),
+        kept=len(examples),
+        skipped=tuple(skipped),
+        cut=tuple(rows[number].position for number in encoding.cut),
+        lost=lost,
+        controls=tuple(rows[number].position for number, _ in encoding.controls),
+        control=encoding.controls[0][1] if encoding.controls else "",
+        tokens=encoding.tokens,
+        supervised_tokens=encoding.supervised,
+        rendered=rendered,
+    )
+    return EncodedRows(examples, report)
+
+
+def find_controls(
+    rows: Sequence[ChatRow], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, str]]:
+    """Rows whose own text the tokenizer would take for its control tokens."""
+    tokens = sorted(special_tokens(tokenizer), key=len, reverse=True)
+    if not tokens:
+        return []
+    pattern = re.compile("|".join(map(re.escape, tokens)))
+    found = []
+    for number, row in enumerate(rows):
+        hits = (pattern.search(message.content) for message in row.messages)
+        first = next((hit for hit in hits if hit is not None), None)
+        if first is not None:
+            found.append((number, first[0]))
+    return found
+
+
+def _refuse_losses(rows: Sequence[ChatRow], encoding: Encoding, max_length: int) -> None:
+    too_large = (too_long(max_length), no_room(max_length))
+    found = [(number, reason) for number, reason in encoding.skipped if reason not in too_large]
+    found += [(number, f"loses {kind} in the chat template") for number, kind in encoding.lost]
+    if found:
+        number, reason = min(found)
+        raise InputError(
+            f"{rows[number].position}: the row {reason}; mend the row or the template, or leave "
+            "such rows out with data.strict=false"
+        )
+
+
+def _nothing_left(
+    skipped: Sequence[BadRow], shortest: tuple[int, ...] | None, max_length: int, what: str
+) -> InputError:
+    if not skipped:
+        return InputError("there are no rows to encode")
+    file = skipped[0].position.file
+    if shortest is None:
+        return InputError(
+            f"{skipped[0].position}: none of the {len(skipped)} {what} can be used; "
+            f"this one {skipped[0].reason}"
+        )
+    start = f"{file}: data.max_length={max_length}: all {len(skipped)} {what} are skipped, since"
+    if any(row.reason == too_long(max_length) for row in skipped):
+        return InputError(
+            f"{start} none fits (the shortest has {shortest[1]} tokens); raise it, or set "
+            "data.long_rows=cut"
+        )
+    return InputError(
+        f"{start} no prompt leaves room for an answer (the shortest has {shortest[0]} tokens); "
+        "raise it"
+    )
+
+
+def no_room(max_length: int) -> str:
+    """Why a row is left out whose prompt is as long as a row may be."""
+    return f"has a prompt that leaves no room for an answer in {max_length} tokens"
+
+
+def too_long(max_length: int) -> str:
+    """Why a row is left out with ``data.long_rows=skip``."""
+    return f"has more than {max_length} tokens"

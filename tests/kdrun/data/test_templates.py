@@ -1,0 +1,399 @@
+"""Chat templates that leave something out, end no turn, fail, or were applied already.
+
+The letters and numbers are those under which the failures were collected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from kdrun.data.chat import USUAL_RENDERING, ChatRenderer, Rendering
+from kdrun.data.encode import encode, encode_chats
+from kdrun.data.encode_report import EncodedRows, report_on
+from kdrun.data.encoding import Example
+from kdrun.data.prepare import RawRows, encode_held_out, encode_rows
+from kdrun.data.rows import ChatRow, Message, Position
+from kdrun.data.token_cache import TokenCache
+from kdrun.errors import InputError
+from kdrun.models.generation import encode_prompt
+
+WORDS = (
+    *("<pad>", "<bos>", "<eos>", "<unk>"),
+    *("the", "cat", "dog", "sat", "on", "mat", "a", "b", "c", "d", "user", "assistant", "system"),
+)
+ADDED = ["<think>", "</think>", "</call>"]
+SPECIAL = ["<end>", "<user>"]
+PROMPT = "{% if add_generation_prompt %}assistant {% endif %}"
+CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <end> {% endfor %}" + PROMPT
+ENDLESS = CHAT.replace(" <end>", "")
+CUTS_REASONING = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'].split('</think>')[-1] }} <end> "
+    "{% endfor %}" + PROMPT
+)
+CUTS_EARLIER_REASONING = CUTS_REASONING.replace(
+    "m['content'].split('</think>')[-1]",
+    "m['content'] if loop.last else m['content'].split('</think>')[-1]",
+)
+WITHOUT_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'] }} {{ m['content'] }} <end> "
+    "{% endif %}{% endfor %}" + PROMPT
+)
+PARTS = (
+    "{% for m in messages %}{{ m['role'] }} {% for p in m['content'] %}"
+    "{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %} <end> {% endfor %}" + PROMPT
+)
+
+
+def words(template: str | None, eos: str | None = "<eos>") -> Any:
+    """A tokenizer of words, with tokens that are added and some of them special."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = {word: number for number, word in enumerate(WORDS)}
+    inner = Tokenizer(models.WordLevel(names, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<bos>",
+        eos_token=eos,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        additional_special_tokens=SPECIAL,
+    )
+    tokenizer.add_tokens(ADDED)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chat(*contents: str, number: int = 1, system: str | None = None) -> ChatRow:
+    roles = ["user", "assistant"] * len(contents)
+    messages = [Message(r, c) for r, c in zip(roles, contents, strict=False)]  # type: ignore[arg-type]
+    if system is not None:
+        messages.insert(0, Message("system", system))
+    return ChatRow(tuple(messages), Position("rows.jsonl", number))
+
+
+def read(tokenizer: Any, example: Example) -> tuple[str, str]:
+    """All tokens, and those that are supervised."""
+    ids, labels = example["input_ids"], [label for label in example["labels"] if label >= 0]
+    return (
+        " ".join(tokenizer.convert_ids_to_tokens(ids)),
+        " ".join(tokenizer.convert_ids_to_tokens(labels)),
+    )
+
+
+def encoded(tokenizer: Any, *rows: ChatRow, rendered: bool = False) -> list[tuple[str, str]]:
+    rendering = replace(USUAL_RENDERING, rendered=rendered)
+    found = encode_chats(rows, tokenizer, 100, rendering=rendering)
+    return [read(tokenizer, example) for example in found.examples]
+
+
+def strictly(tokenizer: Any, *rows: ChatRow) -> EncodedRows:
+    return report_on(rows, encode(rows, tokenizer, 100), 100, strict=True)
+
+
+class TestLost:
+    ROWS = (
+        chat("the cat", "<think> a b c </think> sat", number=1),
+        chat("the dog", "on a mat", number=2),
+        chat("a dog", "<think> d </think> mat", number=3),
+    )
+
+    def test_f1_reasoning_that_the_template_cuts_is_told(self) -> None:
+        tokenizer = words(CUTS_REASONING)
+        found = encode_chats(self.ROWS, tokenizer, 100)
+        assert read(tokenizer, found.examples[0])[1] == "sat <end>"
+        (line,) = found.report.warnings()
+        assert line.startswith(
+            "rows.jsonl: the chat template leaves out or changes part of the answer in 2 of 3 rows "
+            "(67%): lines 1, 3: the student does not learn it"
+        )
+
+    def test_f1_strict_refuses(self) -> None:
+        with pytest.raises(InputError, match=r"rows\.jsonl, line 1: the row loses part of the an"):
+            strictly(words(CUTS_REASONING), *self.ROWS)
+        assert strictly(words(CHAT), *self.ROWS).report.kept == 3
+
+    def test_f1_a_template_that_keeps_it_is_not_told(self) -> None:
+        tokenizer = words(CHAT)
+        found = encode_chats(self.ROWS, tokenizer, 100)
+        assert read(tokenizer, found.examples[0])[1] == "<think> a b c </think> sat <end>"
+        assert not found.report.warnings()
+
+    def test_f1_an_answer_that_is_lost_whole_is_skipped_and_counted(self) -> None:
+        lost = chat("the cat", "<think> sat </think>", number=4)
+        found = encode_chats([*self.ROWS, lost], words(CUTS_REASONING), 100)
+        assert found.report.kept == 3
+        assert found.report.warnings()[0] == (
+            "rows.jsonl: left out 1 of 4 rows: line 4: has an answer that the chat template leaves "
+            "out"
+        )
+        with pytest.raises(InputError, match=r"line 4: none of the 1 rows .* template leaves out"):
+            encode_chats([lost], words(CUTS_REASONING), 100)
+
+    def test_f1_reasoning_of_earlier_answers(self) -> None:
+        tokenizer = words(CUTS_EARLIER_REASONING)
+        row = chat("the cat", "<think> a </think> sat", "the dog", "<think> b </think> mat")
+        found = encode_chats([row], tokenizer, 100)
+        assert read(tokenizer, found.examples[0])[1] == "sat <end> <think> b </think> mat <end>"
+        (line,) = found.report.warnings()
+        assert "part of an earlier answer in 1 of 1 rows (100%): line 1" in line
+
+    def test_f1_an_answer_that_begins_in_the_prompt_is_whole(self) -> None:
+        tokenizer = words(CHAT.replace("assistant {% endif", "assistant <think> {% endif"))
+        found = encode_chats([self.ROWS[0]], tokenizer, 100)
+        assert read(tokenizer, found.examples[0])[1] == "a b c </think> sat <end>"
+        assert not found.report.warnings()
+
+    def test_f1_other_white_space_is_no_loss(self) -> None:
+        template = CHAT.replace("m['content']", "m['content'].split() | join('  ')")
+        assert not encode_chats(self.ROWS, words(template), 100).report.warnings()
+
+    def test_f1_generation_blocks_go_the_same_way(self) -> None:
+        template = (
+            "{{ messages | length }} {% for m in messages %}{{ m['role'] }} "
+            "{% if m['role'] == 'assistant' %}{% generation %}"
+            "{{ m['content'].split('</think>')[-1] }} <end>{% endgeneration %}"
+            "{% elif m['role'] == 'user' %}{{ m['content'] }}{% endif %} {% endfor %}"
+        )
+        tokenizer = words(template)
+        rows = [
+            *self.ROWS,
+            chat("the cat", "<think> sat </think>", number=4),
+            chat("the cat", "sat", number=5, system="the dog"),
+        ]
+        report = encode_chats(rows, tokenizer, 100).report
+        assert [bad.position.number for bad in report.skipped] == [4]
+        assert {k: [p.number for p in v] for k, v in report.lost.items()} == {
+            "part of the answer": [1, 3],
+            "the system message": [5],
+        }
+
+    def test_f1_the_token_cache_keeps_it(self, tmp_path: Any) -> None:
+        tokenizer, cache = words(CUTS_REASONING), TokenCache(tmp_path)
+        for _ in range(2):
+            found = cache.chats(self.ROWS, tokenizer, 100, "cut", USUAL_RENDERING)
+            assert found.lost == [(0, "part of the answer"), (2, "part of the answer")]
+        assert len(list(tmp_path.iterdir())) == 1
+
+    def test_f3_a_system_message_that_the_template_passes_over(self) -> None:
+        rows = [chat("the cat", "sat", system="the dog"), chat("the cat", "sat", number=2)]
+        report = encode_chats(rows, words(WITHOUT_SYSTEM), 100).report
+        assert report.kept == 2
+        (line,) = report.warnings()
+        assert "leaves out or changes the system message in 1 of 2 rows (50%): line 1" in line
+        with pytest.raises(InputError, match="line 1: the row loses the system message"):
+            strictly(words(WITHOUT_SYSTEM), *rows)
+        assert not encode_chats(rows, words(CHAT), 100).report.warnings()
+
+    def test_f3_a_system_message_in_another_place_is_no_loss(self) -> None:
+        # Mistral's templates write it in the last question.
+        template = (
+            "{% set s = messages[0]['content'] %}{% for m in messages[1:] %}{{ m['role'] }} "
+            "{{ m['content'] }} {% if loop.first %}{{ s }}{% endif %} <end> {% endfor %}" + PROMPT
+        )
+        row = chat("the cat", "sat", "the dog", "on a mat", system="b c d")
+        encoding = encode([row], words(template), 100)
+        assert read(words(template), encoding.examples[0])[0].startswith("user the cat b c d <end>")
+        assert not encoding.lost
+
+    def test_f3_a_question_that_the_template_changes(self) -> None:
+        template = CHAT.replace("m['content']", "m['content'].replace('the', 'a')")
+        (line,) = encode_chats([chat("the cat", "sat")], words(template), 100).report.warnings()
+        assert "leaves out or changes a message of the user in 1 of 1 rows" in line
+
+
+class TestParts:
+    def test_f2_a_template_of_parts_is_given_parts(self) -> None:
+        ((text, supervised),) = encoded(words(PARTS), chat("the cat", "sat on a"))
+        assert text.startswith("user the cat <end> assistant sat on a <end>")
+        assert supervised == "sat on a <end>"
+
+    def test_f2_so_are_prompts(self) -> None:
+        tokenizer = words(PARTS)
+        ids = encode_prompt(tokenizer, [Message("user", "the cat")])
+        assert tokenizer.decode(ids) == "user the cat <end> assistant"
+
+    def test_f2_it_is_said(self) -> None:
+        rows = [chat("the cat", "sat")]
+        said = "the chat template reads lists of parts only; each text is given as one part"
+        assert said in encode_held_out(rows, words(PARTS), 100)[1]
+        assert encode_rows(RawRows(rows, rows, ()), words(PARTS), 100, 0).notes.count(said) == 1
+        assert said not in encode_held_out(rows, words(CHAT), 100)[1]
+
+    def test_f2_a_template_of_both_is_given_texts(self) -> None:
+        both = PARTS.replace(
+            "{% for p in", "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in"
+        ).replace("{% endfor %} <end>", "{% endfor %}{% endif %} <end>")
+        assert not ChatRenderer(words(both)).reads_parts
+        assert encoded(words(both), chat("the cat", "sat")) == encoded(
+            words(CHAT), chat("the cat", "sat")
+        )
+
+    def test_f2_a_template_that_writes_no_answers_at_all(self) -> None:
+        template = CHAT.replace("m['content']", "m['text']")
+        with pytest.raises(InputError, match="has an answer that the chat template leaves out"):
+            encode_chats([chat("the cat", "sat")], words(template), 100)
+
+
+class TestEnds:
+    @pytest.mark.parametrize("answer", ["a b", "a b </call>", "<think> a </think>", "a <end>"])
+    def test_f16_the_words_of_an_answer_do_not_end_it(self, answer: str) -> None:
+        ((_, supervised),) = encoded(words(ENDLESS), chat("the cat", answer))
+        assert supervised == f"{answer} <eos>"
+        ((_, supervised),) = encoded(words(CHAT), chat("the cat", answer))
+        assert supervised == f"{answer} <end>"
+
+    def test_f16_in_whatever_order_the_rows_come(self) -> None:
+        rows = [chat("the cat", "a </call>"), chat("the cat", "a"), chat("the cat", "b </call>")]
+        for order in (rows, rows[::-1]):
+            found = encoded(words(ENDLESS), *order)
+            assert all(supervised.endswith("<eos>") for _, supervised in found)
+
+    def test_f50_earlier_answers_have_an_end(self) -> None:
+        (found,) = encoded(words(ENDLESS), chat("the cat", "a b", "the dog", "c d"))
+        assert found == (
+            "user the cat assistant a b <eos> user the dog assistant c d <eos>",
+            "a b <eos> c d <eos>",
+        )
+
+    def test_f50_without_knowing_where_tokens_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        tokenizer, row = words(ENDLESS), chat("the cat", "a b", "the dog", "c d", system="the mat")
+        fast = encoded(tokenizer, row)
+        monkeypatch.setattr(type(tokenizer), "is_fast", False)
+        assert encoded(tokenizer, row) == fast
+
+    @pytest.mark.parametrize("template", [ENDLESS, CHAT, None])
+    def test_f50_prompts_are_what_was_trained_on(self, template: str | None) -> None:
+        tokenizer = words(template)
+        row = chat("the cat", "a b", "the dog", "c d </call>", "a mat", "c", system="the mat")
+        (example,) = encode_chats([row], tokenizer, 100).examples
+        prompt = encode_prompt(tokenizer, row.messages[:-1])
+        assert example["input_ids"][: len(prompt)] == prompt
+        end = "<end>" if template == CHAT else "<eos>"
+        assert tokenizer.convert_ids_to_tokens(prompt).count(end) >= 2
+
+    def test_f50_the_token_that_opens_the_next_turn_is_an_end(self) -> None:
+        # As GLM's: <user> stands before every question, nothing behind answers.
+        template = ENDLESS.replace(
+            "{{ m['role'] }}", "{{ '<user>' if m['role'] == 'user' else m['role'] }}"
+        )
+        (found,) = encoded(words(template), chat("the cat", "a b", "the dog", "c d"))
+        assert found[0].count("<eos>") == 1
+        assert found[1] == "a b <user> c d <eos>"
+
+    def test_f50_a_template_without_words_behind_its_last_answer(self) -> None:
+        template = CHAT.replace(
+            " <end>", "{% if m['role'] == 'user' or not loop.last %} <end>{% endif %}"
+        )
+        (found,) = encoded(words(template), chat("the cat", "a b", "the dog", "c d"))
+        assert found[1] == "a b <end> c d <eos>"
+
+    @pytest.mark.parametrize("template", [ENDLESS, None])
+    def test_f17_no_end_at_all_is_told(self, template: str | None) -> None:
+        tokenizer = words(template, eos=None)
+        tokenizer.name_or_path = "S"
+        with pytest.raises(InputError, match=r"^S: its tokenizer has no end-of-text token.*config"):
+            encode_chats([chat("the cat", "sat")], tokenizer, 100)
+
+    def test_f17_a_template_with_an_end_needs_no_other(self) -> None:
+        ((_, supervised),) = encoded(words(CHAT, eos=None), chat("the cat", "sat"))
+        assert supervised == "sat <end>"
+
+
+class TestFailures:
+    @pytest.mark.parametrize(
+        ("code", "reason"),
+        [
+            ("{{ 'x' + tools }}", "can only concatenate str"),
+            ("{{ 'x' + (messages | length) }}", "can only concatenate str"),
+            ("{{ 1 // 0 }}", "zero"),
+            ("{{ range(1000000) }}", "Range too big"),
+            ("{% endfo %}", "unknown tag 'endfo'"),
+        ],
+    )
+    def test_f28_whatever_a_template_fails_with_is_one_line(self, code: str, reason: str) -> None:
+        with pytest.raises(InputError) as info:
+            encode_chats([chat("the cat", "sat", number=7)], words(CHAT + code), 100)
+        message = str(info.value)
+        assert "\n" not in message
+        assert "rows.jsonl, line 7: none of the 1 rows can be used" in message
+        assert "this one is refused by the chat template (" in message
+        assert reason in message
+
+    def test_f28_a_row_that_it_fails_on_is_skipped(self) -> None:
+        template = CHAT + "{% if messages[0]['content'] == 'the dog' %}{{ 'x' + 1 }}{% endif %}"
+        rows = [chat("the cat", "sat"), chat("the dog", "sat", number=2)]
+        report = encode_chats(rows, words(template), 100).report
+        assert [bad.position.number for bad in report.skipped] == [2]
+        with pytest.raises(InputError, match="line 2: the row is refused by the chat template"):
+            strictly(words(template), *rows)
+
+    def test_f41_named_templates_need_a_usual_one(self) -> None:
+        tokenizer = words(None)
+        tokenizer.name_or_path = "S"
+        tokenizer.chat_template = {"tool_use": CHAT, "rag": CHAT}
+        with pytest.raises(InputError, match=r"^S: .*templates \(rag, tool_use\) and none called"):
+            encode_chats([chat("the cat", "sat")], tokenizer, 100)
+        tokenizer.chat_template["default"] = CHAT
+        assert encoded(tokenizer, chat("the cat", "sat")) == encoded(
+            words(CHAT), chat("the cat", "sat")
+        )
+
+    def test_f31_the_file_and_the_part_are_named(self) -> None:
+        long = [chat("the cat " * 60, "sat", number=n) for n in (1, 2)]
+        held_out = [replace(row, position=Position("eval.jsonl", 1)) for row in long]
+        rows = RawRows([chat("the cat", "sat")], held_out, ())
+        with pytest.raises(
+            InputError, match=r"^eval\.jsonl: data\.max_length=64: all 2 held-out rows are skipped"
+        ):
+            encode_rows(rows, words(CHAT), 64, 0)
+
+
+class TestRendered:
+    ROW = chat("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "Hello<|im_end|>")
+    WHOLE = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>"
+
+    def test_p19_control_tokens_in_the_text_are_told_in_one_line(self, tiny_tokenizer: Any) -> None:
+        rows = [self.ROW, chat("Hi", "Hello", number=2)]
+        (line,) = encode_chats(rows, tiny_tokenizer, 100).report.warnings()
+        assert line.startswith("rows.jsonl: the text of 1 of 2 rows holds control tokens")
+        assert "such as '<|im_start|>': line 1; " in line
+        assert "data.rendered=true" in line
+
+    def test_p19_without_a_template_too(self) -> None:
+        rows = [chat("the cat", "sat <eos>")]
+        (line,) = encode_chats(rows, words(None), 100).report.warnings()
+        assert "such as '<eos>'" in line
+
+    def test_p19_rendered_rows_are_joined_as_they_are(self, tiny_tokenizer: Any) -> None:
+        rendering = Rendering(rendered=True)
+        encoding = encode([self.ROW], tiny_tokenizer, 100, rendering=rendering)
+        (example,) = encoding.examples
+        assert example["input_ids"] == tiny_tokenizer(self.WHOLE)["input_ids"]
+        labels = [label for label in example["labels"] if label >= 0]
+        assert tiny_tokenizer.decode(labels) == "Hello<|im_end|>"
+        assert not report_on([self.ROW], encoding, 100, rendered=True).report.warnings()
+
+    def test_p19_rendered_as_the_template_renders(self, tiny_tokenizer: Any) -> None:
+        ids = encode_chats([chat("Hi", "Hello")], tiny_tokenizer, 100).examples[0]["input_ids"]
+        rendered = encode([self.ROW], tiny_tokenizer, 100, rendering=Rendering(rendered=True))
+        # The template's line break behind the turn, which nothing is learned from, is all it lacks.
+        assert ids[: len(rendered.examples[0]["input_ids"])] == rendered.examples[0]["input_ids"]
+
+    def test_p19_a_rendered_answer_has_one_end(self) -> None:
+        for template in (CHAT, ENDLESS, None):
+            rows = [
+                chat("user the cat <end> assistant ", "sat <end>"),
+                chat("user the cat <end> assistant ", "sat"),
+                chat("user the cat <end> assistant ", "sat </call>"),
+            ]
+            found = [own for _, own in encoded(words(template), *rows, rendered=True)]
+            assert found == ["sat <end>", "sat <eos>", "sat </call> <eos>"]
+
+    def test_p19_rendered_prompts_are_given_as_they_are(self, tiny_tokenizer: Any) -> None:
+        ids = encode_prompt(tiny_tokenizer, self.ROW.messages[:1], Rendering(rendered=True))
+        assert tiny_tokenizer.decode(ids) == self.ROW.messages[0].content
