@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kdrun.cache.manifest import MANIFEST, Manifest, StoredFile, is_unfinished, shard_name
 from kdrun.errors import InputError, TrainingError
-from kdrun.files import LOCK, write_text
+from kdrun.files import LOCK, write_bytes, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,16 +110,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
     """
     from safetensors.torch import save
 
-    partial = path.with_name(f".{path.name}.partial")
     try:
         data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-        with open(partial, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
+        write_bytes(path, data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise _failure(path, error) from error
     return len(data)
 

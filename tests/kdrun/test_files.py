@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,24 +25,26 @@ HOLDER = (
 )
 
 
-def holder(folder: Path) -> subprocess.Popen[str]:
+@contextmanager
+def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds a folder until it is killed."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
-    return process
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_second_process_is_told_who_holds_a_folder(tmp_path: Path) -> None:
-    process = holder(tmp_path)
-    try:
+    with holder(tmp_path) as process:
         told = f"is held by process {process.pid} on {socket.gethostname()}, which is still running"
         with pytest.raises(InputError, match=told), hold_folder(tmp_path):
             pass
-    finally:
-        process.kill()
-        process.wait()
     # A dead holder keeps nothing, and leaves nothing once the next is done.
     with hold_folder(tmp_path):
         assert (tmp_path / LOCK).is_file()
@@ -51,13 +55,9 @@ def test_without_locks_of_the_system_the_files_content_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "lock_file", lambda stream, wait=False: True)
-    process = holder(tmp_path)
-    try:
+    with holder(tmp_path) as process:  # noqa: SIM117
         with pytest.raises(InputError, match=f"process {process.pid}"), hold_folder(tmp_path):
             pass
-    finally:
-        process.kill()
-        process.wait()
     with hold_folder(tmp_path):
         pass
 

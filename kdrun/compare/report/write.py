@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from kdrun.compare.report.content import ReportInput, summarise
-from kdrun.files import write_text
+from kdrun.files import write_bytes, write_text
 
 PAGE, CSV, LATEX, FIGURES = "report.html", "results.csv", "results.tex", "figures"
 
@@ -33,18 +32,9 @@ def write_report(given: ReportInput, folder: Path) -> Path:
     (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     for drawing in drawn:
         write_text(folder / FIGURES / f"{drawing.name}.svg", svg_text(drawing, WIDE))
-        _write_bytes(folder / FIGURES / f"{drawing.name}.png", png_bytes(drawing, WIDE))
+        write_bytes(folder / FIGURES / f"{drawing.name}.png", png_bytes(drawing, WIDE))
     write_text(folder / CSV, csv_text(summary))
     write_text(folder / LATEX, latex_text(summary))
     # The page last: where it is there, all it names is there.
     write_text(folder / PAGE, page(summary, drawn))
     return folder / PAGE
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
