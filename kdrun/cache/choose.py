@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
 from typing import TYPE_CHECKING
@@ -124,7 +125,8 @@ def _choose_cached(
     model: ModelConfig, distilled: LossConfig, pair: Pair, examples: Examples, loss: TokenLoss
 ) -> ChosenTeacher:
     cached = _open(model, distilled, pair, examples, loss)
-    live = _named_teacher(cached, model, pair)
+    notes: list[str] = []
+    live = _named_teacher(cached, model, pair, notes.append)
     evaluation: Teacher | None = live
     reason = (
         cached.missing(examples_in(examples.held_out))
@@ -144,7 +146,7 @@ def _choose_cached(
         cached,
         evaluation,
         {"teacher": cached.width},
-        (f"teacher: {describe_cache(cached)}", note),
+        (*notes, f"teacher: {describe_cache(cached)}", note),
     )
 
 
@@ -203,7 +205,9 @@ def _check_training(
         raise InputError(reason)
 
 
-def _named_teacher(cached: CachedTeacher, named: ModelConfig, pair: Pair) -> FrozenTeacher | None:
+def _named_teacher(
+    cached: CachedTeacher, named: ModelConfig, pair: Pair, say: Callable[[str], None]
+) -> FrozenTeacher | None:
     """The live teacher, where one is named as well, once it has proved to be the cached one."""
     import torch
 
@@ -211,7 +215,7 @@ def _named_teacher(cached: CachedTeacher, named: ModelConfig, pair: Pair) -> Fro
     from kdrun.models.heads import FrozenTeacher, find_split
 
     stored_as = named.model_copy(update={"dtype": cached.cache.manifest.dtype})
-    model = load_teacher(pair, stored_as)
+    model = load_teacher(pair, stored_as, say)
     if model is None:
         return None
     cached.cache.check_teacher(print_teacher(model), str(pair.teacher))

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from kdrun.config.sections import LoraConfig
 
 INSTALL_PEFT = "pip install 'kdlosses[lora]'"
+# What parts of stacked experts are called in checkpoints.
+_FORMER = {
+    "w1": "gate_up_proj",
+    "w3": "gate_up_proj",
+    "w2": "down_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
 
 
 def check_peft(config: LoraConfig) -> None:
@@ -41,41 +49,56 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, base: str, seed: in
             drawn before.
 
     Raises:
-        InputError: a layer that does not exist, or the output head.
+        InputError: a layer that does not exist, the output head, or settings that peft has no
+            adapters for.
     """
     import peft
     from transformers import set_seed
 
-    if isinstance(config.target_modules, tuple):
-        _check_names(model, config.target_modules)
+    modules: str | list[str] = []
+    parameters: list[str] = []
+    if isinstance(config.target_modules, str):
+        modules = config.target_modules
+    else:
+        modules, parameters = _resolve(model, config.target_modules)
     set_seed(seed)
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=_as_peft(config),
+        target_modules=modules,
+        target_parameters=parameters or None,
         use_dora=config.dora,
         task_type="CAUSAL_LM",
     )
-    with without_advice():
-        adapted = peft.get_peft_model(model, settings)
+    try:
+        with without_advice():
+            adapted = peft.get_peft_model(model, settings)
+    except ValueError as error:  # such as dropout or DoRA on stacked experts
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"lora: peft cannot put such adapters on the student ({reason}); change lora.dropout, "
+            "lora.dora or lora.target_modules"
+        ) from error
     for kept in adapted.peft_config.values():
         kept.base_model_name_or_path = base
     return adapted
 
 
-def _as_peft(config: LoraConfig) -> str | list[str]:
-    given = config.target_modules
-    return given if isinstance(given, str) else list(given)
+def _resolve(model: PreTrainedModel, names: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """What peft is to adapt: linear layers by module, experts and routers by parameter.
 
-
-def _check_names(model: PreTrainedModel, names: tuple[str, ...]) -> None:
+    Raises:
+        InputError: a name that is neither, or that of the output head.
+    """
     import torch
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
     linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
-    last_names = sorted({name.rpartition(".")[2] for name, m in linear.items() if m is not head})
+    others = _experts_and_routers(model)
+    modules: list[str] = []
+    parameters: list[str] = []
     for wanted in names:
         hit = [m for n, m in linear.items() if n == wanted or n.endswith(f".{wanted}")]
         if any(module is head for module in hit):
@@ -83,24 +106,69 @@ def _check_names(model: PreTrainedModel, names: tuple[str, ...]) -> None:
                 f"lora.target_modules: {wanted} is the output head; the losses project with its "
                 "own weight, so that an adapter on it would not be trained; leave it out"
             )
-        if not hit:
-            close = difflib.get_close_matches(wanted, last_names, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(last_names)}"
-            raise InputError(
-                f"lora.target_modules: the student has no linear layer {wanted!r}; {hint}"
-            )
+        if hit:
+            modules.append(wanted)
+        elif wanted in others:
+            parameters.append(others[wanted])
+        else:
+            known = {n.rpartition(".")[2] for n, m in linear.items() if m is not head}
+            known |= {name for name in others if name not in _FORMER and "." not in name}
+            raise InputError(_no_such_layer(wanted, sorted(known)))
+    return modules, list(dict.fromkeys(parameters))
+
+
+def _experts_and_routers(model: PreTrainedModel) -> dict[str, str]:
+    """Parameters of a mixture of experts that can be adapted, by the names that may be given.
+
+    Experts are stacked in parameters of three dimensions, and routers are modules of their own, so
+    that neither is a linear layer.
+    """
+    import torch
+
+    config = model.config.get_text_config()
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    if not experts:
+        return {}
+    found: dict[str, str] = {}
+    for name, weight in model.named_parameters():
+        owner, _, last = name.rpartition(".")
+        if weight.ndim == 3:
+            found[last] = last
+            inside = f"{owner.rpartition('.')[2]}.{last}"
+            found[inside] = inside
+        elif last == "weight" and weight.ndim == 2 and weight.shape[0] == experts:
+            module = model.get_submodule(owner)
+            if not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+                router = owner.rpartition(".")[2]
+                found[router] = f"{router}.weight"
+    former = {old: new for old, new in _FORMER.items() if new in found}
+    return former | found
+
+
+def _no_such_layer(wanted: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(wanted, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+    return f"lora.target_modules: the student has no linear layer {wanted!r}; {hint}"
 
 
 def describe_adapters(model: Any, config: LoraConfig) -> str:
-    """Kind, rank and size of adapters."""
+    """Kind, rank, size and places of adapters."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kind = "DoRA" if config.dora else "LoRA"
-    return f"adapters: {kind} of rank {config.rank}, {trained / 1e6:.2f} M parameters are trained"
+    tuner = model.base_model
+    places = {name.rpartition(".")[2] for name in tuner.targeted_module_names}
+    places |= {".".join(name.split(".")[-2:]) for name in tuner.targeted_parameter_names}
+    return (
+        f"adapters: {kind} of rank {config.rank} on {', '.join(sorted(places))}; "
+        f"{trained / 1e6:.2f} M parameters are trained"
+    )
 
 
 @contextmanager
 def without_advice() -> Iterator[None]:
-    """Leave out what peft's own calls to transformers bring up: they are not the user's."""
+    """Leave out what peft's own calls bring up, in transformers and in peft: not the user's."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
+        # Of experts, whose ranks peft itself has set.
+        warnings.filterwarnings("ignore", ".*_pattern keys did not match", RuntimeWarning)
         yield

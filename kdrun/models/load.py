@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kdrun.errors import InputError
+from kdrun.models.base_print import check_base
 from kdrun.models.failures import one_clear_line
 from kdrun.models.locate import ModelSource
 from kdrun.models.merge import describe_unread, merge_adapter
@@ -38,11 +39,13 @@ def load_model(
         dequantised, and is then a model like any other: it can be trained and saved.
 
     Raises:
-        InputError: It cannot be loaded, is not a causal language model, misses weights, or is
-            quantised by a method that is not known.
+        InputError: It cannot be loaded, is not a causal language model, misses weights, is
+            quantised by a method that is not known, or is not the one that an adapter was trained
+            on.
     """
     from transformers import AutoModelForCausalLM
 
+    check_base(source)
     base = source.base
     options = _gguf_options(base.gguf_file) if base.gguf_file else {}
     with one_clear_line(base, "model"):

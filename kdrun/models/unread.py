@@ -1,4 +1,4 @@
-"""Weight files in a model's folder that are not read."""
+"""Weight files in a model's folder: those that are read, and others."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ _ADAPTERS = (ADAPTER_WEIGHTS, "adapter_model.bin")
 _SHOWN = 3
 
 
+def weight_files(source: ModelSource) -> list[Path]:
+    """The files that a model on this machine and its adapters are read from, in their order."""
+    files = [Path(source.path) / name for name in sorted(_read_of_base(source))]
+    for adapter in map(Path, source.adapters):
+        files += [adapter / name for name in sorted(_first_of(adapter, _ADAPTERS))]
+    return [file for file in files if file.is_file()]
+
+
+def _read_of_base(source: ModelSource) -> set[str]:
+    return {source.gguf_file} if source.gguf_file else _first_of(Path(source.path), _BASES)
+
+
 def describe_unread_files(source: ModelSource) -> list[str]:
     """A line for each folder of a model with weight files that are not read from it.
 
@@ -29,9 +41,7 @@ def describe_unread_files(source: ModelSource) -> list[str]:
     """
     lines = []
     if source.is_local:
-        folder = Path(source.path)
-        read = {source.gguf_file} if source.gguf_file else _first_of(folder, _BASES)
-        lines += _describe(folder, read)
+        lines += _describe(Path(source.path), _read_of_base(source))
     for adapter in map(Path, source.adapters):
         lines += _describe(adapter, _first_of(adapter, _ADAPTERS))
     return lines

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from kdrun.evaluation.yardsticks import YARDSTICKS
 from kdrun.files import list_files, write_json, write_lines
+from kdrun.models.base_print import keep_base_print
 from kdrun.models.locate import STUDENT
 from kdrun.run import folder as runs
 from kdrun.run.environment import git_state, versions
@@ -50,7 +51,7 @@ def finish(
     """
     trainer = built.trainer
     after = held_out_measures(trainer)
-    save_student(trainer, start, built.config.lora.merge)
+    save_student(trainer, start, built.config.lora.merge, loaded.base)
     if loaded.questions:
         after |= _ask(built, loaded, start)
     written = {} if trainer.session is None else trainer.session.figures()
@@ -88,13 +89,14 @@ def _ask(built: Built, loaded: Loaded, start: Start) -> dict[str, Any]:
     return {f"eval_{name}": value for name, value in mean_scores(answers).items()}
 
 
-def save_student(trainer: DistillTrainer, start: Start, merge: bool) -> None:
+def save_student(trainer: DistillTrainer, start: Start, merge: bool, base: str | None) -> None:
     """Write the student as a Hugging Face folder.
 
     Args:
         trainer: has it.
         start: gives the folder.
         merge: merge the adapters into it, and keep them beside it.
+        base: fingerprint of the model below its adapters, if it has any.
     """
     from kdrun.models.heads import uninstall
     from kdrun.models.shard import gather
@@ -108,14 +110,14 @@ def save_student(trainer: DistillTrainer, start: Start, merge: bool) -> None:
     uninstall(model)
     folder = start.folder
     if merge:
-        _save(model, tokenizer, folder / runs.ADAPTER)
-        model = model.merge_and_unload()
+        _save(model, tokenizer, folder / runs.ADAPTER, base)
+        model, base = model.merge_and_unload(), None
     else:  # of an earlier student, which was merged
         shutil.rmtree(folder / runs.ADAPTER, ignore_errors=True)
-    _save(model, tokenizer, folder / STUDENT, **weights)
+    _save(model, tokenizer, folder / STUDENT, base, **weights)
 
 
-def _save(model: Any, tokenizer: Any, folder: Path, **weights: Any) -> None:
+def _save(model: Any, tokenizer: Any, folder: Path, base: str | None, **weights: Any) -> None:
     """Write a model's folder beside the old one, and put it in its place once it is whole.
 
     Files of an earlier student, such as an adapter, would else be loaded with the new ones.
@@ -128,6 +130,7 @@ def _save(model: Any, tokenizer: Any, folder: Path, **weights: Any) -> None:
     tokenizer.save_pretrained(partial)
     # An adapter's folder too: a server that merges it finds the end tokens there.
     causal_lm(model).generation_config.save_pretrained(partial)
+    keep_base_print(partial, base)
     list_files(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)

@@ -13,8 +13,10 @@ from kdrun.data.chat import Rendering
 from kdrun.errors import InputError
 from kdrun.losses.build import build_loss, notes_on_names, unchunked
 from kdrun.models.adapters import add_adapters, describe_adapters
+from kdrun.models.base_print import print_weights
 from kdrun.models.context import context_limit
 from kdrun.models.ends import own_ends, settle_generation, stop_tokens, taught_ends
+from kdrun.models.locate import ModelSource
 from kdrun.models.pairs import Pair, describe_cut, describe_model, load_student
 from kdrun.run import folder as runs
 
@@ -34,12 +36,14 @@ class Loaded:
         student: the causal language model, under peft where adapters are trained.
         questions: held-out prompts that the trained student answers.
         initial: fingerprint of the student's weights before any step.
+        base: of the files of the model below the student's adapters; None without adapters.
     """
 
     teacher: ChosenTeacher
     student: Any
     questions: Sequence[Question]
     initial: TeacherPrint | None
+    base: str | None = None
 
 
 def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
@@ -78,15 +82,16 @@ def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
     for line in _settle_ends(student, teacher, prepared, config.procedure.spec is not None):
         start.say(line)
     initial = print_teacher(student)
+    base = None
     if config.lora.rank is not None:
-        student = _with_adapters(student, pair, config.lora, config.training.seed, start)
+        base, student = _with_adapters(student, pair, config.lora, config.training.seed, start)
         start.say(describe_adapters(student, config.lora))
     if questions and start.world.size > 1:
         raise InputError(
             "evaluation.answers: not in several processes; set it to 0, and let 'kdrun evaluate' "
             "ask the trained student"
         )
-    return Loaded(teacher, student, questions, initial)
+    return Loaded(teacher, student, questions, initial, base)
 
 
 def _settle_ends(
@@ -120,14 +125,23 @@ def _settle_ends(
     return notes
 
 
-def _with_adapters(student: Any, pair: Pair, lora: LoraConfig, seed: int, start: Start) -> Any:
-    """The student with adapters, whose base model is on disk under the name they keep."""
-    base = str(pair.student)
+def _with_adapters(
+    student: Any, pair: Pair, lora: LoraConfig, seed: int, start: Start
+) -> tuple[str | None, Any]:
+    """The student with adapters, whose base model is on disk under the name they keep.
+
+    Returns:
+        The fingerprint of the base model's files, on the main process, and the student.
+    """
+    base, source = str(pair.student), pair.student
     if pair.fresh_student:  # nothing else has these weights, and an adapter is of no use alone
         base = str((start.folder / runs.BASE).resolve())
         if start.world.is_main:
             student.save_pretrained(base)
             pair.tokenizer.save_pretrained(base)
+        source = ModelSource(base)
     elif pair.student.is_local:
         base = str(Path(base).resolve())
-    return add_adapters(student, lora, base, seed)
+    # Others would read a base model that the main process has not written yet.
+    below = print_weights(source) if start.world.is_main else None
+    return below, add_adapters(student, lora, base, seed)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from bare import bare_arguments
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -328,6 +328,41 @@ def test_a_run_that_was_moved_with_its_base_still_loads(adapted: Path, tmp_path:
     (tmp_path / "moved" / "base").unlink()
     with pytest.raises(InputError, match="base model /was/here/base is not there"):
         locate_model(tmp_path / "moved" / "student")
+
+
+def test_f26_another_base_of_the_same_shape_is_refused(
+    adapted: Path, distil: Distil, tiny_pair: Any, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(tiny_pair.student, first)
+    run = distil(tmp_path / "run", model__student=str(first), lora__merge=True, **LORA)
+    below = str(adapted / "student")
+    nested = distil(tmp_path / "nested", model__student=below, **LORA) / "student"
+    assert not (run / "student" / "base_model.json").exists()
+    adapter, moved = run / "adapter", tmp_path / "moved"
+    ours = logits(load_model(locate_model(adapter)))
+    half = load_model(locate_model(adapter), dtype="bfloat16")
+    assert half.dtype == torch.bfloat16
+    shutil.copytree(adapter, moved)
+    first.rename(second)
+    kept = json.loads((moved / "adapter_config.json").read_text())
+    kept["base_model_name_or_path"] = str(second)
+    (moved / "adapter_config.json").write_text(json.dumps(kept))
+    torch.testing.assert_close(logits(load_model(locate_model(moved))), ours, rtol=0, atol=0)
+    weights = load_file(second / "model.safetensors")
+    save_file({n: x + 0.01 for n, x in weights.items()}, second / "model.safetensors")
+    with pytest.raises(InputError, match="second are not those that the adapter was trained on"):
+        load_model(locate_model(moved))
+    (moved / "base_model.json").unlink()
+    assert torch.isfinite(logits(load_model(locate_model(moved)))).all()
+    (moved / "base_model.json").write_text("{")
+    with pytest.raises(InputError, match=r"base_model\.json is damaged; remove it"):
+        load_model(locate_model(moved))
+    assert torch.isfinite(logits(load_model(locate_model(nested)))).all()
+    kept = json.loads((nested / "base_model.json").read_text())
+    (nested / "base_model.json").write_text(json.dumps({"weights": kept["weights"][::-1]}))
+    with pytest.raises(InputError, match=f"its base model {below} are not"):
+        load_model(locate_model(nested))
 
 
 def test_the_built_in_student_is_saved_for_its_adapter(distil: Distil, tmp_path: Path) -> None:
