@@ -253,6 +253,12 @@ class TestEnds:
             found = encoded(words(ENDLESS), *order)
             assert all(supervised.endswith("<eos>") for _, supervised in found)
 
+    def test_f16_a_turn_that_begins_with_what_follows_from_its_words(self) -> None:
+        length = "{% if m['role'] == 'assistant' %}{{ m['content'] | length }} {% endif %}"
+        template = CHAT.replace("{{ m['content'] }}", length + "{{ m['content'] }}")
+        ((_, supervised),) = encoded(words(template), chat("the cat", "sat"))
+        assert supervised == "<unk> sat <end>"
+
     def test_f50_earlier_answers_have_an_end(self) -> None:
         (found,) = encoded(words(ENDLESS), chat("the cat", "a b", "the dog", "c d"))
         assert found == (
