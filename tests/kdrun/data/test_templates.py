@@ -5,7 +5,11 @@ The letters and numbers are those under which the failures were collected.
 
 from __future__ import annotations
 
+import copy
+import importlib.util
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,6 +208,33 @@ class TestLost:
         template = CHAT.replace("m['content']", "m['content'].replace('the', 'a')")
         (line,) = encode_chats([chat("the cat", "sat")], words(template), 100).report.warnings()
         assert "leaves out or changes a message of the user in 1 of 1 rows" in line
+
+
+def test_templates_in_use_lose_nothing_of_plain_rows(tiny_tokenizer: Any) -> None:
+    """Those that TRL keeps of current models."""
+    spec = importlib.util.find_spec("trl")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package trl is not installed")
+    files = sorted((Path(spec.origin).parent / "chat_templates").glob("*.jinja"))
+    assert files
+    rows = [
+        chat("What is it?", "An apple."),
+        chat("What is it?", "An apple.", "And that?", "A pear."),
+        chat("What is it?", "An apple.", system="Be brief, my friend."),
+    ]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    own = sorted({token for text in texts for token in re.findall(r"<\|\w+\|>", text)})
+    tokenizer.add_special_tokens({"additional_special_tokens": own})
+    for file, text in zip(files, texts, strict=True):
+        tokenizer.chat_template = text
+        encoding = encode(rows, tokenizer, 10_000)
+        assert not encoding.lost, file.name
+        assert all("System role" in reason for _, reason in encoding.skipped), file.name
+        for row, example in zip(rows, encoding.examples, strict=False):
+            learned = tokenizer.decode([label for label in example["labels"] if label >= 0])
+            for message in row.messages:
+                assert (message.role == "assistant") == (message.content in learned), file.name
 
 
 class TestParts:
