@@ -98,7 +98,10 @@ class DataConfig(_Section):
         description="cut plain text into windows at other places in each epoch; false cuts it "
         "once, which a teacher cache needs",
     )
-    strict: bool = Field(False, description="refuse unusable rows instead of skipping them")
+    strict: bool = Field(
+        False,
+        description="refuse rows that are unusable, or that the chat template does not write whole",
+    )
     accept_changes: bool = Field(
         False,
         description="resume although rows, tokenizer or models are not those that the run began "

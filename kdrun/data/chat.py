@@ -275,8 +275,12 @@ class ChatRenderer:
         is_last = turn == len(messages) - 1
         ending = self._endings.get(is_last)
         if ending is None or not own.endswith(ending):
-            ending = text[self._end_of_content(messages, turn, text) : span.end]
-            self._endings.setdefault(is_last, ending)
+            try:
+                ending = text[self._end_of_content(messages, turn, text) : span.end]
+            except HiddenAnswersError:  # what stands before an answer follows from it
+                ending = own
+            else:
+                self._endings.setdefault(is_last, ending)
         if not ending.strip():
             return True
         return is_last and not self._ends.is_end(ending)

@@ -84,7 +84,7 @@ def report_on(
     max_length: int,
     rendered: bool = False,
     strict: bool = False,
-    what: str = "rows",
+    part: str = "",
 ) -> EncodedRows:
     """Name the rows that were skipped, cut, or not written whole by the chat template.
 
@@ -95,7 +95,7 @@ def report_on(
         rendered: Whether the rows were rendered already, and control tokens belong to them.
         strict: Refuse the first row that the chat template refuses or does not write whole; what
             does not fit the length is no mistake of a row.
-        what: Which rows they are, such as ``held-out rows``.
+        part: Which rows they are, such as ``held-out``.
 
     Raises:
         InputError: No row is left, or with ``strict`` one is not whole.
@@ -105,7 +105,7 @@ def report_on(
     if strict:
         _refuse_losses(rows, encoding, max_length)
     if not examples:
-        raise _nothing_left(skipped, encoding.shortest, max_length, what)
+        raise _nothing_left(skipped, encoding.shortest, max_length, f"{part} " if part else "")
     lost: dict[str, tuple[Position, ...]] = {}
     for number, kind in encoding.lost:
         lost[kind] = (*lost.get(kind, ()), rows[number].position)
@@ -148,31 +148,30 @@ def _refuse_losses(rows: Sequence[ChatRow], encoding: Encoding, max_length: int)
     if found:
         number, reason = min(found)
         raise InputError(
-            f"{rows[number].position}: the row {reason}; mend the row or the template, or leave "
-            "such rows out with data.strict=false"
+            f"{rows[number].position}: the row {reason}; mend the row or the template, or "
+            "set data.strict=false"
         )
 
 
 def _nothing_left(
-    skipped: Sequence[BadRow], shortest: tuple[int, ...] | None, max_length: int, what: str
+    skipped: Sequence[BadRow], shortest: tuple[int, ...] | None, max_length: int, part: str
 ) -> InputError:
     if not skipped:
         return InputError("there are no rows to encode")
-    file = skipped[0].position.file
     if shortest is None:
         return InputError(
-            f"{skipped[0].position}: none of the {len(skipped)} {what} can be used; "
+            f"{skipped[0].position}: none of the {len(skipped)} {part}rows can be used; "
             f"this one {skipped[0].reason}"
         )
-    start = f"{file}: data.max_length={max_length}: all {len(skipped)} {what} are skipped, since"
+    start = f"{skipped[0].position.file}: data.max_length={max_length}: all {len(skipped)} {part}"
     if any(row.reason == too_long(max_length) for row in skipped):
         return InputError(
-            f"{start} none fits (the shortest has {shortest[1]} tokens); raise it, or set "
-            "data.long_rows=cut"
+            f"{start}rows are skipped, since none fits (the shortest has {shortest[1]} tokens); "
+            "raise it, or set data.long_rows=cut"
         )
     return InputError(
-        f"{start} no prompt leaves room for an answer (the shortest has {shortest[0]} tokens); "
-        "raise it"
+        f"{start}rows are skipped, since no prompt leaves room for an answer (the shortest has "
+        f"{shortest[0]} tokens); raise it"
     )
 
 

@@ -74,20 +74,20 @@ class Encoder:
     left_out: Mapping[str, int]
     strict: bool
 
-    def __call__(self, rows: Sequence[Row], seed: int, phase: bool, what: str) -> Encoded:
+    def __call__(self, rows: Sequence[Row], seed: int, phase: bool, part: str) -> Encoded:
         """Encode rows.
 
         Args:
             rows: all texts, or all conversations.
             seed: decides where windows of text start.
             phase: whether they move from epoch to epoch.
-            what: which rows they are, for messages.
+            part: which rows they are, ``training`` or ``held-out``, for messages.
 
         Raises:
             InputError: none fits ``max_length``, or with ``strict`` one is not whole.
         """
         if isinstance(rows[0], ChatRow):
-            return self._chats(rows, what)  # type: ignore[arg-type]
+            return self._chats(rows, part)  # type: ignore[arg-type]
         # Imported here: this module also reads rows, before torch is needed.
         from kdrun.data.windows import TextWindows
 
@@ -123,11 +123,11 @@ class Encoder:
             raise InputError(f"{bad[0].position}: no text can be used; this one {bad[0].reason}")
         return kept, describe_bad_rows(bad, len(rows))
 
-    def _chats(self, rows: Sequence[ChatRow], what: str) -> Encoded:
+    def _chats(self, rows: Sequence[ChatRow], part: str) -> Encoded:
         settings = (rows, self.tokenizer, self.max_length, self.long_rows, self.rendering)
         encoding = encode(*settings) if self.cache is None else self.cache.chats(*settings)
         encoded = report_on(
-            rows, encoding, self.max_length, self.rendering.rendered, self.strict, what
+            rows, encoding, self.max_length, self.rendering.rendered, self.strict, part
         )
         report = encoded.report
         summary = (

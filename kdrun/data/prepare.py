@@ -226,8 +226,8 @@ def encode_rows(
         InputError: no row fits ``max_length``, or a row is not whole.
     """
     encode = Encoder(tokenizer, max_length, long_rows, cache, rendering, left_out, strict)
-    train = encode(rows.train, seed, shift_windows, "training rows")
-    held_out = encode(rows.held_out, 0, False, "held-out rows")
+    train = encode(rows.train, seed, shift_windows, "training")
+    held_out = encode(rows.held_out, 0, False, "held-out")
     notes = [
         *encode.notes_on_template(rows.train),
         *(f"training rows: {line}" for line in train.notes),
@@ -259,7 +259,7 @@ def encode_held_out(
         InputError: no row fits ``max_length``, or with ``strict`` one is not whole.
     """
     encode = Encoder(tokenizer, max_length, long_rows, cache, rendering, left_out, strict)
-    encoded = encode(rows, 0, False, "held-out rows")
+    encoded = encode(rows, 0, False, "held-out")
     return encoded.examples, [*encoded.notes, *encode.notes_on_template(rows)]
 
 

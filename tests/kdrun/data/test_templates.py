@@ -1,94 +1,39 @@
-"""Chat templates that leave something out, end no turn, fail, or were applied already.
+"""Chat templates that leave something out, read parts only, or fail.
 
 The letters and numbers are those under which the failures were collected.
 """
 
 from __future__ import annotations
 
+import copy
+import importlib.util
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from word_chats import (
+    CHAT,
+    CUTS_EARLIER_REASONING,
+    CUTS_REASONING,
+    PARTS,
+    PROMPT,
+    WITHOUT_SYSTEM,
+    chat,
+    encoded,
+    read,
+    words,
+)
 
-from kdrun.data.chat import USUAL_RENDERING, ChatRenderer, Rendering
+from kdrun.data.chat import USUAL_RENDERING, ChatRenderer
 from kdrun.data.encode import encode, encode_chats
 from kdrun.data.encode_report import EncodedRows, report_on
-from kdrun.data.encoding import Example
 from kdrun.data.prepare import RawRows, encode_held_out, encode_rows
 from kdrun.data.rows import ChatRow, Message, Position
 from kdrun.data.token_cache import TokenCache
 from kdrun.errors import InputError
 from kdrun.models.generation import encode_prompt
-
-WORDS = (
-    *("<pad>", "<bos>", "<eos>", "<unk>"),
-    *("the", "cat", "dog", "sat", "on", "mat", "a", "b", "c", "d", "user", "assistant", "system"),
-)
-ADDED = ["<think>", "</think>", "</call>"]
-SPECIAL = ["<end>", "<user>"]
-PROMPT = "{% if add_generation_prompt %}assistant {% endif %}"
-CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <end> {% endfor %}" + PROMPT
-ENDLESS = CHAT.replace(" <end>", "")
-CUTS_REASONING = (
-    "{% for m in messages %}{{ m['role'] }} {{ m['content'].split('</think>')[-1] }} <end> "
-    "{% endfor %}" + PROMPT
-)
-CUTS_EARLIER_REASONING = CUTS_REASONING.replace(
-    "m['content'].split('</think>')[-1]",
-    "m['content'] if loop.last else m['content'].split('</think>')[-1]",
-)
-WITHOUT_SYSTEM = (
-    "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'] }} {{ m['content'] }} <end> "
-    "{% endif %}{% endfor %}" + PROMPT
-)
-PARTS = (
-    "{% for m in messages %}{{ m['role'] }} {% for p in m['content'] %}"
-    "{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %} <end> {% endfor %}" + PROMPT
-)
-
-
-def words(template: str | None, eos: str | None = "<eos>") -> Any:
-    """A tokenizer of words, with tokens that are added and some of them special."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    names = {word: number for number, word in enumerate(WORDS)}
-    inner = Tokenizer(models.WordLevel(names, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<bos>",
-        eos_token=eos,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        additional_special_tokens=SPECIAL,
-    )
-    tokenizer.add_tokens(ADDED)
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def chat(*contents: str, number: int = 1, system: str | None = None) -> ChatRow:
-    roles = ["user", "assistant"] * len(contents)
-    messages = [Message(r, c) for r, c in zip(roles, contents, strict=False)]  # type: ignore[arg-type]
-    if system is not None:
-        messages.insert(0, Message("system", system))
-    return ChatRow(tuple(messages), Position("rows.jsonl", number))
-
-
-def read(tokenizer: Any, example: Example) -> tuple[str, str]:
-    """All tokens, and those that are supervised."""
-    ids, labels = example["input_ids"], [label for label in example["labels"] if label >= 0]
-    return (
-        " ".join(tokenizer.convert_ids_to_tokens(ids)),
-        " ".join(tokenizer.convert_ids_to_tokens(labels)),
-    )
-
-
-def encoded(tokenizer: Any, *rows: ChatRow, rendered: bool = False) -> list[tuple[str, str]]:
-    rendering = replace(USUAL_RENDERING, rendered=rendered)
-    found = encode_chats(rows, tokenizer, 100, rendering=rendering)
-    return [read(tokenizer, example) for example in found.examples]
 
 
 def strictly(tokenizer: Any, *rows: ChatRow) -> EncodedRows:
@@ -206,6 +151,33 @@ class TestLost:
         assert "leaves out or changes a message of the user in 1 of 1 rows" in line
 
 
+def test_templates_in_use_lose_nothing_of_plain_rows(tiny_tokenizer: Any) -> None:
+    """Those that TRL keeps of current models."""
+    spec = importlib.util.find_spec("trl")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package trl is not installed")
+    files = sorted((Path(spec.origin).parent / "chat_templates").glob("*.jinja"))
+    assert files
+    rows = [
+        chat("What is it?", "An apple."),
+        chat("What is it?", "An apple.", "And that?", "A pear."),
+        chat("What is it?", "An apple.", system="Be brief, my friend."),
+    ]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    own = sorted({token for text in texts for token in re.findall(r"<\|\w+\|>", text)})
+    tokenizer.add_special_tokens({"additional_special_tokens": own})
+    for file, text in zip(files, texts, strict=True):
+        tokenizer.chat_template = text
+        encoding = encode(rows, tokenizer, 10_000)
+        assert not encoding.lost, file.name
+        assert all("System role" in reason for _, reason in encoding.skipped), file.name
+        for row, example in zip(rows, encoding.examples, strict=False):
+            learned = tokenizer.decode([label for label in example["labels"] if label >= 0])
+            for message in row.messages:
+                assert (message.role == "assistant") == (message.content in learned), file.name
+
+
 class TestParts:
     def test_f2_a_template_of_parts_is_given_parts(self) -> None:
         ((text, supervised),) = encoded(words(PARTS), chat("the cat", "sat on a"))
@@ -237,71 +209,6 @@ class TestParts:
         template = CHAT.replace("m['content']", "m['text']")
         with pytest.raises(InputError, match="has an answer that the chat template leaves out"):
             encode_chats([chat("the cat", "sat")], words(template), 100)
-
-
-class TestEnds:
-    @pytest.mark.parametrize("answer", ["a b", "a b </call>", "<think> a </think>", "a <end>"])
-    def test_f16_the_words_of_an_answer_do_not_end_it(self, answer: str) -> None:
-        ((_, supervised),) = encoded(words(ENDLESS), chat("the cat", answer))
-        assert supervised == f"{answer} <eos>"
-        ((_, supervised),) = encoded(words(CHAT), chat("the cat", answer))
-        assert supervised == f"{answer} <end>"
-
-    def test_f16_in_whatever_order_the_rows_come(self) -> None:
-        rows = [chat("the cat", "a </call>"), chat("the cat", "a"), chat("the cat", "b </call>")]
-        for order in (rows, rows[::-1]):
-            found = encoded(words(ENDLESS), *order)
-            assert all(supervised.endswith("<eos>") for _, supervised in found)
-
-    def test_f50_earlier_answers_have_an_end(self) -> None:
-        (found,) = encoded(words(ENDLESS), chat("the cat", "a b", "the dog", "c d"))
-        assert found == (
-            "user the cat assistant a b <eos> user the dog assistant c d <eos>",
-            "a b <eos> c d <eos>",
-        )
-
-    def test_f50_without_knowing_where_tokens_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        tokenizer, row = words(ENDLESS), chat("the cat", "a b", "the dog", "c d", system="the mat")
-        fast = encoded(tokenizer, row)
-        monkeypatch.setattr(type(tokenizer), "is_fast", False)
-        assert encoded(tokenizer, row) == fast
-
-    @pytest.mark.parametrize("template", [ENDLESS, CHAT, None])
-    def test_f50_prompts_are_what_was_trained_on(self, template: str | None) -> None:
-        tokenizer = words(template)
-        row = chat("the cat", "a b", "the dog", "c d </call>", "a mat", "c", system="the mat")
-        (example,) = encode_chats([row], tokenizer, 100).examples
-        prompt = encode_prompt(tokenizer, row.messages[:-1])
-        assert example["input_ids"][: len(prompt)] == prompt
-        end = "<end>" if template == CHAT else "<eos>"
-        assert tokenizer.convert_ids_to_tokens(prompt).count(end) >= 2
-
-    def test_f50_the_token_that_opens_the_next_turn_is_an_end(self) -> None:
-        # As GLM's: <user> stands before every question, nothing behind answers.
-        template = ENDLESS.replace(
-            "{{ m['role'] }}", "{{ '<user>' if m['role'] == 'user' else m['role'] }}"
-        )
-        (found,) = encoded(words(template), chat("the cat", "a b", "the dog", "c d"))
-        assert found[0].count("<eos>") == 1
-        assert found[1] == "a b <user> c d <eos>"
-
-    def test_f50_a_template_without_words_behind_its_last_answer(self) -> None:
-        template = CHAT.replace(
-            " <end>", "{% if m['role'] == 'user' or not loop.last %} <end>{% endif %}"
-        )
-        (found,) = encoded(words(template), chat("the cat", "a b", "the dog", "c d"))
-        assert found[1] == "a b <end> c d <eos>"
-
-    @pytest.mark.parametrize("template", [ENDLESS, None])
-    def test_f17_no_end_at_all_is_told(self, template: str | None) -> None:
-        tokenizer = words(template, eos=None)
-        tokenizer.name_or_path = "S"
-        with pytest.raises(InputError, match=r"^S: its tokenizer has no end-of-text token.*config"):
-            encode_chats([chat("the cat", "sat")], tokenizer, 100)
-
-    def test_f17_a_template_with_an_end_needs_no_other(self) -> None:
-        ((_, supervised),) = encoded(words(CHAT, eos=None), chat("the cat", "sat"))
-        assert supervised == "sat <end>"
 
 
 class TestFailures:
@@ -351,49 +258,3 @@ class TestFailures:
             InputError, match=r"^eval\.jsonl: data\.max_length=64: all 2 held-out rows are skipped"
         ):
             encode_rows(rows, words(CHAT), 64, 0)
-
-
-class TestRendered:
-    ROW = chat("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "Hello<|im_end|>")
-    WHOLE = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>"
-
-    def test_p19_control_tokens_in_the_text_are_told_in_one_line(self, tiny_tokenizer: Any) -> None:
-        rows = [self.ROW, chat("Hi", "Hello", number=2)]
-        (line,) = encode_chats(rows, tiny_tokenizer, 100).report.warnings()
-        assert line.startswith("rows.jsonl: the text of 1 of 2 rows holds control tokens")
-        assert "such as '<|im_start|>': line 1; " in line
-        assert "data.rendered=true" in line
-
-    def test_p19_without_a_template_too(self) -> None:
-        rows = [chat("the cat", "sat <eos>")]
-        (line,) = encode_chats(rows, words(None), 100).report.warnings()
-        assert "such as '<eos>'" in line
-
-    def test_p19_rendered_rows_are_joined_as_they_are(self, tiny_tokenizer: Any) -> None:
-        rendering = Rendering(rendered=True)
-        encoding = encode([self.ROW], tiny_tokenizer, 100, rendering=rendering)
-        (example,) = encoding.examples
-        assert example["input_ids"] == tiny_tokenizer(self.WHOLE)["input_ids"]
-        labels = [label for label in example["labels"] if label >= 0]
-        assert tiny_tokenizer.decode(labels) == "Hello<|im_end|>"
-        assert not report_on([self.ROW], encoding, 100, rendered=True).report.warnings()
-
-    def test_p19_rendered_as_the_template_renders(self, tiny_tokenizer: Any) -> None:
-        ids = encode_chats([chat("Hi", "Hello")], tiny_tokenizer, 100).examples[0]["input_ids"]
-        rendered = encode([self.ROW], tiny_tokenizer, 100, rendering=Rendering(rendered=True))
-        # The template's line break behind the turn, which nothing is learned from, is all it lacks.
-        assert ids[: len(rendered.examples[0]["input_ids"])] == rendered.examples[0]["input_ids"]
-
-    def test_p19_a_rendered_answer_has_one_end(self) -> None:
-        for template in (CHAT, ENDLESS, None):
-            rows = [
-                chat("user the cat <end> assistant ", "sat <end>"),
-                chat("user the cat <end> assistant ", "sat"),
-                chat("user the cat <end> assistant ", "sat </call>"),
-            ]
-            found = [own for _, own in encoded(words(template), *rows, rendered=True)]
-            assert found == ["sat <end>", "sat <eos>", "sat </call> <eos>"]
-
-    def test_p19_rendered_prompts_are_given_as_they_are(self, tiny_tokenizer: Any) -> None:
-        ids = encode_prompt(tiny_tokenizer, self.ROW.messages[:1], Rendering(rendered=True))
-        assert tiny_tokenizer.decode(ids) == self.ROW.messages[0].content
