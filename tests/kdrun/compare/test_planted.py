@@ -150,4 +150,4 @@ def test_options_that_nothing_would_read_are_refused(arguments: tuple[object, ..
 
     done = CliRunner().invoke(cli, ["compare-losses", *map(str, arguments)])
     assert done.exit_code == UsageError.exit_code
-    assert "goes with --launcher" in done.stderr
+    assert "requires --launcher" in done.stderr

@@ -163,7 +163,7 @@ def test_without_rows_and_tasks_there_is_nothing_to_measure(model_folder: Path) 
         invoke(model_folder)
     alone = invoke(model_folder, "--task-limit", 3)
     assert alone.exit_code == 2
-    assert "goes with --task" in alone.output
+    assert "requires --task" in alone.output
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
