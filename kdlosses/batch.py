@@ -52,7 +52,7 @@ class Batch:
         for name, source in sides.items():
             if source.leading_shape != labels.shape:
                 raise ValueError(
-                    f"{name}: positions {list(source.leading_shape)} differ from those of labels "
+                    f"{name}: positions {list(source.leading_shape)} differ from the shape of labels "
                     f"{list(labels.shape)}"
                 )
         _check_spread(student, given)
@@ -61,13 +61,13 @@ class Batch:
             size = min(size, vocab_size)
         if isinstance(student, VocabParallel) and size <= student.last:
             raise ValueError(
-                f"student: cut to {size} tokens, its last process, whose tokens begin at "
-                f"{student.last}, would have none; spread the heads after cutting them"
+                f"student: if cut to {size} tokens, the last process, whose tokens begin at "
+                f"{student.last}, has none; shard the heads after cutting them"
             )
         if isinstance(given, Compressed) and given.vocab_size > size:
             raise ValueError(
-                f"teacher: was compressed over {given.vocab_size} tokens, the shared vocabulary "
-                f"has {size}; cut its logits to that before compressing them"
+                f"teacher: was compressed over {given.vocab_size} tokens, but the shared vocabulary "
+                f"has {size}; cut the logits to this size before compressing them"
             )
         rows = supervised_rows(labels, ignore_index, size)
         if isinstance(given, TopK):
@@ -95,7 +95,7 @@ class Batch:
             return torch.ones(len(self.rows.labels), dtype=self.dtype, device=values.device)
         if token_weights.shape != self.rows.shape:
             raise ValueError(
-                f"token_weights: shape {list(token_weights.shape)} differs from that of labels "
+                f"token_weights: shape {list(token_weights.shape)} differs from the shape of labels "
                 f"{list(self.rows.shape)}"
             )
         return self.rows.pick(token_weights.to(self.dtype))
@@ -117,14 +117,16 @@ def _check_spread(student: Source, teacher: TeacherSource | None) -> None:
     if not isinstance(teacher, VocabParallel):
         if spread:
             raise ValueError(
-                "teacher: the student's head is spread over processes (VocabParallel), the "
-                "teacher's has to be as well"
+                "teacher: the student's head is sharded across processes (VocabParallel), so the "
+                "teacher's must be as well"
             )
         return
     if not isinstance(student, VocabParallel):
-        raise ValueError("student: the teacher's head is spread over processes, its own is not")
+        raise ValueError(
+            "student: the teacher's head is sharded across processes, but the student's is not"
+        )
     if (student.start, student.group) != (teacher.start, teacher.group):
         raise ValueError(
-            f"teacher: its tokens on this process begin at {teacher.start}, the student's at "
-            f"{student.start}; spread both heads alike"
+            f"teacher: its tokens on this process begin at {teacher.start}, but the student's at "
+            f"{student.start}; shard both heads in the same way"
         )

@@ -60,7 +60,7 @@ class TopK:
         """
         vocab_size = logits.shape[-1]
         if not 1 <= k <= vocab_size:
-            raise ValueError(f"k: must lie in [1, {vocab_size}], got {k}")
+            raise ValueError(f"k: must be in [1, {vocab_size}], got {k}")
         log_probs = _log_probs(logits, temperature)
         kept, indices = log_probs.topk(k, dim=-1)
         others = log_probs.scatter(-1, indices, -math.inf)
@@ -176,8 +176,8 @@ def check_once(teacher: TopK, kept: Tensor | None) -> None:
         row, place = twice.nonzero()[0].tolist()
         number = row if kept is None else int(kept[row])
         raise ValueError(
-            f"teacher: token {int(ordered[row, place])} stands twice with mass in row {number} "
-            "of the TopK; keep one entry, with the sum of both probabilities"
+            f"teacher: token {int(ordered[row, place])} appears twice with mass in row {number} "
+            "of the TopK; keep one entry with the sum of both probabilities"
         )
 
 
@@ -187,8 +187,8 @@ def _check_tokens(kind: str, log_probs: Tensor, indices: Tensor, vocab_size: int
         raise TypeError(f"{kind}: indices: expected int64, got {indices.dtype}")
     if log_probs.shape != indices.shape or log_probs.ndim < 1 or not log_probs.shape[-1]:
         raise ValueError(
-            f"{kind}: log_probs and indices must have one shape [..., k], k at least 1, got "
+            f"{kind}: log_probs and indices must have the same shape [..., k] with k >= 1, got "
             f"{list(log_probs.shape)} and {list(indices.shape)}"
         )
     if indices.numel() and (indices.min() < 0 or indices.max() >= vocab_size):
-        raise ValueError(f"{kind}: indices: a token lies outside the vocabulary of {vocab_size}")
+        raise ValueError(f"{kind}: indices: a token is outside the vocabulary of {vocab_size}")

@@ -65,11 +65,11 @@ def measure(
             is spread over processes.
     """
     if isinstance(student, VocabParallel):
-        raise ValueError("student: measures need its whole head, got VocabParallel")
+        raise ValueError("student: measures need the whole head, got VocabParallel")
     batch = loss._batch(student, teacher, labels)
     if isinstance(batch.teacher, Compressed):
         kind = type(batch.teacher).__name__
-        raise ValueError(f"teacher: measures need its full distribution, got {kind}")
+        raise ValueError(f"teacher: measures need the full distribution, got {kind}")
     size = None if loss.chunking is None else loss.chunking.size
     # Sums over many tokens need float64, which Apple's GPUs do not have.
     exact = torch.float32 if labels.device.type == "mps" else torch.float64

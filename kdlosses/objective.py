@@ -71,7 +71,7 @@ class KDObjective(nn.Module):
     @kd_ratio.setter
     def kd_ratio(self, value: float) -> None:
         if not 0 <= value <= 1:
-            raise ValueError(f"kd_ratio: must lie in [0, 1], got {value}")
+            raise ValueError(f"kd_ratio: must be in [0, 1], got {value}")
         self._kd_ratio = float(value)
 
     @property
@@ -128,7 +128,7 @@ class KDObjective(nn.Module):
         ``kd_ratio`` 0 and ``kd_loss`` is None.
         """
         if teacher is None and self.kd_ratio > 0:
-            raise ValueError(f"teacher: needed at kd_ratio {self.kd_ratio}, got None")
+            raise ValueError(f"teacher: required if kd_ratio is {self.kd_ratio}, got None")
         batch = self.loss._batch(student, teacher, labels)
         weight = batch.weights(token_weights)
         divisor = batch.denominator(num_tokens)

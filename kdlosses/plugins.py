@@ -114,7 +114,7 @@ class PluginGroup(Generic[R]):
             loaded = entry.load()
         # SystemExit too: a plugin that calls sys.exit() on import must not end the command line.
         except (Exception, SystemExit) as error:
-            detail = f"{type(error).__name__}: {error} (set {DEBUG_VARIABLE}=1 for more)"
+            detail = f"{type(error).__name__}: {error} (set {DEBUG_VARIABLE}=1 for the traceback)"
             if os.environ.get(DEBUG_VARIABLE):
                 detail = traceback.format_exc()
             raise self.broken(f"{origin} cannot be imported: {detail}") from error
@@ -172,7 +172,7 @@ class PluginGroup(Generic[R]):
             meant = self.suggest(name)
             hint = f", did you mean {meant!r}?" if meant else ""
             raise self.wrong(
-                f"unknown {self.kind} {name!r}{hint}; {self.listing!r} shows all {len(names)}"
+                f"unknown {self.kind} {name!r}{hint}; {self.listing!r} lists all {len(names)}"
             )
         distributions = sorted({_distribution(entry) for entry in matches})
         if len(distributions) > 1 or len({entry.value for entry in matches}) > 1:

@@ -279,5 +279,5 @@ def _check_suffix(name: str) -> None:
         )
     if name.endswith(CHUNKED) and name.removesuffix(CHUNKED) in registered:
         raise LossSpecError(
-            f"loss {name!r}: {CHUNKED!r} is no part of a name, and stands in a spec once"
+            f"loss {name!r}: {CHUNKED!r} is not part of a name and may appear only once in a spec"
         )

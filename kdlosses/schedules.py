@@ -35,13 +35,13 @@ class Constant(_Schedule):
 class _Ramp(_Schedule):
     start: float
     end: float
-    begin: Share = Field(0.0, description="progress up to which the value is start")
+    begin: Share = Field(0.0, description="progress until which the value is start")
     until: Share = Field(1.0, description="progress from which the value is end")
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
         if not self.begin < self.until:
-            raise ValueError(f"begin ({self.begin:g}) must lie before until ({self.until:g})")
+            raise ValueError(f"begin ({self.begin:g}) must be less than until ({self.until:g})")
         return self
 
     def _travelled(self, progress: float) -> float:
@@ -86,7 +86,7 @@ class Step(_Schedule):
     def _check_order(self) -> Self:
         if len(self.values) != len(self.at) + 1:
             raise ValueError(
-                f"expected one value more than places in 'at', got {len(self.values)} and "
+                f"expected one value more than entries in 'at', got {len(self.values)} and "
                 f"{len(self.at)}"
             )
         if any(a >= b for a, b in zip(self.at, self.at[1:], strict=False)):

@@ -206,7 +206,7 @@ class VocabParallel(Projected):
         torch.distributed.all_gather(counts, count, group=self.group)
         sizes = [int(one) for one in counts]
         if min(sizes) < 1:
-            raise ValueError("VocabParallel: a process of the group has no row of the head")
+            raise ValueError("VocabParallel: a process of the group has no rows of the head")
         rank = torch.distributed.get_rank(self.group)
         object.__setattr__(self, "start", sum(sizes[:rank]))
         object.__setattr__(self, "total", sum(sizes))

@@ -50,7 +50,9 @@ class MovingTerms:
             raise ValueError("terms: at least one loss is needed")
         for term in self.terms:
             if names.count(term.name) > 1:
-                raise ValueError(f"{term.name} is given twice; add up its weights")
+                raise ValueError(
+                    f"{term.name} is given twice; use one term with the sum of the weights"
+                )
             if not (math.isfinite(term.weight) and term.weight > 0):
                 raise ValueError(f"{term.name}: its weight must be above 0, got {term.weight}")
         self._schedules: list[dict[str, Schedule]] = [{} for _ in self.terms]
@@ -108,7 +110,7 @@ class MovingTerms:
             ValueError: a progress outside [0, 1], or another number of values than of terms.
         """
         if not 0 <= progress <= 1:
-            raise ValueError(f"progress: must lie in [0, 1], got {progress}")
+            raise ValueError(f"progress: must be in [0, 1], got {progress}")
         self.progress = progress
         if term_values is None:
             return
@@ -145,7 +147,7 @@ class MovingTerms:
         names = [term.name for term in self.terms]
         if state["terms"] != names:
             was, now = (" + ".join(each) for each in (state["terms"], names))
-            raise ValueError(f"was saved with the loss {was}, and this one is {now}")
+            raise ValueError(f"the state was saved with the loss {was}, but this loss is {now}")
         self.progress = float(state["progress"])
         self._states = [dict(entry) for entry in state["states"]]
 
@@ -165,15 +167,16 @@ def _place(key: str, terms: Sequence[Term]) -> tuple[int, str]:
         raise ValueError(f"schedules: {key} is a parameter of several losses; write {examples}")
     known = [f"{term.name}.{field}" for term in terms for field in type(term.loss).model_fields]
     raise ValueError(
-        f"schedules: no loss here has a parameter {key!r}; known: "
-        f"{', '.join([TEMPERATURE, *known])}"
+        f"schedules: no loss has a parameter {key!r}; known: {', '.join([TEMPERATURE, *known])}"
     )
 
 
 def _check(key: str, loss: Loss, field: str, schedule: Schedule) -> None:
     kind = type(loss).model_fields[field].annotation
     if kind is not float:
-        raise ValueError(f"schedules: {key} is no number that can move ({kind})")
+        raise ValueError(
+            f"schedules: {key} cannot be scheduled, because it is not a number ({kind})"
+        )
     for value in schedule.extremes:
         _check_value(key, loss, field, value)
     # Also between them: a field may exclude what lies amid its bounds. What it merely warns of is

@@ -100,7 +100,7 @@ class TokenLoss(nn.Module):
         """
         if len(self.terms) > 1:
             names = ", ".join(term.name for term in self.terms)
-            raise ValueError(f"a sum has no single loss; name one of {names}")
+            raise ValueError(f"a sum has no single loss; use one of {names}")
         return self.terms[0].loss
 
     @property
@@ -132,7 +132,7 @@ class TokenLoss(nn.Module):
         """
         if self.stateful and term_values is None:
             raise ValueError(
-                "term_values: a loss carries state and needs the mean of each term over the step"
+                "term_values: a loss with state needs the mean of each term over the step"
             )
         self._move(progress, term_values)
 
@@ -191,7 +191,7 @@ class TokenLoss(nn.Module):
             raise TypeError("teacher: expected logits or kdlosses.Projected, got NoneType")
         per_row = reduction == "none"
         if per_row and num_tokens is not None:
-            raise ValueError("num_tokens: has no meaning with reduction='none'")
+            raise ValueError("num_tokens: cannot be used with reduction='none'")
         batch = self._batch(student, teacher, labels)
         weight = batch.weights(token_weights)
         divisor = 1.0 if per_row else batch.denominator(num_tokens)
@@ -224,7 +224,7 @@ class TokenLoss(nn.Module):
                 raise ValueError(f"teacher: {reason}")
             if isinstance(batch.student, VocabParallel) and isinstance(term.loss, RowLoss):
                 name = type(term.loss).__name__
-                raise ValueError(f"student: {name} needs whole rows, and its head is spread")
+                raise ValueError(f"student: {name} needs whole rows, but its head is sharded")
         program = Program(
             losses=tuple(term.loss for term in self.terms),
             bound=self._moving.bound,
@@ -266,6 +266,6 @@ class TokenLoss(nn.Module):
 def _check_curvature(term: Term, curvature: float | None) -> float:
     if not curvature:
         raise ValueError(
-            f"match_curvature: {term.name} has no curvature to match (it states {curvature})"
+            f"match_curvature: {term.name} has no curvature to match (curvature() returns {curvature})"
         )
     return curvature

@@ -78,7 +78,7 @@ def supervised_rows(labels: Tensor, ignore_index: int, vocab_size: int) -> Super
             wrong = lowest if lowest < 0 else highest
             raise ValueError(
                 f"labels: token {wrong} is outside the vocabulary of {vocab_size} "
-                f"(ignored positions carry {ignore_index})"
+                f"(ignored positions have the label {ignore_index})"
             )
     everything = len(kept) == len(flat)
     return Supervised(None if everything else kept, chosen, labels.shape)

@@ -21,11 +21,11 @@ from kdlosses.numerics import restore_infinity
 from kdlosses.sources import Logits, Projected, Source
 
 _HANDED_OVER = (
-    "a chunked loss hands its gradients over in the first backward pass and keeps none: "
+    "a chunked loss releases its gradients in the first backward pass: "
     "call backward once, or use the unchunked loss (its name without '_chunked')"
 )
 _DOUBLE_BACKWARD = (
-    "a chunked loss has no second derivative (its gradient is formed in the forward pass): "
+    "a chunked loss has no second derivative (its gradient is computed in the forward pass): "
     "use the unchunked loss (its name without '_chunked') with create_graph=True"
 )
 

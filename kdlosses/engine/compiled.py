@@ -94,7 +94,7 @@ def _warn_once(error: Exception) -> None:
     if reason not in _failures:
         _failures.add(reason)
         warnings.warn(
-            f"torch.compile is not usable here, the loss runs eagerly and slower: {reason}",
+            f"torch.compile is not usable here, so the loss runs eagerly and slower: {reason}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -112,17 +112,19 @@ def refusal(loss: Loss, source: TeacherSource, temperature: float) -> str | None
         return None
     if source.temperature != temperature:
         return (
-            f"its log-probabilities were stored at temperature {source.temperature:g}, the loss "
-            f"is at {temperature:g}; store them anew, the sums of softened others are not in them"
+            f"its log-probabilities were stored at temperature {source.temperature:g}, but the loss "
+            f"uses {temperature:g}; store them again at that temperature"
         )
     name = type(loss).__name__
     if isinstance(source, TopK):
         if isinstance(loss, RowLoss) and not loss.supports_top_k:
-            return f"{name} needs the teacher's whole row (it does not declare supports_top_k)"
+            return (
+                f"{name} needs the teacher's full distribution (it does not declare supports_top_k)"
+            )
         return None
     if not isinstance(loss, Divergence) or not loss.linear_finish or loss.reduction != "sum":
         return (
-            f"{name} is not a plain sum over the vocabulary with a linear finish, an estimate "
-            "from draws would be biased"
+            f"{name} is not a plain sum over the vocabulary with a linear finish, so an "
+            "estimate from draws would be biased"
         )
     return None

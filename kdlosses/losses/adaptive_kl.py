@@ -28,7 +28,9 @@ class AdaptiveKL(RowLoss):
 
     detached = ("weights",)
 
-    mass: float = Field(0.5, gt=0, lt=1, description="teacher's cumulative mass of the head")
+    mass: float = Field(
+        0.5, gt=0, lt=1, description="cumulative probability of the teacher that defines the head"
+    )
 
     def row(self, teacher_log_probs: Tensor, student_log_probs: Tensor, labels: Tensor) -> Tensor:
         """Weights from the gaps, then the two divergences."""

@@ -48,8 +48,8 @@ class AlphaBeta(Divergence):
         ):
             if 0 < abs(value) < _TOO_SMALL:
                 warnings.warn(
-                    f"alpha_beta: {name}={value:g} is too close to 0 for float32; use 0 exactly, "
-                    "where the limit is taken",
+                    f"alpha_beta: {name}={value:g} is too close to 0 for float32; use exactly 0, "
+                    "which selects the limit",
                     stacklevel=2,
                 )
         return self

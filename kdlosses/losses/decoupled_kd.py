@@ -21,7 +21,9 @@ class DecoupledKD(RowLoss):
     Reference: Zhao et al. 2022 (Decoupled Knowledge Distillation), arXiv:2203.08679.
     """
 
-    alpha: float = Field(1.0, ge=0, description="weight of label against rest")
+    alpha: float = Field(
+        1.0, ge=0, description="weight of the divergence between the label and the rest"
+    )
     beta: float = Field(1.0, ge=0, description="weight of the divergence within the rest")
 
     def row(self, teacher_log_probs: Tensor, student_log_probs: Tensor, labels: Tensor) -> Tensor:

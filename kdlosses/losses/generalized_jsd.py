@@ -38,14 +38,14 @@ class GeneralizedJSD(Divergence):
         distance = min(self.beta, 1 - self.beta)
         if self.normalize and 0 < distance < _CLOSEST:
             warnings.warn(
-                f"generalized_jsd: beta={self.beta} with normalize=True is too close to an end "
-                "for float32; use 0 or 1 exactly",
+                f"generalized_jsd: beta={self.beta} with normalize=True is too close to 0 or 1 "
+                "for float32; use exactly 0 or 1",
                 stacklevel=2,
             )
         elif not self.normalize and 0 < distance < 0.02:
             warnings.warn(
                 f"generalized_jsd: at beta={self.beta} the value is about {distance:g} times a KL "
-                "divergence; use normalize=True, or 0 (forward KL) or 1 (reverse KL) exactly",
+                "divergence; use normalize=True, or exactly 0 (forward KL) or 1 (reverse KL)",
                 stacklevel=2,
             )
         return self

@@ -30,7 +30,7 @@ class TAID(RowLoss):
     supports_top_k = True
 
     t_start: float = Field(0.4, ge=0, le=1, description="the teacher's share at the start")
-    t_end: float = Field(1.0, ge=0, le=1, description="the largest share")
+    t_end: float = Field(1.0, ge=0, le=1, description="the teacher's largest share")
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:

@@ -85,7 +85,7 @@ def run_checks(loss: LossLike) -> list[CheckResult]:
             result = CheckResult(check.name, "expected failure", declared, check.about)
         else:
             result = CheckResult(
-                check.name, "failed", f"passes, though declared: {declared}", check.about
+                check.name, "failed", f"passes, although declared to fail: {declared}", check.about
             )
         results.append(result)
     return results

@@ -39,9 +39,9 @@ def _expected_failures(loss: Loss) -> None:
     """Declared failures name existing checks and carry a reason."""
     for name, reason in loss.expected_failures.items():
         if name not in CHECKS:
-            raise AssertionError(f"no check is called {name!r}; there are {', '.join(CHECKS)}")
+            raise AssertionError(f"there is no check {name!r}; the checks are {', '.join(CHECKS)}")
         if not reason.strip():
-            raise AssertionError(f"{name} has no written reason")
+            raise AssertionError(f"{name} has no reason")
 
 
 @conformance()

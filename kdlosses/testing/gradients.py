@@ -63,9 +63,9 @@ def _compare_differences(loss: Loss, temperature: float) -> None:
         difference = torch.where(smooth, gradient - fine, 0.0).abs().max().item()
         if not difference <= 2e-6 * (1 + fine.abs().max().item()):
             hint = (
-                "compute what is detached from .detach() tensors"
+                "compute the detached parts from .detach() tensors"
                 if loss.detached
-                else "does it detach something that its trait detached does not name?"
+                else "does the loss detach something that its trait detached does not name?"
             )
             raise AssertionError(
                 f"{path}: gradient and finite differences differ by {difference:.3g}; {hint}"

@@ -41,7 +41,7 @@ def _state(loss: Loss) -> None:
         before = one.moving_values
         _both(one, student, teacher, labels)
         if one.moving_values != before:
-            raise AssertionError("an evaluation changes the state; next_state alone may")
+            raise AssertionError("an evaluation changes the state; only next_state may")
         one.advance(step / len(_STEP_LOSSES), [value])
         if set(one.moving_values) != set(before):
             raise AssertionError(
@@ -50,7 +50,7 @@ def _state(loss: Loss) -> None:
     if any(math.isnan(number) for number in one.moving_values.values()):
         raise AssertionError(f"the state is {one.moving_values} after its steps")
     if one.moving_values == other.moving_values:
-        raise AssertionError("steps leave the state as it was: is it a state at all?")
+        raise AssertionError("steps do not change the state: is it needed?")
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
     restored = _both(other, student, teacher, labels)
     for got, wanted in zip(restored, _both(one, student, teacher, labels), strict=True):

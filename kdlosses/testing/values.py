@@ -109,7 +109,7 @@ def _curvature(loss: Loss) -> None:
         measured += _excess(loss, student, teacher, labels) / unit / 2
     worst = measured[(measured - stated).abs().argmax()].item()
     if not abs(worst - stated) < 2e-3:
-        raise AssertionError(f"measured {worst:.4g}, curvature() states {stated:g}")
+        raise AssertionError(f"measured {worst:.4g}, curvature() returns {stated:g}")
 
 
 def _excess(

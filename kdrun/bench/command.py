@@ -25,7 +25,7 @@ def bench(plan: Plan) -> bool:
     progress = Console(stderr=True, highlight=False, soft_wrap=True)
     if plan.absent:
         names = ", ".join(plan.absent)
-        progress.print(f"not installed in this environment, so left out: {names}")
+        progress.print(f"not installed in this environment, skipped: {names}")
     rows: list[Row] = []
     with contextlib.closing(measure(plan, progress.print)) as measurements:
         for results in measurements:
@@ -48,14 +48,14 @@ def _in_order(rows: list[Row], plan: Plan) -> list[Row]:
 def _draw(rows: list[Row], plan: Plan, console: Console) -> None:
     files = [CSV]
     if not any(row.status == MEASURED and row.implementation != FLOOR for row in rows):
-        reason = "plots left out: no loss was measured"
+        reason = "no plots: no loss was measured"
     else:
         try:
             draw(rows, plan.folder)
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] != "matplotlib":
                 raise
-            reason = "plots left out: they need matplotlib, pip install 'kdlosses[plot]'"
+            reason = "no plots: they need matplotlib, pip install 'kdlosses[plot]'"
         else:
             files += FILES
             reason = ""

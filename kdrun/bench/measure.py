@@ -196,7 +196,7 @@ class _Worker:
         if code < 0:
             how = f"killed by {signal.Signals(-code).name}"
             if -code == signal.SIGKILL:
-                how += ", probably for lack of memory"
+                how += ", probably out of memory"
         else:
             how = f"ended with exit code {code}"
         log = (self._folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n")

@@ -40,7 +40,7 @@ def lacking(needed: float, device: str) -> str | None:
     free = available(device)
     if free is None or needed + _HEADROOM <= free:
         return None
-    return f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    return f"needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
 
 
 def prefer_as_victim() -> None:

@@ -71,7 +71,7 @@ def make_plan(
     _check_sizes(settings, tokens, vocabs)
     specs = _specs(losses)
     if NO_PEER in peers and len(set(peers)) > 1:
-        raise InputError(f"--peer {NO_PEER} excludes other peers")
+        raise InputError(f"--peer {NO_PEER} cannot be combined with other peers")
     absent = tuple(name for name in PEERS if not is_installed(name))
     for name in peers:
         if name in absent:
@@ -119,8 +119,8 @@ def _check_sizes(settings: Settings, tokens: Sequence[int], vocabs: Sequence[int
             raise InputError(f"{option} {value}: must be at least {least}")
     if not 0 < settings.kd_ratio <= 1:
         raise InputError(
-            f"--kd-ratio {settings.kd_ratio:g}: must lie above 0, where a loss is evaluated at "
-            "all, and not above 1"
+            f"--kd-ratio {settings.kd_ratio:g}: must be in (0, 1], because a loss with ratio 0 is "
+            "not evaluated"
         )
 
 
@@ -178,4 +178,4 @@ def _make_writable(folder: Path) -> None:
             pass
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"--output {folder}: {reason}; name a writable folder") from error
+        raise InputError(f"--output {folder}: {reason}; choose a writable folder") from error

@@ -87,7 +87,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
         figure.legend(handles=[_marker(name) for name in used], loc="outside upper center", **look)
         references = [
             _line(_FLOOR, "floor: the four matrix products"),
-            _line(_HEAD_GRADIENT, "gradient of the head, which every implementation hands over"),
+            _line(_HEAD_GRADIENT, "gradient of the head, which every implementation returns"),
         ]
         figure.legend(handles=references, loc="outside lower center", **look | {"ncols": 2})
         for name in FILES:
@@ -134,7 +134,7 @@ def _draw_panel(time: Axes, memory: Axes, title: str, lines: dict[str, list[Row]
     memory.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
     memory.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     memory.xaxis.set_minor_formatter(NullFormatter())
-    memory.set_xlabel("peak memory over the inputs, MiB")
+    memory.set_xlabel("peak memory beyond the inputs, MiB")
     for axis in (time, memory):
         axis.grid(axis="x", color="#e4e4e4", linewidth=0.6)
 

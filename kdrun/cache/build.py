@@ -42,9 +42,9 @@ class SpaceError(InputError):
     """
 
     def __init__(self, folder: Path, needed: int, free: int) -> None:
-        self.shortage = f"it needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
+        self.shortage = f"it needs {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
         super().__init__(
-            f"--output {folder}: the cache does not fit: {self.shortage}; free some space, name "
+            f"--output {folder}: the cache does not fit: {self.shortage}; free some space, use "
             "another disk, or use --kind top-k"
         )
 
@@ -120,7 +120,7 @@ def build_cache(
     """
     if recipe.kind == "hidden" and teacher.split.reason is not None:
         raise InputError(
-            f"{teacher_name}: its hidden states cannot be cached, since {teacher.split.reason}; "
+            f"{teacher_name}: its hidden states cannot be cached, because {teacher.split.reason}; "
             "use --kind top-k or --kind sampled"
         )
     if recipe.kind == "top_k" and recipe.entries > recipe.vocab_size:
@@ -128,7 +128,7 @@ def build_cache(
     prepare_folder(folder)
     wanted = sorted(_different(examples), key=lambda row: -row.length)
     if not wanted:
-        raise InputError("no row has a supervised token; there is nothing to cache")
+        raise InputError("no row has a supervised token, so there is nothing to cache")
     head = teacher.model.get_output_embeddings()
     width = int(head.weight.shape[1])
     _check_space(folder, wanted, recipe, width, head.weight, spare_bytes)

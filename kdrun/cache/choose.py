@@ -60,8 +60,8 @@ def check_cached_rows(cache: str | None, shift_windows: bool, rows: RawRows) -> 
     read_manifest(expand_home(cache))
     if isinstance(rows.train[0], TextRow) and shift_windows:
         raise InputError(
-            "model.teacher_cache: plain text is cut at other places in each epoch, which no cache "
-            "can follow; add --set data.shift_windows=false"
+            "model.teacher_cache: plain text is cut at different places in each epoch, which a "
+            "cache does not support; add --set data.shift_windows=false"
         )
 
 
@@ -86,8 +86,8 @@ def settle_date(
     cached = None if cache is None else read_manifest(expand_home(cache)).date
     if cached is not None and data.date not in (None, cached):
         raise InputError(
-            f"{cache}: its rows were rendered on {cached}, and data.date={data.date}; leave the "
-            "date out, or build the cache again"
+            f"{cache}: its rows were rendered with the date {cached}, but data.date={data.date}; "
+            "remove data.date, or build the cache again"
         )
     day = data.date or cached or date.today().isoformat()
     return data.model_copy(update={"date": day})
@@ -126,18 +126,16 @@ def _choose_cached(
     live = _named_teacher(cached, model, pair)
     evaluation: Teacher | None = live
     reason = (
-        cached.missing(examples_in(examples.held_out))
-        if cached.exact
-        else "only part of it was kept"
+        cached.missing(examples_in(examples.held_out)) if cached.exact else "the cache is not exact"
     )
     if reason is None:
-        evaluation, note = cached, "held-out rows are measured against it too"
+        evaluation, note = cached, "held-out rows are also evaluated against it"
     elif live is not None:
-        note = f"held-out rows are measured against {pair.teacher}"
+        note = f"held-out rows are evaluated against {pair.teacher}"
     else:
         note = (
-            "held-out rows are measured without the teacher, whose measures are null "
-            f"({reason}); name it with --teacher to have them"
+            "held-out rows are evaluated without the teacher, so measures that need it are null "
+            f"({reason}); pass --teacher to include them"
         )
     return ChosenTeacher(
         cached,
@@ -167,7 +165,7 @@ def _open(
     from kdrun.cache.read import Cache
     from kdrun.cache.teacher import CachedTeacher
 
-    assert model.teacher_cache is not None, "a cache is named"
+    assert model.teacher_cache is not None, "a cache is given"
     cached = CachedTeacher(Cache(model.teacher_cache), pair.tokenizer, model.dtype)
     if distilled.kd_ratio > 0 or KD_RATIO in distilled.schedules:
         _check_training(cached, distilled, examples, loss)
@@ -179,8 +177,8 @@ def describe_cache(cached: CachedTeacher) -> str:
     manifest = cached.cache.manifest
     kept = {
         "hidden": "hidden states",
-        "top_k": f"top {manifest.entries} and a tail",
-        "sampled": f"{manifest.entries} draws a token",
+        "top_k": f"top {manifest.entries} and a tail bucket",
+        "sampled": f"{manifest.entries} draws per token",
     }[manifest.kind]
     return (
         f"{cached.cache.folder}, {kept} of {manifest.teacher_name} for {manifest.rows} rows, "
@@ -193,8 +191,8 @@ def _check_training(
 ) -> None:
     if not cached.exact and "temperature" in distilled.schedules:
         raise InputError(
-            f"{cached.cache.folder} was compressed at one temperature, and loss.schedules moves "
-            "it; build a cache of --kind hidden, which serves every temperature"
+            f"{cached.cache.folder} was compressed at one temperature, but loss.schedules changes "
+            "it; build a cache with --kind hidden, which works for every temperature"
         )
     cached.check_loss(loss)
     reason = cached.missing(examples_in(examples.train))

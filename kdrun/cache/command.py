@@ -53,10 +53,10 @@ def cache_teacher(
         TrainingError: the disk fails.
     """
     if model.teacher is None:
-        raise InputError("--teacher: name the teacher to cache")
+        raise InputError("--teacher: pass the teacher to cache")
     if model.teacher_quantization is not None:
         raise InputError(
-            "model.teacher_quantization: a cache takes the teacher as it is; leave it out"
+            "model.teacher_quantization: a cache cannot store a quantised teacher; remove it"
         )
     locate_pair(model)
     rows = read_rows(data)
@@ -98,7 +98,7 @@ def cache_teacher(
     size = sum(file.bytes for file in manifest.files) + (folder / MANIFEST).stat().st_size
     if manifest.kept_mass is not None:
         console.print(
-            f"the {manifest.entries} kept tokens hold {manifest.kept_mass:.4f} of the teacher's "
+            f"the {manifest.entries} stored tokens cover {manifest.kept_mass:.4f} of the teacher's "
             f"probability at temperature {manifest.temperature:g}, on average"
         )
     console.print(

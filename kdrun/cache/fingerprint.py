@@ -126,8 +126,8 @@ def rows_of(
     for number in range(len(ids)):
         if (supervised[number] & ~kept[number]).any():
             raise InputError(
-                f"row {number + 1} of a batch supervises a padded position; with padding on the "
-                "left the first token of a row must not be a target (label -100)"
+                f"row {number + 1} of a batch supervises a padded position; with left padding, "
+                "the first token of a row must not be a target (label -100)"
             )
         for part in _parts(len(ids[number]), position_ids, number):
             if not supervised[number, part].any():

@@ -105,7 +105,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such cache{did_you_mean(folder)}")
     if not path.is_file():
-        found = "is incomplete" if is_unfinished(folder) else "is no teacher cache"
+        found = "is incomplete" if is_unfinished(folder) else "is not a teacher cache"
         raise InputError(
             f"{folder} {found} (it has no {MANIFEST}); build one with kdrun cache-teacher"
         )
@@ -118,7 +118,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(f"{path}: unreadable ({reason}); build the cache again") from error
     if manifest.format != FORMAT:
         raise InputError(
-            f"{path}: format {manifest.format}, this version reads {FORMAT}; build the cache again"
+            f"{path}: has format {manifest.format}, but this version reads {FORMAT}; build the "
+            "cache again"
         )
     for file in manifest.files:
         _check_size(folder / file.name, file.bytes)
@@ -150,5 +151,5 @@ def _check_size(path: Path, expected: int) -> None:
     if size != expected:
         what = "truncated" if size < expected else "changed"
         raise InputError(
-            f"{path} is {what} ({size} bytes, written were {expected}); build the cache again"
+            f"{path} is {what} ({size} bytes instead of {expected}); build the cache again"
         )

@@ -44,7 +44,7 @@ class Cache:
                 start = stop
         if len(self._places) != self.manifest.rows:
             raise InputError(
-                f"{self.folder} holds {len(self._places)} rows, its manifest says "
+                f"{self.folder} contains {len(self._places)} rows, but its manifest says "
                 f"{self.manifest.rows}; build the cache again"
             )
 
@@ -77,7 +77,7 @@ class Cache:
             if getattr(given, name) != getattr(kept, name):
                 raise InputError(
                     f"{self.folder} was built with another tokenizer: the {what} differs from the "
-                    "student's; build the cache again with --student naming this student"
+                    "student's; build the cache again with this student as --student"
                 )
 
     def check_teacher(self, given: TeacherPrint, name: str) -> None:
@@ -96,7 +96,7 @@ class Cache:
                 raise InputError(
                     f"{self.folder} was built from another teacher "
                     f"({self.manifest.teacher_name}) than {name}: the {what}; build the "
-                    "cache again, or leave out --teacher"
+                    "cache again, or remove --teacher"
                 )
 
     def _open(self, file: StoredFile) -> Any:

@@ -190,6 +190,6 @@ class CachedTeacher:
         return (
             f"{self.cache.folder} lacks the row that begins {text!r} ({len(row.ids)} tokens, "
             f"{len(row.positions)} supervised): it was edited, is cut at another --max-length "
-            f"(the cache's is {self.cache.manifest.max_length}), or was never cached; build the "
+            f"(the cache has {self.cache.manifest.max_length}), or was never cached; build the "
             "cache again from this data"
         )

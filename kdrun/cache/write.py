@@ -26,15 +26,19 @@ def make_folder(folder: Path) -> None:
         InputError: it holds a cache, is a file, or cannot be written.
     """
     if folder.is_file():
-        raise InputError(f"--output {folder} is a file; name a folder")
+        raise InputError(f"--output {folder} is a file; choose a folder")
     if (folder / MANIFEST).is_file():
-        raise InputError(f"--output {folder} holds a cache; remove it, or name another folder")
+        raise InputError(
+            f"--output {folder} already contains a cache; remove it, or choose another folder"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output {folder}: {error.strerror}; name a writable folder") from error
+        raise InputError(
+            f"--output {folder}: {error.strerror}; choose a writable folder"
+        ) from error
     if not os.access(folder, os.W_OK):
-        raise InputError(f"--output {folder} cannot be written; name another folder")
+        raise InputError(f"--output {folder} cannot be written; choose another folder")
 
 
 def prepare_folder(folder: Path) -> None:
@@ -49,9 +53,11 @@ def prepare_folder(folder: Path) -> None:
             for entry in _entries(folder):
                 entry.unlink()
     except OSError as error:
-        raise InputError(f"--output {folder}: {error.strerror}; name a writable folder") from error
+        raise InputError(
+            f"--output {folder}: {error.strerror}; choose a writable folder"
+        ) from error
     if _entries(folder):
-        raise InputError(f"--output {folder} is not empty; name another folder")
+        raise InputError(f"--output {folder} is not empty; choose another folder")
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -150,5 +156,5 @@ def stored_bytes(rows: Sequence[int], bytes_per_token: int, head_bytes: int) -> 
 def _failure(path: Path, error: OSError) -> TrainingError:
     return TrainingError(
         f"{path} could not be written ({error.strerror}); the cache is incomplete: free some space "
-        "and build it again into the same folder"
+        "and build it again in the same folder"
     )

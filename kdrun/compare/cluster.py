@@ -107,7 +107,7 @@ def _run_there(
     except OSError as error:
         raise InputError(
             f"--launcher ray: the node {socket.gethostname()} has no {directory}; all nodes must "
-            "share the folder that kdrun is started in"
+            "share the folder in which kdrun is started"
         ) from error
     with quiet_libraries():
         return try_trial(comparison, Ledger.of(Path(folder)), caches, trial, watch_nothing)
@@ -126,7 +126,7 @@ def _collect(ray: Any, comparison: Comparison, ledger: Ledger, ref: Any, trial: 
         raise error.cause from error
     except lost as error:
         identity = comparison.plan.identity(trial)
-        reason = f"its worker was lost {_RETRIES + 1} times: {str(error).splitlines()[0]}"
+        reason = f"the worker was lost {_RETRIES + 1} times: {str(error).splitlines()[0]}"
         with ledger.claim(identity) as mine:
             if mine:
                 ledger.add(Record(id=identity, trial=trial, status="failed", reason=reason))
@@ -171,8 +171,7 @@ def check_address(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise InputError(
-            f"--ray-address {address}: nothing answers there ({error}); start one with ray start "
-            "--head"
+            f"--ray-address {address}: no connection ({error}); start one with ray start --head"
         ) from error
 
 
@@ -191,6 +190,6 @@ def check_room(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float) -
     if not any(node[0] >= cpus and node[1] >= gpus for node in have):
         shown = ", ".join(f"{node[0]:g} and {node[1]:g}" for node in have)
         raise InputError(
-            f"--trial-cpus {cpus:g} --trial-gpus {gpus:g}: no node of the cluster has so many "
+            f"--trial-cpus {cpus:g} --trial-gpus {gpus:g}: no node of the cluster is that large "
             f"(CPUs and GPUs by node: {shown})"
         )

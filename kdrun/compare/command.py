@@ -51,11 +51,11 @@ _ANSWERS = 50
 _NEVER = 10**9
 _LENGTH = {"training.max_steps", "training.num_epochs"}
 _CURES = {
-    "loss.spec": "give --loss instead",
-    "procedure.spec": "give --procedure instead",
-    "training.seed": "give --seeds instead",
-    "output.dir": "give --output instead",
-    "data.part": "leave it out",
+    "loss.spec": "use --loss instead",
+    "procedure.spec": "use --procedure instead",
+    "training.seed": "use --seeds instead",
+    "output.dir": "use --output instead",
+    "data.part": "remove it",
 }
 """Keys that trials vary and ``--set`` refuses, with the cure."""
 
@@ -114,9 +114,9 @@ def comparison_of(options: Options) -> Comparison:
     given = dict(options.overrides)
     for key, cure in _CURES.items():
         if key in given:
-            raise InputError(f"--set {key}: is varied in a comparison; {cure}")
+            raise InputError(f"--set {key}: trials of a comparison vary this key; {cure}")
     if "none" in options.teachers:
-        raise InputError("--teacher none: a comparison has a teacher; name one")
+        raise InputError("--teacher none: a comparison needs a teacher")
     if options.students:
         given.setdefault("model.student", options.students[0])
     if options.teachers:
@@ -132,10 +132,11 @@ def comparison_of(options: Options) -> Comparison:
     base = base.model_copy(update={"procedure": _sampling(base, sampled, procedures)})
     if base.model.teacher_cache is not None and not options.teacher_cache:
         raise InputError(
-            f"--no-teacher-cache, but model.teacher_cache={base.model.teacher_cache}: leave out one"
+            f"--no-teacher-cache conflicts with model.teacher_cache={base.model.teacher_cache}; "
+            "remove one of them"
         )
     if base.model.teacher is None:
-        raise InputError("compare-losses needs a --teacher: there is nothing to distil without one")
+        raise InputError("compare-losses needs a --teacher")
     training: dict[str, Any] = {"save_steps": _NEVER}  # a trial that is cut off runs again
     if base.model.student == BUILT_IN and not _LENGTH & {*given, *stated}:
         training["max_steps"] = _BUILT_IN_STEPS
@@ -171,7 +172,7 @@ def comparison_of(options: Options) -> Comparison:
     yardstick = find_yardstick(options.yardstick)
     difference = yardstick.difference if options.difference is None else options.difference
     if not 0 < difference < math.inf:
-        raise InputError(f"--difference {difference:g}: must be above 0, and finite")
+        raise InputError(f"--difference {difference:g}: must be above 0 and finite")
     shared = setting(shared_settings(base))
     plan = Plan(axes, yardstick, difference, shared, base.data.test is not None)
     return Comparison(plan, base, options.keep_students, cached)
@@ -189,11 +190,13 @@ def _check_varied(base: RunConfig, file: str) -> None:
         section, _, name = key.partition(".")
         value = getattr(getattr(base, section), name)
         if value != default_of(section, name):
-            raise InputError(f"{file}: {key}={value}: is varied in a comparison; {_CURES[key]}")
+            raise InputError(
+                f"{file}: {key}={value}: trials of a comparison vary this key; {_CURES[key]}"
+            )
     if KD_RATIO in base.loss.schedules:
         raise InputError(
-            "loss.schedules: kd_ratio is varied in a comparison, and a schedule would take the "
-            "place of every arm's; give --kd-ratio instead"
+            "loss.schedules: a schedule of kd_ratio would replace the kd_ratio of every arm; use "
+            "--kd-ratio instead"
         )
 
 
@@ -227,18 +230,18 @@ def _check_rows(comparison: Comparison) -> None:
     asks, evaluation = plan.yardstick.asks, base.evaluation
     name = f"--yardstick {plan.yardstick.name}"
     if asks and evaluation.answers == 0:
-        raise InputError(f"{name}: scores answers, and evaluation.answers is 0; raise it")
+        raise InputError(f"{name}: scores answers, but evaluation.answers is 0; raise it")
     if plan.yardstick.name == "exact_match" and evaluation.answer_pattern is None:
         raise InputError(
-            f"{name}: set evaluation.answer_pattern, which finds the final answer, such as "
+            f"{name}: needs evaluation.answer_pattern to find the final answer, such as "
             "'#### *(.+)'"
         )
     for part in plan.parts:
         rows = read_rows(base.data.model_copy(update={"part": part})).held_out
         if asks and all(isinstance(row, TextRow) for row in rows):
             raise InputError(
-                f"{name}: the held-out rows are plain text, which asks nothing; take another "
-                "yardstick, or rows of prompts and answers"
+                f"{name}: the held-out rows are plain text without prompts; choose another "
+                "yardstick, or rows with prompts and answers"
             )
 
 
@@ -273,8 +276,8 @@ def compare_losses(options: Options, console: Console) -> None:
             _run(comparison, ledger, options, console)
         except (Interrupted, KeyboardInterrupt) as error:
             raise Interrupted(
-                f"interrupted; the same command with --output {ledger.folder} goes on with the "
-                "trials that are missing",
+                f"interrupted; run the same command with --output {ledger.folder} to run the "
+                "missing trials",
                 signal_of(error),
             ) from error
 
@@ -334,8 +337,8 @@ def _show_declaration(comparison: Comparison, folder: Path, console: Console) ->
     questions = comparison.base.evaluation
     if questions.answers and comparison.base.data.train != BUILT_IN:
         console.print(
-            f"answers: of every trial to at most {questions.answers} held-out prompts "
-            f"(evaluation.answers), {questions.max_new_tokens} tokens each"
+            f"answers: every trial answers up to {questions.answers} held-out prompts "
+            f"(evaluation.answers), at most {questions.max_new_tokens} tokens each"
         )
     for spec in trained_on(yardstick, axes):
         console.print(
@@ -344,8 +347,8 @@ def _show_declaration(comparison: Comparison, folder: Path, console: Console) ->
             markup=False,
         )
     if axes.seeds < 2:
-        console.print("note: one seed allows no interval and no verdict; use --seeds 2 or more")
-    console.print(f"folder: {folder} (the same command resumes there)", markup=False)
+        console.print("note: one seed gives no interval and no verdict; use --seeds 2 or more")
+    console.print(f"folder: {folder} (the same command resumes the comparison)", markup=False)
 
 
 def _show_plan(comparison: Comparison, records: Sequence[Record], console: Console) -> None:
@@ -368,7 +371,7 @@ def _show_plan(comparison: Comparison, records: Sequence[Record], console: Conso
     total = list(planned)
     if axes.tuned:
         chosen = [method.arms(axes)[0] for method in methods(axes) for _ in range(axes.seeds)]
-        console.print(f"and {len(chosen)} final trials of the arms that tuning chooses")
+        console.print(f"and {len(chosen)} final trials of the arms that tuning selects")
         total += [Trial(arm=arm, seed=0) for arm in chosen]
     times = {
         arm: trial_seconds(comparison.base, trial, comparison.cached)
@@ -376,10 +379,10 @@ def _show_plan(comparison: Comparison, records: Sequence[Record], console: Conso
     }
     seconds = [times[trial.arm] for trial in total]
     if None in seconds:
-        console.print("time: give --max-steps for an estimate")
+        console.print("time: pass --max-steps for an estimate")
         return
-    once = ", and each teacher once over all rows" if comparison.cached else ""
+    once = ", plus one pass of each teacher over all rows" if comparison.cached else ""
     procedures = [get_procedure(spec) for spec in axes.procedures if spec is not None]
     if any(procedure.cost(comparison.base).teacher_answers_once for procedure in procedures):
-        once += ", and the teacher's answers to all prompts once"
+        once += ", plus the teacher's answers to all prompts once"
     console.print(f"time: about {sum(s or 0 for s in seconds) / 60:.0f} min (rough){once}")

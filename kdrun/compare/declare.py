@@ -136,8 +136,8 @@ def read_declaration(ledger: Ledger) -> Declaration | None:
             first = error.errors()[0]
             reason = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
         raise InputError(
-            f"{ledger.folder / COMPARISON}: not the settings of a comparison ({reason}); was it "
-            "edited?"
+            f"{ledger.folder / COMPARISON}: not the settings of a comparison ({reason}); was the "
+            "file edited?"
         ) from error
     return found
 
@@ -149,20 +149,20 @@ def _check_equal(found: Declaration, given: Declaration, place: str) -> None:
             before = found.shared.get(section, {}).get(key, default_of(section, key))
             if before != value:
                 raise InputError(
-                    f"{place} holds a comparison with {section}.{key}={before!r}, now {value!r}; "
-                    "name another folder, or set it as it was"
+                    f"{place} contains a comparison with {section}.{key}={before!r}, now "
+                    f"{value!r}; choose another folder, or restore the value"
                 )
     for name in ("yardstick", "difference"):
         before, now = getattr(found, name), getattr(given, name)
         if before != now:
             raise InputError(
-                f"{place} was declared with {name} {before!r}, now {now!r}: both are settled "
-                "before the first trial; name another folder"
+                f"{place} was declared with {name} {before!r}, now {now!r}: both are fixed "
+                "before the first trial; choose another folder"
             )
     if found.rows != given.rows:
         raise InputError(
             f"{place}: data.train={given.shared['data']['train']} or the held-out rows were edited "
-            "since the first trial; restore them, or name another folder"
+            "after the first trial; restore them, or choose another folder"
         )
 
 
@@ -170,8 +170,8 @@ def _check_models(before: Mapping[str, str], now: Mapping[str, str], place: str)
     for name, found in now.items():
         if before.get(name, found) != found:
             raise InputError(
-                f"{place}: the model {name} was changed since the first trial; restore it, or name "
-                "another folder"
+                f"{place}: the model {name} was changed after the first trial; restore it, or "
+                "choose another folder"
             )
 
 

@@ -68,7 +68,7 @@ class Display:
             count = f"{len(records) + 1}/{len(planned)}"
             self._console.print(
                 f"[{count}] {labels[running.arm]}, seed {running.seed}, {running.stage}: "
-                f"begins; {self._left(planned, records)}",
+                f"started; {self._left(planned, records)}",
                 markup=False,
             )
 

@@ -51,7 +51,9 @@ def run_jobs(comparison: Comparison, ledger: Ledger, jobs: int, watch: Watch) ->
         lines = [log.read_text(encoding="utf-8", errors="replace").split("\n") for log in logs]
         said = [line for text in lines for line in text if line.startswith("kdrun: ")]
         reason = said[-1].removeprefix("kdrun: ") if said else "a worker was killed"
-        raise TrainingError(f"trials are missing: {reason}; the same command goes on with them")
+        raise TrainingError(
+            f"trials are missing: {reason}; run the same command to continue with them"
+        )
     return records
 
 

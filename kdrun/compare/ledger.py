@@ -33,17 +33,17 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if folder.is_file():
-            raise InputError(f"--output {folder} is a file; name a folder")
+            raise InputError(f"--output {folder} is a file; choose a folder")
         if folder.is_dir() and not (folder / COMPARISON).is_file() and _holds_more(folder):
             raise InputError(
-                f"--output {folder} is not empty and holds no comparison; name another folder"
+                f"--output {folder} is not empty and contains no comparison; choose another folder"
             )
         try:
             for name in (RECORDS, TRIALS, LOCKS):
                 (folder / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"--output {folder}: {error.strerror}; name a writable folder"
+                f"--output {folder}: {error.strerror}; choose a writable folder"
             ) from error
 
     @classmethod
@@ -56,9 +56,9 @@ class Ledger:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder{did_you_mean(folder)}")
         if not (folder / COMPARISON).is_file():
-            what = "is the folder of a run and" if (folder / CONFIG).is_file() else "holds none: it"
+            what = "is the folder of a run:" if (folder / CONFIG).is_file() else "is no comparison:"
             raise InputError(
-                f"{folder} {what} has no {COMPARISON}; name the --output of kdrun compare-losses"
+                f"{folder} {what} it has no {COMPARISON}; pass the --output of kdrun compare-losses"
             )
         return cls(folder)
 
@@ -76,7 +76,7 @@ class Ledger:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(found, dict):
-            raise InputError(f"{path}: expected the settings of a comparison; was it edited?")
+            raise InputError(f"{path}: expected the settings of a comparison; was the file edited?")
         return found
 
     def declare(self, settings: dict[str, Any]) -> None:
@@ -133,18 +133,18 @@ class Ledger:
         except (ValidationError, ValueError) as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise InputError(
-                f"{path}: not the record of a trial ({reason}); restore it, or delete it to have "
-                "the trial run again"
+                f"{path}: not the record of a trial ({reason}); restore it, or delete it to run "
+                "the trial again"
             ) from error
         if record.id != path.stem:
             raise InputError(
-                f"{path}: holds the record of {record.id}; restore it, or delete it to have the "
-                "trial run again"
+                f"{path}: contains the record of {record.id}; restore it, or delete it to run the "
+                "trial again"
             )
         if record.checksum not in (None, record.digest()):
             raise InputError(
-                f"{path}: was edited: its checksum is that of other content; restore it, or delete "
-                "it to have the trial run again"
+                f"{path}: was edited, because its checksum does not match; restore it, or delete "
+                "it to run the trial again"
             )
         return record
 

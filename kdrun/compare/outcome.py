@@ -37,8 +37,8 @@ def inputs(plan: Plan, ledger: Ledger) -> list[ReportInput]:
     notes = []
     if len(every) > len(records):
         notes.append(
-            f"The folder holds {len(every) - len(records)} more trials, of earlier commands with "
-            "other learning rates, ratios or tuning seeds; this report leaves them out."
+            f"The folder contains {len(every) - len(records)} more trials from earlier commands "
+            "with other learning rates, ratios or tuning seeds; this report excludes them."
         )
     found = []
     for method in methods(plan.axes):

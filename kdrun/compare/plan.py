@@ -84,15 +84,15 @@ class Axes:
         for ratio in self.kd_ratios:
             if not 0 < ratio <= 1:
                 raise InputError(
-                    f"--kd-ratio {ratio:g}: must lie in (0, 1]; the baseline at 0 is always there"
+                    f"--kd-ratio {ratio:g}: must be in (0, 1]; the baseline at 0 is always included"
                 )
         for lr in self.lrs:
             if not 0 < lr < math.inf:
-                raise InputError(f"--lr {lr:g}: must be above 0, and finite")
+                raise InputError(f"--lr {lr:g}: must be above 0 and finite")
         if self.seeds < 1:
-            raise InputError("--seeds: at least one is needed, two for any verdict")
+            raise InputError("--seeds: at least one is needed, and two for a verdict")
         if self.tuned and self.tuning_seeds < 1:
-            raise InputError("--tuning-seeds: at least one is needed to choose --lr or --kd-ratio")
+            raise InputError("--tuning-seeds: at least one is needed to select --lr or --kd-ratio")
 
 
 def merge(before: Axes, now: Axes) -> Axes:
@@ -183,13 +183,13 @@ class Plan:
         strange = [record for record in records if record.id not in self._names(record.trial)]
         if len(strange) > 1 and len(strange) == len(records):
             raise InputError(
-                "comparison.yaml: was edited: no record is of a trial with its shared settings; "
-                "restore it"
+                "comparison.yaml: was edited: no record belongs to a trial with its shared "
+                "settings; restore it"
             )
         if strange:
             raise InputError(
-                f"records/{strange[0].id}.json: was edited: its trial is another than the one "
-                "that was run; restore it, or delete it to have the trial run again"
+                f"records/{strange[0].id}.json: was edited: its trial is not the one that "
+                "was run; restore it, or delete it to run the trial again"
             )
         known = [record for record in records if self.identity(record.trial) == record.id]
         wanted = {self.identity(trial) for trial in self.planned(known)}

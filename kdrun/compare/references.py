@@ -73,7 +73,7 @@ def measure_references(comparison: Comparison, ledger: Ledger, console: Console)
     pairs = product(axes.teachers, axes.students)
     open_pairs = [pair for pair in pairs if (*pair, part) not in measured]
     for teacher, student in open_pairs:
-        console.print(f"measuring {teacher} and the untrained {student}", markup=False)
+        console.print(f"evaluating {teacher} and the untrained {student}", markup=False)
         arm = Arm(loss=None, kd_ratio=0.0, lr=1.0, teacher=teacher, student=student)
         trial = Trial(arm=arm, seed=0)
         config = trial_config(comparison.base, trial, ledger.folder, part, cache=None)
@@ -115,6 +115,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
         entries = _ENTRIES.validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path}: not the file that was written; delete it to have it measured again"
+            f"{path}: was edited or damaged; delete it to evaluate the models again"
         ) from error
     return [entry.model_dump() for entry in entries]

@@ -61,13 +61,13 @@ def cache_teachers(
     if isinstance(rows[0], TextRow):
         if comparison.base.data.shift_windows:
             console.print(
-                "no teacher cache: data.shift_windows=true cuts plain text at other places in each "
-                "epoch; every trial runs its teacher"
+                "no teacher cache, because data.shift_windows=true cuts plain text at different "
+                "places in each epoch; every trial runs its teacher"
             )
             return {}
         console.print(
             "data.shift_windows=false: plain text is cut at the same places in every epoch, as a "
-            "teacher cache needs"
+            "teacher cache requires"
         )
     found = {}
     for pair in pairs:
@@ -90,8 +90,8 @@ def check_named_cache(comparison: Comparison) -> None:
         return
     if len(axes.teachers) > 1:
         raise InputError(
-            f"model.teacher_cache={base.model.teacher_cache}: holds one teacher, and --teacher is "
-            "given several times; leave the cache out"
+            f"model.teacher_cache={base.model.teacher_cache}: contains one teacher, but "
+            "--teacher is given several times; remove the cache"
         )
     for student in axes.students:
         model = base.model.model_copy(update={"teacher": axes.teachers[0], "student": student})
@@ -153,7 +153,7 @@ def _whole(folder: Path, console: Console) -> Manifest | None:
     try:
         return read_manifest(folder)
     except InputError as error:
-        console.print(f"{str(error).partition(';')[0]}; it is built again", markup=False)
+        console.print(f"{str(error).partition(';')[0]}; rebuilding it", markup=False)
         shutil.rmtree(folder)
         return None
 
@@ -199,12 +199,14 @@ def _build(
                 )
         except SpaceError as error:
             shutil.rmtree(folder)
-            reason = f"{error.shortage}, and {SPARE_BYTES / 1e6:.0f} MB are kept for the trials"
+            reason = f"{error.shortage}, and {SPARE_BYTES / 1e6:.0f} MB are reserved for the trials"
         finally:
             if cuda:
                 teacher.to(torch.device("cpu"))
                 torch.cuda.empty_cache()
-    console.print(f"no teacher cache of {name}: {reason}; every trial runs it", markup=False)
+    console.print(
+        f"no teacher cache of {name}: {reason}; every trial runs this teacher", markup=False
+    )
     return None
 
 

@@ -29,8 +29,8 @@ Verdict = Literal[
 _ROUNDING = 1e-12
 """Differences smaller than this share of the measures themselves are rounding."""
 _CONSTANT = (
-    "the difference is the same at every seed, so seeds are no replicates here (nothing random in "
-    "training, or a measure too coarse)"
+    "the difference is the same at every seed, so seeds are not replicates here (training is not "
+    "random, or the measure is too coarse)"
 )
 
 
@@ -246,7 +246,9 @@ def _obstacle(
         return f"diverged in {diverged} of {len(own)} seeds"
     lost = sum(record.status == "diverged" for record in others.values())
     if lost:
-        return f"the baseline diverged in {lost} of {len(others)} seeds, and the rest flatters it"
+        return (
+            f"the baseline diverged in {lost} of {len(others)} seeds; the remaining seeds favour it"
+        )
     if common >= 2:
         return ""
     for records, name in ((own, "this arm"), (others, "the baseline")):
@@ -312,13 +314,13 @@ def _judge(comparison: Comparison, arms: int, common: dict[str, Any]) -> ArmVerd
     if needed is None:
         advice = f"more than {MOST_SEEDS} seeds would be needed"
     elif needed <= seeds:
-        advice = f"{seeds} seeds would show a difference of {delta}: it is likely smaller"
+        advice = f"{seeds} seeds would show a difference of {delta}, so it is likely smaller"
     else:
         advice = f"about {needed} seeds would show a difference of {delta}"
     return ArmVerdict(
         **common,
         verdict="undecided",
-        reason=f"neither a difference nor its absence is shown; {advice}",
+        reason=f"neither a difference nor equivalence is shown; {advice}",
         comparison=comparison,
         needed_seeds=needed,
     )

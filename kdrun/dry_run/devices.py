@@ -59,7 +59,7 @@ def find_device(given: str | None) -> Device:
     wanted = here if given is None else given.lower()
     if wanted == "cuda" and here != "cuda":
         raise InputError(
-            "--device cuda: there is none here; name one, such as h100, or a size, such as 24GiB"
+            "--device cuda: this machine has none; pass a name such as h100 or a size such as 24GiB"
         )
     if wanted in ("cpu", "cuda"):
         return Device(f"this machine's {wanted}", wanted, available(wanted))

@@ -84,7 +84,7 @@ def dry_run(
     processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
     if config.training.fsdp and processes == 1:
         raise InputError(
-            "training.fsdp=true spreads the models over processes; say over how many: --processes N"
+            "training.fsdp=true shards the models across processes: pass --processes N"
         )
     device = find_device(device_name)
     notes: list[str] = []
@@ -226,12 +226,12 @@ def show(found: DryRun, console: Console) -> None:
         console.print(f"  {name:<24}{_gib(part):>12}")
     free = found.device.memory
     fits = "" if free is None else f" of {_gib(free)}"
-    console.print(f"  {'in all':<24}{_gib(found.total):>12}{fits}")
+    console.print(f"  {'total':<24}{_gib(found.total):>12}{fits}")
     if free is not None and found.total > free:
         console.print(
             "this does not fit: lower --batch-size (and raise "
             "training.gradient_accumulation_steps), set training.gradient_checkpointing=true, "
-            "take --lora-rank, or model.dtype=bfloat16"
+            "use --lora-rank, or use model.dtype=bfloat16"
         )
 
 

@@ -95,7 +95,7 @@ def choose_common_questions(
         if isinstance(row, ChatRow):
             references.setdefault(row.messages[:-1], []).append(row.messages[-1].content)
     if not references:
-        return found, "answers: none, the held-out rows are plain text and ask nothing"
+        return found, "answers: none, because the held-out rows are plain text without prompts"
     check_rouge()
     count = left_out = 0
     for messages in sorted(references, key=_hash):
@@ -113,7 +113,7 @@ def choose_common_questions(
         f"{config.max_new_tokens} tokens each"
     )
     if left_out:
-        note += f"; {left_out} prompts that leave no room for an answer are passed over"
+        note += f"; {left_out} prompts that leave no room for an answer are skipped"
     return found, note
 
 

@@ -82,7 +82,7 @@ def figures(sums: Tensor, objective: KDObjective, with_teacher: bool) -> dict[st
     """
     tokens = sums[0].item()
     if tokens == 0:
-        raise TrainingError("the evaluation rows hold no supervised token")
+        raise TrainingError("the evaluation rows contain no supervised token")
     columns, calibration = sums.tensor_split([6 + len(objective.loss.terms)])
     ce, kd, forward_kl, reverse_kl, agreement, *terms = (columns[1:] / tokens).tolist()
     ratio = objective.kd_ratio

@@ -145,7 +145,9 @@ class Tasks:
         assert found is not None, "one process has all results"
         notes = []
         if cut.count:
-            notes.append(f"tasks: {cut.count} prompts were cut at their start to fit the context")
+            notes.append(
+                f"tasks: {cut.count} prompts were truncated on the left to fit the context"
+            )
         return read_scores(found), notes
 
 
@@ -205,9 +207,11 @@ def read_scores(found: dict[str, Any]) -> list[TaskScore]:
 def _check_paths(choice: TaskChoice) -> None:
     for option, path in (("--task-folder", choice.folder), ("--task-data", choice.data)):
         if path is not None and not path.exists():
-            raise InputError(f"{option} {path}: not there{did_you_mean(path)}")
+            raise InputError(f"{option} {path}: not found{did_you_mean(path)}")
     if choice.folder is not None and not choice.folder.is_dir():
-        raise InputError(f"--task-folder {choice.folder}: a file; name the folder that holds it")
+        raise InputError(
+            f"--task-folder {choice.folder}: is a file; pass the folder that contains it"
+        )
 
 
 def _find(choice: TaskChoice) -> Any:
@@ -238,6 +242,6 @@ def _close(name: str, known: Sequence[str]) -> str:
 def _reason(name: str, error: Exception) -> str:
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return (
-        f"--task {name}: its questions cannot be loaded ({text}); where the hub is out of reach, "
-        "take a task whose file reads a local one (--task-folder, --task-data)"
+        f"--task {name}: its questions cannot be loaded ({text}); without access to the hub, "
+        "use a task file that reads local questions (--task-folder, --task-data)"
     )

@@ -38,7 +38,7 @@ YARDSTICKS = (
     Yardstick(
         name="ce",
         title="cross-entropy",
-        unit="nats a token",
+        unit="nats per token",
         lower_is_better=True,
         difference=0.02,
         trained_on_by=("cross-entropy",),
@@ -46,7 +46,7 @@ YARDSTICKS = (
     Yardstick(
         name="forward_kl",
         title="forward KL to the teacher",
-        unit="nats a token",
+        unit="nats per token",
         lower_is_better=True,
         difference=0.02,
         trained_on_by=("forward_kl",),
@@ -54,7 +54,7 @@ YARDSTICKS = (
     Yardstick(
         name="reverse_kl",
         title="reverse KL to the teacher",
-        unit="nats a token",
+        unit="nats per token",
         lower_is_better=True,
         difference=0.02,
         trained_on_by=("reverse_kl",),

@@ -56,8 +56,8 @@ def notes_on_names(spec: str) -> list[str]:
 
     names = {term.name for term in parse_spec(spec).terms}
     return [
-        f"loss {ref.name}: the built-in one is used; the one of {ref.distribution} "
-        f"({ref.module}) is ignored, since built-in names cannot be replaced"
+        f"loss {ref.name}: the built-in loss is used; the one from {ref.distribution} "
+        f"({ref.module}) is ignored, because built-in names cannot be replaced"
         for ref in ignored_losses()
         if ref.name in names
     ]

@@ -39,7 +39,9 @@ def single_loss(spec: str) -> Loss:
     """
     first, *others = parse_spec(spec).terms
     if others:
-        raise InputError(f"loss {spec!r} is a sum; name its terms one by one, {first.name} first")
+        raise InputError(
+            f"loss {spec!r} is a sum; show its terms one by one, starting with {first.name}"
+        )
     return get_loss(spec).loss
 
 

@@ -19,8 +19,8 @@ from kdrun.errors import InputError
 
 TEACHER = (0.6, 0.3, 0.1)
 SETTING = (
-    f"Three tokens: the teacher gives {', '.join(map(str, TEACHER))}; the student gives the first "
-    "one q (it is the label) and shares the rest as the teacher does."
+    f"Three tokens with teacher probabilities {', '.join(map(str, TEACHER))}. The first token is "
+    "the label; the student gives it q and splits the rest in the teacher's proportions."
 )
 SUFFIXES = (".png", ".svg")
 
@@ -66,7 +66,7 @@ def loss_curve(spec: str, student: Sequence[float]) -> Curve:
         (gradient,) = torch.autograd.grad(values.sum(), logits)
     except Exception as error:  # whatever a stranger's loss raises on three tokens
         raise InputError(
-            f"loss {spec!r} cannot be drawn on three tokens: {type(error).__name__}: {error}"
+            f"loss {spec!r} cannot be plotted for three tokens: {type(error).__name__}: {error}"
         ) from error
     return Curve(list(student), values.tolist(), gradient[:, 0].tolist())
 
@@ -99,9 +99,9 @@ def check_plot_file(file: Path) -> None:
         InputError: another suffix, a missing folder, or no matplotlib.
     """
     if file.suffix.lower() not in SUFFIXES:
-        raise InputError(f"--plot {file}: the name has to end in {' or '.join(SUFFIXES)}")
+        raise InputError(f"--plot {file}: the name must end in {' or '.join(SUFFIXES)}")
     if not file.parent.is_dir():
-        raise InputError(f"--plot {file}: there is no folder {file.parent}")
+        raise InputError(f"--plot {file}: the folder {file.parent} does not exist")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

@@ -25,7 +25,7 @@ from kdrun.losses.describe import doc_parts, family, parameters, single_loss, tr
 if TYPE_CHECKING:
     from kdlosses import Loss
 
-_IGNORED = "ignored: the name is that of a built-in loss"
+_IGNORED = "ignored: the name belongs to a built-in loss"
 
 
 def print_list(details: bool) -> None:

@@ -191,26 +191,24 @@ class Procedure(BaseModel):
         name = f"procedure {config.procedure.spec}"
         if config.model.teacher_cache is not None:
             raise InputError(
-                f"{name}: a teacher cache knows the rows of the data only, not text that is "
-                "written in the run; leave out --teacher-cache and name the --teacher"
+                f"{name}: a teacher cache contains only the rows of the data, not text that is "
+                "generated in the run; remove --teacher-cache and pass --teacher"
             )
         if config.model.teacher is None:
             raise InputError(f"{name}: needs a --teacher")
         if config.data.packing:
-            raise InputError(f"{name}: not with data.packing=true; leave it out")
+            raise InputError(f"{name}: cannot be used with data.packing=true; remove it")
         if config.training.fsdp:
             raise InputError(
-                f"{name}: text is not written by models that are spread over processes; leave out "
-                "training.fsdp=true (torchrun alone keeps a copy on each process)"
+                f"{name}: sharded models cannot generate text; remove training.fsdp=true "
+                "(torchrun alone keeps a copy on each process)"
             )
         if config.procedure.text is not None and not self.takes_text:
-            raise InputError(
-                f"{name}: learns from no text beside its prompts; leave out procedure.text"
-            )
+            raise InputError(f"{name}: does not use procedure.text; remove it")
         ratio_moves = "kd_ratio" in config.loss.schedules
         if self.on_policy and config.loss.kd_ratio == 0 and not ratio_moves:
             raise InputError(
-                f"{name}: at --kd-ratio 0 nothing is learned from the student's own text; raise it"
+                f"{name}: with --kd-ratio 0 the student's own text has no effect; raise it"
             )
 
     def cost(self, config: Settings) -> Cost:

@@ -118,7 +118,7 @@ def decode(
                     continue
                 if token < 0:
                     raise TrainingError(
-                        "the probabilities are NaN while an answer is sampled; lower optimizer.lr"
+                        "the probabilities became NaN while sampling an answer; lower optimizer.lr"
                     )
                 written = found[batch.numbers[place]]
                 written.tokens.append(token)
@@ -221,8 +221,8 @@ class _Voice:
         self._cache = getattr(out, self._name)
         if not hasattr(self._cache, "batch_select_indices"):
             raise TrainingError(
-                f"{type(self._model).__name__} keeps what it has read in a "
-                f"{type(self._cache).__name__}, which answers cannot be sampled with"
+                f"{type(self._model).__name__} uses a {type(self._cache).__name__}, which is not "
+                "supported for sampling answers"
             )
         logits: Tensor = out.logits[:, -1, : self._vocab_size]
         return logits if logits.dtype == torch.float64 else logits.float()

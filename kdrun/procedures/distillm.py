@@ -30,9 +30,11 @@ class DistiLLM(Procedure):
         {"loss.spec": "skew_forward_kl_chunked", "training.eval_steps": 100}
     )
 
-    margin: float = Field(0.1, ge=0, description="rise of the held-out loss that phi answers to")
-    increase: float = Field(0.1, gt=0, le=1, description="what phi is raised by")
-    capacity: int = Field(1000, ge=1, description="rows of the buffer")
+    margin: float = Field(
+        0.1, ge=0, description="rise of the held-out loss above which phi increases"
+    )
+    increase: float = Field(0.1, gt=0, le=1, description="amount by which phi increases")
+    capacity: int = Field(1000, ge=1, description="maximum number of rows in the buffer")
 
     def initial_state(self) -> dict[str, Any]:
         """Nothing is known and nothing kept."""
@@ -77,9 +79,9 @@ class DistiLLM(Procedure):
         if state["rises"]:
             return []
         return [
-            "phi never rose: no evaluation was as much as "
-            f"{self.margin:g} above the one before training, so that every step learned from the "
-            "data; lower margin, or evaluate more often (training.eval_steps)"
+            "phi never rose: the held-out loss never exceeded its value before training by "
+            f"{self.margin:g}, so every step used the data; lower margin, or evaluate more often "
+            "(training.eval_steps)"
         ]
 
     def _fresh(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:

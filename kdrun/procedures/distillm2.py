@@ -36,10 +36,13 @@ class DistiLLM2(Procedure):
     student_loss: str = Field(
         "skew_reverse_kl",
         description="loss on the student's answers, such as skew_reverse_kl:alpha=0.2; it is "
-        "chunked where the run's loss is",
+        "chunked if the run's loss is",
     )
     student_weight: float = Field(
-        0.5, ge=0, le=1, description="weight of the student's answers; the rest is the teacher's"
+        0.5,
+        ge=0,
+        le=1,
+        description="weight of the student's answers; the teacher's answers get the rest",
     )
 
     @field_validator("student_loss")
@@ -54,7 +57,7 @@ class DistiLLM2(Procedure):
         except LossSpecError as error:
             raise ValueError(str(error)) from error
         if parsed.chunked:
-            raise ValueError("leave out _chunked; it is chunked where the run's loss is")
+            raise ValueError("remove _chunked; the loss is chunked if the run's loss is")
         return spec
 
     def check(self, config: Settings) -> None:
@@ -114,8 +117,8 @@ def _check_buildable(spec: str, match_curvature: bool) -> None:
         raise InputError(f"{name}: {error}") from error
     if loss.stateful:
         raise InputError(
-            f"{name} carries state from step to step, which only the run's own loss can; take "
-            "another"
+            f"{name} carries state between steps, which only the run's own loss may; choose "
+            "another loss"
         )
 
 

@@ -25,10 +25,14 @@ class GKD(Procedure):
     """
 
     lambda_: float = Field(
-        0.5, ge=0, le=1, alias="lambda", description="share of batches that the student answers"
+        0.5,
+        ge=0,
+        le=1,
+        alias="lambda",
+        description="share of batches whose answers the student generates",
     )
     class_loss: bool = Field(
-        False, description="cross-entropy on the student's own answers too, as on the data's"
+        False, description="also use cross-entropy on the student's own answers, as on the data"
     )
 
     def cost(self, config: Settings) -> Cost:

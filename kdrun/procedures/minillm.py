@@ -37,23 +37,28 @@ class MiniLLM(Procedure):
     takes_text: ClassVar[bool] = True
 
     teacher_mix: float = Field(
-        0.2, ge=0, lt=1, description="the teacher's share of the distribution that is sampled"
+        0.2, ge=0, lt=1, description="the teacher's share of the sampling distribution"
     )
     importance: Literal["token", "sequence"] = Field(
         "token",
-        description="weight q / mixture of each token alone, or its product over the answer, which "
-        "is unbiased and varies more",
+        description="use the weight q / mixture of each token alone, or its product over the "
+        "answer, which is unbiased but has more variance",
     )
     gamma: float = Field(1.0, ge=0, le=1, description="discount of later rewards")
-    length_normalised: bool = Field(True, description="divide returns by the tokens they sum over")
-    reward_clip: float = Field(10.0, ge=0, description="bound of each reward; 0 for none")
+    length_normalised: bool = Field(
+        True, description="divide returns by the number of tokens they sum over"
+    )
+    reward_clip: float = Field(10.0, ge=0, description="bound of each reward; 0 disables it")
     clip: float = Field(
-        0.2, ge=0, lt=1, description="how far the weighted ratio may leave 1; 0 for no bound"
+        0.2,
+        ge=0,
+        lt=1,
+        description="maximum distance of the weighted ratio from 1; 0 disables the bound",
     )
     whiten: bool = Field(
         False, description="shift and scale the returns of a micro-batch to mean 0 and variance 1"
     )
-    reuse: int = Field(1, ge=1, description="consecutive steps that learn from the same samples")
+    reuse: int = Field(1, ge=1, description="number of consecutive steps that use the same samples")
 
     def check(self, config: Settings) -> None:
         """As every procedure; and plain text needs a weight.
@@ -64,8 +69,8 @@ class MiniLLM(Procedure):
         super().check(config)
         if config.procedure.text is not None and not _takes_data(config):
             raise InputError(
-                "procedure.text: has no effect at --kd-ratio 1, which leaves no weight to "
-                "cross-entropy on it; lower the ratio, or leave it out"
+                "procedure.text: has no effect at --kd-ratio 1, because its cross-entropy has "
+                "weight 0; lower the ratio, or remove the text"
             )
 
     def cost(self, config: Settings) -> Cost:

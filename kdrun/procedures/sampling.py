@@ -155,7 +155,7 @@ def need_end_token(tokenizer: PreTrainedTokenizerBase) -> None:
     """
     if tokenizer.eos_token_id is None:
         raise InputError(
-            "procedure: the tokenizer has no end-of-text token, so that no answer would ever end; "
+            "procedure: the tokenizer has no end-of-text token, so answers would never end; "
             "set its eos_token"
         )
 

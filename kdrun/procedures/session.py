@@ -273,7 +273,7 @@ class Session:
         lines = []
         if figures["generated_tokens"]:
             lines.append(
-                f"{figures['generated_tokens']:,} tokens were written in "
+                f"{figures['generated_tokens']:,} tokens were generated in "
                 f"{figures['generation_seconds']:.0f} s"
             )
         if figures["empty_generations"]:
@@ -301,7 +301,7 @@ class Session:
         own = (type(self.procedure).__name__, self.procedure.model_dump(mode="json"))
         if (saved["kind"], saved["procedure"]) != own:
             raise TrainingError(
-                f"the saved state is of {saved['kind']} {saved['procedure']}, not of {own[0]} "
+                f"the saved state belongs to {saved['kind']} {saved['procedure']}, not to {own[0]} "
                 f"{own[1]}"
             )
         self.state = dict(saved["state"])

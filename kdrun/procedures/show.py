@@ -56,7 +56,7 @@ def print_procedure(spec: str) -> None:
         console.print(table)
         console.print()
     for key, value in kind.defaults.items():
-        console.print(f"unless given: {key}={value}", markup=False)
+        console.print(f"default: {key}={value}", markup=False)
     ref = find_procedure(split_spec(spec)[0])
     console.print(f"registered by {ref.distribution} as {ref.name}")
 

@@ -45,7 +45,7 @@ def teacher_rows(rows: Sequence[Any], session: Desk) -> list[Example]:
     answers = None if file is None else _read(file, len(prompts), session.vocab_size)
     # All processes have to go the same way, whatever each finds on its disk.
     if not all(session.gather([answers is not None])):
-        session.say(f"procedure: the teacher answers {len(prompts)} prompts, once")
+        session.say(f"procedure: the teacher answers {len(prompts)} prompts once")
         answers = _write_all(prompts, session)
         if file is not None and session.place.rank == 0:
             _save(file, answers)
@@ -60,12 +60,12 @@ def teacher_rows(rows: Sequence[Any], session: Desk) -> list[Example]:
     if len(kept) < len(prompts):
         session.say(
             f"procedure: {len(prompts) - len(kept)} of {len(prompts)} answers of the teacher are "
-            "empty; their rows are left out"
+            "empty; their rows are skipped"
         )
     if not kept:
         raise InputError(
-            "procedure: every answer of the teacher is empty; it ends before it says anything to "
-            "these prompts"
+            "procedure: every answer of the teacher is empty; check the chat template and the "
+            "output of kdrun generate"
         )
     return kept
 

@@ -130,7 +130,7 @@ def _state(procedure: Procedure) -> None:
     """The state is what JSON can hold, at each step."""
     for step in usual_steps(procedure):
         if json.loads(json.dumps(step.state)) != step.state:
-            raise AssertionError(f"step {step.number}: the state changes on its way through JSON")
+            raise AssertionError(f"step {step.number}: the state changes when saved as JSON")
 
 
 def _shapes(procedure: Procedure) -> None:
@@ -155,7 +155,7 @@ def _labels(procedure: Procedure) -> None:
             ids, labels = batch["input_ids"], batch["labels"]
             supervised = labels != IGNORE_INDEX
             if (labels != ids)[supervised].any():
-                raise AssertionError("a label differs from the token at its place")
+                raise AssertionError("a label differs from the token at its position")
             if (supervised & (batch["attention_mask"] == 0)).any():
                 raise AssertionError("padding is supervised")
             if not torch.equal(batch["shift_labels"], shift_labels(labels)):
@@ -176,7 +176,7 @@ def _answers(procedure: Procedure) -> None:
                 if example["labels"][first:] != targets:
                     raise AssertionError("an answer is not the end of its row")
                 if any(token in stops for token in targets[:-1]):
-                    raise AssertionError("something follows an end token")
+                    raise AssertionError("tokens follow an end token")
                 if len(targets) > SAMPLING.max_new_tokens:
                     raise AssertionError(f"an answer has {len(targets)} tokens")
 
@@ -187,11 +187,11 @@ def _determinism(procedure: Procedure) -> None:
     before = torch.get_rng_state()
     first = [content_of(step.batches) for step in run_steps(open_session(procedure))]
     if not torch.equal(torch.get_rng_state(), before):
-        raise AssertionError("torch's global generator was used; take session.draw")
+        raise AssertionError("torch's global generator was used; use session.draw")
     torch.manual_seed(8)
     second = [content_of(step.batches) for step in run_steps(open_session(procedure))]
     if first != second:
-        raise AssertionError("the same seed gives other batches")
+        raise AssertionError("the same seed gives different batches")
 
 
 def _resume(procedure: Procedure) -> None:
@@ -207,7 +207,7 @@ def _resume(procedure: Procedure) -> None:
     resumed.load_state_dict(saved)
     rest = [content_of(step.batches) for step in run_steps(resumed, first=STEPS // 2)]
     if rest != whole[STEPS // 2 :]:
-        raise AssertionError("a resumed run goes another way")
+        raise AssertionError("a resumed run differs from an uninterrupted one")
 
 
 def _ranks(procedure: Procedure) -> None:
@@ -236,11 +236,13 @@ def _ranks(procedure: Procedure) -> None:
         raise errors[0]
     for one, left, right in zip(alone, *found, strict=True):
         if left.state != right.state or not alike(left.state, one.state):
-            raise AssertionError(f"step {one.number}: the processes carry different states")
+            raise AssertionError(f"step {one.number}: the processes have different states")
         pairs = zip(content_of(left.batches), content_of(right.batches), strict=True)
         both = [sorted(a + b) for a, b in pairs]
         if both != [sorted(rows) for rows in content_of(one.batches)]:
-            raise AssertionError(f"step {one.number}: two processes learn from other rows than one")
+            raise AssertionError(
+                f"step {one.number}: two processes train on different rows than one"
+            )
 
 
 def _denominators(procedure: Procedure) -> None:
@@ -278,7 +280,9 @@ def _nothing_said(procedure: Procedure) -> None:
         ignored = {"shift_labels": torch.full_like(batch["shift_labels"], IGNORE_INDEX)}
         value, gradient = loss_of(procedure, {**batch, **ignored}, torch.zeros(len(Origin)).long())
         if value.item() != 0 or gradient.any():
-            raise AssertionError(f"step {step.number}: value {value.item():.3g} of no token")
+            raise AssertionError(
+                f"step {step.number}: the value without tokens is {value.item():.3g}"
+            )
 
 
 CHECKS: dict[str, Callable[[Procedure], None]] = {

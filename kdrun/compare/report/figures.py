@@ -47,8 +47,8 @@ _VERDICTS = {
     "identical": "#0072b2",
 }
 _CURVES = (
-    ("eval_ce", "cross-entropy on held-out rows", "nats a token"),
-    ("class_loss", "class loss in training", "nats a token"),
+    ("eval_ce", "cross-entropy on held-out rows", "nats per token"),
+    ("class_loss", "class loss in training", "nats per token"),
     ("kd_loss", "KD loss in training", "each arm's own loss"),
 )
 
@@ -79,11 +79,11 @@ def drawings(summary: Summary) -> list[Drawing]:
         found.append(
             Drawing(
                 "differences",
-                "Differences to the baseline",
+                "Differences from the baseline",
                 f"Mean over seeds of each arm minus {baseline}. Thin line: simultaneous 95 % "
-                "interval; clear of zero, the arm is better or worse. Thick line: interval of the "
-                f"two one-sided tests; within ±{delta} (shaded), the arm is equivalent. Small "
-                "dots: single seeds. An arrow leads to an end beyond the figure.",
+                "interval; if it excludes zero, the arm is better or worse. Thick line: interval "
+                f"of the two one-sided tests; if it lies within ±{delta} (shaded), the arm is "
+                "equivalent. Small dots: single seeds. An arrow marks an end outside the figure.",
                 lambda width: _differences(summary, width),
             )
         )
@@ -93,9 +93,9 @@ def drawings(summary: Summary) -> list[Drawing]:
             Drawing(
                 "curves",
                 "Learning curves",
-                "Mean over seeds; the band reaches from the lowest to the highest seed. The first "
-                "fifth of the steps may lie above the figure. KD losses of different kinds have "
-                "different scales: their heights do not compare.",
+                "Mean over seeds; the band spans the lowest to the highest seed. The first "
+                "fifth of the steps may lie above the figure. Different KD losses have "
+                "different scales and cannot be compared with each other.",
                 lambda width: _learning_curves(summary, curves, width),
             )
         )
@@ -103,8 +103,8 @@ def drawings(summary: Summary) -> list[Drawing]:
         found.append(
             Drawing(
                 "speed",
-                "Speed against quality",
-                "Large: mean over seeds; small: single seeds. Speed is that of training alone.",
+                "Speed and quality",
+                "Large dots: mean over seeds; small dots: single seeds. Speed excludes evaluation.",
                 lambda width: _speed(summary, width),
             )
         )
@@ -194,7 +194,7 @@ def _differences(summary: Summary, width: float) -> Figure:
             color=MUTED,
         )
     axis.set_xlabel(f"{yardstick.title}, {yardstick.unit}  (shaded: ±{delta:g})")
-    axis.set_title(shortened(f"Difference to {baseline}", int(width * 13)), pad=14)
+    axis.set_title(shortened(f"Difference from {baseline}", int(width * 13)), pad=14)
     return figure
 
 
@@ -345,7 +345,7 @@ def _speed(summary: Summary, width: float) -> Figure:
     axis.margins(0.08)
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.xaxis.set_major_locator(MaxNLocator(6 if width > 5 else 4))
-    axis.set_xlabel("supervised tokens a second  (faster →)")
+    axis.set_xlabel("supervised tokens per second  (faster →)")
     arrow = "↓" if yardstick.lower_is_better else "↑"
     axis.set_ylabel(f"{yardstick.title}\n{yardstick.unit}  ({arrow} better)")
     axis.grid(color=GRID, linewidth=0.6)

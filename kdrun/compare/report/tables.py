@@ -97,7 +97,7 @@ def latex_text(summary: Summary) -> str:
         for name, values in summary.given.references.items()
     ]
     first = _table(
-        f"Difference to {baseline} on {_tex(yardstick.title)} ({_tex(yardstick.unit)}), with "
+        f"Difference from {baseline} in {_tex(yardstick.title)} ({_tex(yardstick.unit)}), with "
         f"simultaneous 95\\,\\% intervals; smallest difference of interest "
         f"{summary.given.difference:g}.",
         "lrrl",

@@ -73,7 +73,7 @@ def headline(summary: Summary) -> str:
     if not summary.judged:
         if any(trial.stage == "tuning" for trial in summary.missing):
             return "No verdict is possible yet: the tuning trials are not finished."
-        return "Nothing is compared: the only arm is the baseline."
+        return "There is nothing to compare: the only arm is the baseline."
     title = f"{summary.given.yardstick.title} of held-out rows"
     named = {
         word: [arm.label for arm, verdict in ordered(summary) if verdict.verdict == word]
@@ -94,12 +94,12 @@ def _obstacle(summary: Summary) -> str:
         any(record.status == "diverged" for record in arm.records) for arm in summary.arms
     )
     if all(others):
-        return ": every arm diverged" + ("" if baseline else " but the baseline")
+        return ": every arm diverged" + ("" if baseline else " except the baseline")
     if baseline:
         return ": the baseline diverged"
     if any(trial.stage == "final" for trial in summary.missing):
         return " yet"
-    return "; the table says why for each arm"
+    return "; the table gives the reason for each arm"
 
 
 def rule(summary: Summary) -> str:
@@ -108,11 +108,12 @@ def rule(summary: Summary) -> str:
     better = "lower" if given.yardstick.lower_is_better else "higher"
     return (
         f"Yardstick: {given.yardstick.title} in {given.yardstick.unit}, {better} is better; "
-        f"smallest difference of interest {given.difference:g}. Each trial is one number, its "
-        "mean over held-out rows; arms are compared with the baseline seed by seed (paired t "
-        f"tests, Holm over {len(summary.judged)} arms). At {LEVEL:.0%}, no arm is called better or "
-        "worse that does not differ, and none equivalent that differs by the smallest difference "
-        f"of interest or more. Intervals hold for all arms at once ({1 - LEVEL:.0%})."
+        f"smallest difference of interest {given.difference:g}. Each trial contributes one "
+        "number, its mean over held-out rows; arms are compared with the baseline seed by seed "
+        f"(paired t tests, Holm over {len(summary.judged)} arms). The error rate over all arms is "
+        f"{LEVEL:.0%} for calling an arm better or worse although it does not differ, and "
+        f"{LEVEL:.0%} for calling an arm equivalent although it differs by the smallest difference "
+        f"of interest or more. Intervals are simultaneous over all arms ({1 - LEVEL:.0%})."
     )
 
 
@@ -125,8 +126,8 @@ def warnings(summary: Summary) -> list[str]:
         found.append(
             f"Unfinished: {count} of {count + len(summary.given.records)} trials have not run. "
             + (
-                "The verdicts are provisional: they hold for the planned seeds, not for the "
-                "moment at which someone looks."
+                "The verdicts are provisional: their error rate holds for the planned "
+                "seeds, not for an intermediate look."
                 if finals
                 else "They are tuning trials."
             )
@@ -149,8 +150,8 @@ def warnings(summary: Summary) -> list[str]:
             every = len(wholly) + len(partly) == len(summary.arms)
             who.append("all other arms (in part)" if every else f"{listed(partly)} (in part)")
         found.append(
-            f"The primary yardstick, {primary.title}, is trained on by {' and by '.join(who)}. "
-            "It favours them; see the other yardsticks too."
+            f"Trained on the primary yardstick, {primary.title}: {' and '.join(who)}. "
+            "This favours them; consider the other yardsticks too."
         )
     return found
 

@@ -286,7 +286,7 @@ def test_an_interrupted_build_is_refused_and_can_be_built_over(
 
 
 def test_a_folder_that_holds_something_is_kept(setting: Setting, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds a cache"):
+    with pytest.raises(InputError, match="already contains a cache"):
         setting.build(setting.folder)
     (tmp_path / "note.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(InputError, match="not empty"):

@@ -129,7 +129,7 @@ def test_an_address_that_nothing_answers_at_is_refused_at_once() -> None:
         port = server.getsockname()[1]
         check_address(f"127.0.0.1:{port}")
         check_address(f"ray://127.0.0.1:{port}")
-    with pytest.raises(InputError, match=f"127.0.0.1:{port}: nothing answers there"):
+    with pytest.raises(InputError, match=f"127.0.0.1:{port}: no connection"):
         check_address(f"127.0.0.1:{port}")
     check_address("auto")
 

@@ -263,7 +263,7 @@ def test_devices() -> None:
     with pytest.raises(InputError, match="known: t4"):
         find_device("xyz")
     if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="there is none here"):
+        with pytest.raises(InputError, match="this machine has none"):
             find_device("cuda")
 
 

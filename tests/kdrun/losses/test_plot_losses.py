@@ -76,7 +76,7 @@ def test_show_prints_the_plot_without_a_terminal_in_any_encoding() -> None:
         assert done.returncode == 0
         text = done.stdout.decode(encoding)
         assert "gradient of the logit" in text
-        assert f"Three tokens: the teacher gives {TEACHER[0]}" in text
+        assert f"Three tokens with teacher probabilities {TEACHER[0]}" in text
         assert "\x1b" not in text
         assert ("⠀" in text) == (encoding == "utf-8")
 
@@ -143,5 +143,5 @@ def test_a_loss_that_cannot_be_drawn_is_shown_without_a_plot(
     print_loss("forward_kl")
     printed = capsys.readouterr().out
     assert "curvature: 1.0" in printed
-    assert "no plot: loss 'forward_kl' cannot be drawn" in printed
+    assert "no plot: loss 'forward_kl' cannot be plotted" in printed
     assert "IndexError: needs more tokens" in printed
