@@ -52,8 +52,8 @@ class Batch:
         for name, source in sides.items():
             if source.leading_shape != labels.shape:
                 raise ValueError(
-                    f"{name}: positions {list(source.leading_shape)} differ from the shape of labels "
-                    f"{list(labels.shape)}"
+                    f"{name}: positions {list(source.leading_shape)} differ from the shape of "
+                    f"labels {list(labels.shape)}"
                 )
         _check_spread(student, given)
         size = min(source.vocab_size for source in sides.values())
@@ -66,8 +66,8 @@ class Batch:
             )
         if isinstance(given, Compressed) and given.vocab_size > size:
             raise ValueError(
-                f"teacher: was compressed over {given.vocab_size} tokens, but the shared vocabulary "
-                f"has {size}; cut the logits to this size before compressing them"
+                f"teacher: was compressed over {given.vocab_size} tokens, but the shared "
+                f"vocabulary has {size}; cut the logits to that size before compressing them"
             )
         rows = supervised_rows(labels, ignore_index, size)
         if isinstance(given, TopK):
@@ -95,8 +95,8 @@ class Batch:
             return torch.ones(len(self.rows.labels), dtype=self.dtype, device=values.device)
         if token_weights.shape != self.rows.shape:
             raise ValueError(
-                f"token_weights: shape {list(token_weights.shape)} differs from the shape of labels "
-                f"{list(self.rows.shape)}"
+                f"token_weights: shape {list(token_weights.shape)} differs from the shape of "
+                f"labels {list(self.rows.shape)}"
             )
         return self.rows.pick(token_weights.to(self.dtype))
 

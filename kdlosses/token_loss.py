@@ -266,6 +266,7 @@ class TokenLoss(nn.Module):
 def _check_curvature(term: Term, curvature: float | None) -> float:
     if not curvature:
         raise ValueError(
-            f"match_curvature: {term.name} has no curvature to match (curvature() returns {curvature})"
+            f"match_curvature: {term.name} has no curvature to match (curvature() returns "
+            f"{curvature})"
         )
     return curvature

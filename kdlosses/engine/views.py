@@ -112,8 +112,8 @@ def refusal(loss: Loss, source: TeacherSource, temperature: float) -> str | None
         return None
     if source.temperature != temperature:
         return (
-            f"its log-probabilities were stored at temperature {source.temperature:g}, but the loss "
-            f"uses {temperature:g}; store them again at that temperature"
+            f"its log-probabilities were stored at temperature {source.temperature:g}, but the "
+            f"loss uses {temperature:g}; store them again at that temperature"
         )
     name = type(loss).__name__
     if isinstance(source, TopK):

@@ -98,8 +98,8 @@ def _chunked_memory(loss: Loss) -> None:
     per_row = (peak(many) - peak(few)) / (many - few)
     if not per_row < width / 2:
         raise AssertionError(
-            f"each additional row takes {per_row:.0f} bytes at V={width}: a tensor of size [rows, V] "
-            "is allocated or kept"
+            f"each additional row takes {per_row:.0f} bytes at V={width}: a tensor of size "
+            "[rows, V] is allocated or kept"
         )
 
 

@@ -1,4 +1,4 @@
-"""``kdrun cache-teacher``: from a run's configuration to a cache of its teacher."""
+"""``kdrun cache-teacher``: build the teacher cache for the configuration of a run."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def cache_teacher(
     """Cache the teacher of a run on its training and held-out rows.
 
     Args:
-        model: names the teacher and its type, and the student, whose tokenizer encodes.
-        data: names the rows and their length.
-        temperature: softens what ``top_k`` and ``sampled`` keep.
-        seed: of the draws.
-        batch_size: rows that run through the teacher at once.
-        folder: of the cache.
-        kind: what is kept.
-        entries: k, or draws.
+        model: section with the teacher, its data type, and the student, whose tokenizer is used.
+        data: section with the rows and their maximum length.
+        temperature: temperature of ``top_k`` and ``sampled``.
+        seed: seed of the draws.
+        batch_size: rows per batch of the teacher.
+        folder: folder of the cache.
+        kind: what to store.
+        entries: k, or the number of draws.
 
     Raises:
         InputError: wrong input; no cache is written.
@@ -110,7 +110,7 @@ def cache_teacher(
 
 @contextmanager
 def show_progress(console: Console) -> Iterator[Report]:
-    """A bar on a terminal, a few plain lines elsewhere."""
+    """Show a progress bar on a terminal; otherwise print a few lines."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""``kdrun compare-losses``: from its options to trials, table and report."""
+"""``kdrun compare-losses``: turn its options into trials, a table and a report."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from kdrun.procedures.registry import get_procedure
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Short enough that the default comparison ends in a quarter of an hour on two cores.
+# The default comparison then takes at most a quarter of an hour on two cores.
 _BUILT_IN_STEPS = 400
 _ANSWERS = 50
 _NEVER = 10**9
@@ -57,12 +57,12 @@ _CURES = {
     "output.dir": "use --output instead",
     "data.part": "remove it",
 }
-"""Keys that trials vary and ``--set`` refuses, with the cure."""
+"""Keys that trials vary, which ``--set`` refuses, and what to do instead."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line gives; empty tuples and None where nothing was given.
+    """The options of the command line; empty tuples and None for options that were not given.
 
     Attributes:
         losses: ``--loss``.
@@ -70,7 +70,7 @@ class Options:
         lrs: ``--lr``.
         teachers: ``--teacher``.
         students: ``--student``.
-        procedures: ``--procedure``, at the end.
+        procedures: ``--procedure``; last, because it has a default.
         seeds: ``--seeds``.
         tuning_seeds: ``--tuning-seeds``.
         yardstick: ``--yardstick``.
@@ -81,7 +81,7 @@ class Options:
         keep_students: ``--keep-students``.
         teacher_cache: ``--teacher-cache / --no-teacher-cache``.
         jobs: ``--jobs``.
-        cluster: ``--launcher ray`` with its options; None runs here.
+        cluster: ``--launcher ray`` with its options; None runs the trials on this machine.
         dry_run: ``--dry-run``.
     """
 
@@ -106,10 +106,10 @@ class Options:
 
 
 def comparison_of(options: Options) -> Comparison:
-    """What is to be compared; nothing is written.
+    """Build a comparison from its options; nothing is written.
 
     Raises:
-        InputError: wrong options, unknown losses, models that are not there.
+        InputError: wrong options, unknown losses or missing models.
     """
     given = dict(options.overrides)
     for key, cure in _CURES.items():
@@ -121,7 +121,7 @@ def comparison_of(options: Options) -> Comparison:
         given.setdefault("model.student", options.students[0])
     if options.teachers:
         given.setdefault("model.teacher", options.teachers[0])
-    # How answers are sampled is the same for all procedures; which of them run is an axis.
+    # The sampling settings are shared by all procedures; the procedure itself is an axis.
     sampled = {key: given.pop(key) for key in list(given) if key.startswith("procedure.")}
     base = load_config(options.config, list(given.items()))
     _check_varied(base, str(options.config))
@@ -137,14 +137,14 @@ def comparison_of(options: Options) -> Comparison:
         )
     if base.model.teacher is None:
         raise InputError("compare-losses needs a --teacher")
-    training: dict[str, Any] = {"save_steps": _NEVER}  # a trial that is cut off runs again
+    training: dict[str, Any] = {"save_steps": _NEVER}  # an interrupted trial starts again
     if base.model.student == BUILT_IN and not _LENGTH & {*given, *stated}:
         training["max_steps"] = _BUILT_IN_STEPS
-    # A cache that the user names serves as it is.
+    # A cache given by the user is used unchanged.
     cached = options.teacher_cache and base.model.teacher_cache is None
     data = base.data
     if options.teacher_cache and "shift_windows" not in data.model_fields_set:
-        data = data.model_copy(update={"shift_windows": False})  # as a cache needs it
+        data = data.model_copy(update={"shift_windows": False})  # as a cache requires
     evaluation = {} if _sets_answers(base) else {"answers": _ANSWERS}
     base = base.model_copy(
         update={
@@ -179,12 +179,12 @@ def comparison_of(options: Options) -> Comparison:
 
 
 def _check_varied(base: RunConfig, file: str) -> None:
-    """Refuse what trials vary and no axis can take over.
+    """Refuse keys that trials vary and that are not the value of an axis.
 
-    The defaults pass: they are what a run's own ``config.yaml`` states.
+    Default values are accepted, because the ``config.yaml`` of a run contains them.
 
     Raises:
-        InputError: naming the key and the cure.
+        InputError: names the key and the cure.
     """
     for key in ("training.seed", "data.part"):
         section, _, name = key.partition(".")
@@ -203,17 +203,17 @@ def _check_varied(base: RunConfig, file: str) -> None:
 def _sampling(
     base: RunConfig, sampled: Mapping[str, Any], procedures: Sequence[str | None]
 ) -> ProcedureConfig:
-    """The settings of all procedures, checked; each trial puts in its own spec.
+    """Check the sampling settings shared by all procedures; each trial adds its own spec.
 
     Raises:
-        InputError: a wrong value, or settings that no procedure would look at.
+        InputError: a wrong value, or settings that no procedure would use.
     """
     overrides = [(key, value) for key, value in sampled.items() if key != "procedure.spec"]
     first = next((spec for spec in procedures if spec is not None), None)
     if first is None:
-        load_config(None, overrides)  # refuses them by name
+        load_config(None, overrides)  # refuses each key by name
         return base.procedure
-    # What the first procedure would fill in is no part of it: the keys that were given are.
+    # Only keys that were given are kept, not the defaults that the first procedure fills in.
     checked = load_config(None, [("procedure.spec", first), *overrides]).procedure
     given = {key.partition(".")[2]: getattr(checked, key.partition(".")[2]) for key, _ in overrides}
     kept = base.procedure.model_dump(exclude_unset=True)
@@ -221,10 +221,10 @@ def _sampling(
 
 
 def _check_rows(comparison: Comparison) -> None:
-    """Refuse rows that trials cannot be trained or measured on.
+    """Refuse rows on which trials cannot be trained or evaluated.
 
     Raises:
-        InputError: naming the file, or what the primary yardstick lacks.
+        InputError: names the file, or what the primary yardstick needs.
     """
     plan, base = comparison.plan, comparison.base
     asks, evaluation = plan.yardstick.asks, base.evaluation
@@ -246,16 +246,16 @@ def _check_rows(comparison: Comparison) -> None:
 
 
 def _sets_answers(base: RunConfig) -> bool:
-    """Whether the user said how many prompts are answered, 0 included."""
+    """Whether the user set the number of prompts to answer, possibly to 0."""
     return "answers" in base.evaluation.model_fields_set
 
 
 def compare_losses(options: Options, console: Console) -> None:
-    """Run what the comparison lacks, and report.
+    """Run the missing trials of a comparison, and report.
 
     Raises:
-        InputError: wrong input, before anything starts.
-        Interrupted: by Ctrl-C; the trial that ran is not recorded.
+        InputError: wrong input, detected before any trial starts.
+        Interrupted: interrupted by Ctrl-C; the running trial is not recorded.
     """
     from kdrun.quiet import quiet_libraries
 
@@ -283,13 +283,13 @@ def compare_losses(options: Options, console: Console) -> None:
 
 
 def _folder_of(options: Options, comparison: Comparison) -> Path:
-    """The folder of a comparison: the option's, that of the file, or a new one."""
+    """The folder of a comparison: from the option, from the file, or a new one."""
     given = options.output or comparison.base.output.dir
     return expand_home(given or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-comparison")
 
 
 def _run(comparison: Comparison, ledger: Ledger, options: Options, console: Console) -> None:
-    if os.environ.get(WORKER):  # the process that started it has declared what is run
+    if os.environ.get(WORKER):  # the parent process has declared the comparison
         caches = _cache_teachers(comparison, ledger, quiet_console())
         run_comparison(comparison, ledger, caches, watch_nothing)
         return
@@ -304,7 +304,7 @@ def _run(comparison: Comparison, ledger: Ledger, options: Options, console: Cons
             run_comparison(comparison, ledger, caches, display.update)
         else:
             run_jobs(comparison, ledger, options.jobs, display.update)
-    # Not the plan that was declared above: other commands may have added to it since.
+    # Read again, since other commands may have extended the plan in the meantime.
     report_again(ledger.folder, console)
 
 
@@ -314,10 +314,10 @@ def _cache_teachers(comparison: Comparison, ledger: Ledger, console: Console) ->
 
 
 def report_again(folder: Path, console: Console) -> None:
-    """Print and write the report of a folder from what it holds; nothing is run.
+    """Print and write the report of a folder from its records, without running trials.
 
     Raises:
-        InputError: it holds no comparison, or a file of it was edited, naming it.
+        InputError: the folder contains no comparison, or a file was edited (the message names it).
     """
     ledger = Ledger.of(folder)
     declared = read_declaration(ledger)
@@ -352,7 +352,7 @@ def _show_declaration(comparison: Comparison, folder: Path, console: Console) ->
 
 
 def _show_plan(comparison: Comparison, records: Sequence[Record], console: Console) -> None:
-    """The trials, and about how long they take."""
+    """Print the planned trials and their approximate duration."""
     from rich.markup import escape
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""What trials are seen against: each teacher and each untrained student, measured once."""
+"""Reference measures of each teacher and each untrained student, evaluated once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ References = dict[str, dict[str, float | None]]
 
 
 class _Entry(BaseModel):
-    """What ``references.json`` holds of one model, on one part of the held-out rows."""
+    """An entry of ``references.json``: one model on one part of the held-out rows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     teacher: str
@@ -42,15 +42,15 @@ _ENTRIES = TypeAdapter(list[_Entry])
 
 
 def read_references(ledger: Ledger, pair: Pair, part: Part) -> References:
-    """The measures of a pair's teacher and untrained student, as far as they are known.
+    """Read the known measures of a pair's teacher and untrained student.
 
     Args:
-        ledger: of the comparison.
+        ledger: ledger of the comparison.
         pair: teacher and student.
-        part: the held-out rows that they were measured on.
+        part: the part of the held-out rows.
 
     Raises:
-        InputError: the file was edited into something else.
+        InputError: the file was edited and is not valid.
     """
     found = {
         entry["role"]: entry["measures"]
@@ -61,10 +61,10 @@ def read_references(ledger: Ledger, pair: Pair, part: Part) -> References:
 
 
 def measure_references(comparison: Comparison, ledger: Ledger, console: Console) -> None:
-    """Measure what is not measured yet, on the rows that final trials are measured on.
+    """Evaluate the models without measures, on the rows used for final trials.
 
     Raises:
-        InputError: the file was edited into something else.
+        InputError: the file was edited and is not valid.
     """
     path = ledger.folder / FILE
     known = _read(path)

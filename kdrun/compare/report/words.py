@@ -1,4 +1,4 @@
-"""Numbers and verdicts in plain words."""
+"""Numbers and verdicts as text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ORDER = ("better", "equivalent", "identical", "undecided", "worse", "diverged",
 
 
 def places(yardstick: Yardstick) -> int:
-    """Decimals: one more than the smallest difference of interest needs."""
+    """Number of decimals: one more than the smallest difference of interest has."""
     return max(0, math.ceil(-math.log10(yardstick.difference))) + 1
 
 
@@ -25,7 +25,7 @@ def number(value: float, yardstick: Yardstick) -> str:
 
 
 def signed(value: float, yardstick: Yardstick) -> str:
-    """A difference with a sign, not a hyphen, such as ``−0.012``; never ``−0.000``."""
+    """A difference with a proper minus sign, such as ``−0.012``; never ``−0.000``."""
     text = f"{value:+.{places(yardstick)}f}"
     return (text if float(text) else text.replace("-", "+")).replace("-", "−")
 
@@ -57,7 +57,7 @@ def interval(verdict: ArmVerdict) -> str:
 
 
 def ordered(summary: Summary) -> list[tuple[ArmSummary, ArmVerdict]]:
-    """Arms by verdict, the best first; within one by mean difference."""
+    """Arms sorted by verdict, best first, then by mean difference."""
     sign = 1 if summary.given.yardstick.lower_is_better else -1
 
     def place(pair: tuple[ArmSummary, ArmVerdict]) -> tuple[int, float]:
@@ -89,7 +89,7 @@ def headline(summary: Summary) -> str:
 
 
 def _obstacle(summary: Summary) -> str:
-    """Why no arm could be tested: what no further trial will change first."""
+    """Why no arm could be tested, permanent reasons first."""
     baseline, *others = (
         any(record.status == "diverged" for record in arm.records) for arm in summary.arms
     )
@@ -103,7 +103,7 @@ def _obstacle(summary: Summary) -> str:
 
 
 def rule(summary: Summary) -> str:
-    """How the verdicts were reached, for readers of the page."""
+    """A description of the tests, for readers of the page."""
     given = summary.given
     better = "lower" if given.yardstick.lower_is_better else "higher"
     return (
@@ -118,7 +118,7 @@ def rule(summary: Summary) -> str:
 
 
 def warnings(summary: Summary) -> list[str]:
-    """What a reader has to know before believing a verdict."""
+    """Warnings that limit the validity of the verdicts."""
     found = []
     finals = [trial for trial in summary.missing if trial.stage == "final"]
     if summary.missing:
@@ -157,13 +157,13 @@ def warnings(summary: Summary) -> list[str]:
 
 
 def listed(names: Sequence[str]) -> str:
-    """``a, b and c``; with semicolons where a name holds a comma."""
+    """``a, b and c``; with semicolons if a name contains a comma."""
     comma = "; " if any("," in name for name in names) else ", "
     *others, last = names
     return f"{comma.join(others)} and {last}" if others else last
 
 
 def trial_name(trial: Trial, summary: Summary) -> str:
-    """A trial in one line."""
+    """The name of a trial."""
     stage = "" if trial.stage == "final" else ", tuning"
     return f"{summary.labels[trial.arm]}, seed {trial.seed}{stage}"

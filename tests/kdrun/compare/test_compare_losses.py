@@ -159,7 +159,7 @@ def test_a_schedule_moves_the_losses_and_leaves_the_baseline_alone(tmp_path: Pat
     folder = tmp_path / "c"
     losses = ("--loss", "skew_forward_kl_chunked", "--loss", "reverse_kl_chunked")
     line = refused("compare-losses", *QUICK, *given, *losses, "--output", folder)
-    assert line.startswith("loss 'reverse_kl_chunked': schedules: no loss here has a parameter")
+    assert line.startswith("loss 'reverse_kl_chunked': schedules: no loss has a parameter")
     assert not folder.exists()
     compare(*given, *losses[:2], "--output", folder)
     found = records(folder)
@@ -207,7 +207,7 @@ def test_a_file_has_a_say_wherever_no_option_has(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "mine.txt").touch()
     line = refused("compare-losses", "--config", file, "--seeds", 1)
-    assert f"--output {tmp_path / 'there'} is not empty and holds no comparison" in line
+    assert f"--output {tmp_path / 'there'} is not empty and contains no comparison" in line
 
 
 @pytest.mark.parametrize(
@@ -293,10 +293,10 @@ def test_the_peak_memory_of_a_trial_is_not_that_of_an_earlier_one() -> None:
         (("--loss", "skew_forward_kl:alpha=2"), "alpha"),
         (("--yardstick", "bleu"), "no such measure"),
         (("--difference", "0"), "must be above 0"),
-        (("--difference", "inf"), "must be above 0, and finite"),
-        (("--lr", "inf"), "must be above 0, and finite"),
+        (("--difference", "inf"), "must be above 0 and finite"),
+        (("--lr", "inf"), "must be above 0 and finite"),
         (("--kd-ratio", "0"), "the baseline at 0 is always included"),
-        (("--teacher", "none"), "a comparison has a teacher"),
+        (("--teacher", "none"), "a comparison needs a teacher"),
         (("--set", "loss.spec=reverse_kl"), "use --loss instead"),
         (("--set", "procedure.spec=gkd"), "use --procedure instead"),
         (("--set", "training.seed=3"), "use --seeds instead"),
@@ -326,7 +326,7 @@ def test_a_named_cache_is_checked_with_every_loss(tmp_path: Path, given: tuple[s
     named = ("--teacher", "builtin", "--set", f"model.teacher_cache={cache}", "--dry-run")
     losses = ("--loss", "forward_kl_chunked", "--loss", "adaptive_kl_chunked")
     line = refused("compare-losses", *QUICK, *given, *named, *losses)
-    assert "needs the teacher's whole row" in line
+    assert "needs the teacher's full distribution" in line
     shorter = (*QUICK, "--max-length", "24", *given, *named, *losses[:2])
     assert "lacks the row" in refused("compare-losses", *shorter)
     two = options(Path(rows), teachers=("builtin", "other"))

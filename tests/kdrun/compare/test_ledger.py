@@ -62,7 +62,7 @@ def test_a_record_under_another_name_is_refused(tmp_path: Path) -> None:
 
 def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x", encoding="utf-8")
-    with pytest.raises(InputError, match="is not empty and holds no comparison"):
+    with pytest.raises(InputError, match="is not empty and contains no comparison"):
         Ledger(tmp_path)
     with pytest.raises(InputError, match="is a file"):
         Ledger(tmp_path / "mine.txt")

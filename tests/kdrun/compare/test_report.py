@@ -215,8 +215,8 @@ def given_of(records, trials=(), **more):
                     *(record(arm("x"), s, {}, status="diverged") for s in (0, 1)),
                 ]
             ),
-            "No verdict on cross-entropy of held-out rows is possible: every arm diverged but the "
-            "baseline.",
+            "No verdict on cross-entropy of held-out rows is possible: every arm diverged except "
+            "the baseline.",
         ),
         (
             given_of(

@@ -222,4 +222,4 @@ def test_a_start_that_was_killed_before_its_declaration_is_no_foreign_folder(
     (folder / "comparison.yaml").unlink()
     copied = shutil.copytree(folder, tmp_path / "copied")
     line = refused("compare-losses", "--seeds", 2, "--output", copied)
-    assert "is not empty and holds no comparison" in line
+    assert "is not empty and contains no comparison" in line
