@@ -172,7 +172,7 @@ class PluginGroup(Generic[R]):
             meant = self.suggest(name)
             hint = f", did you mean {meant!r}?" if meant else ""
             raise self.wrong(
-                f"unknown {self.kind} {name!r}{hint}; {self.listing!r} lists all {len(names)}"
+                f"unknown {self.kind} {name!r}{hint}; {self.listing!r} shows all {len(names)}"
             )
         distributions = sorted({_distribution(entry) for entry in matches})
         if len(distributions) > 1 or len({entry.value for entry in matches}) > 1:

@@ -14,11 +14,11 @@ level a = 5 %:
   although it differs by delta or more is at most a.
 - **Intervals.** ``mean -+ t(1 - a / 2m) s / sqrt(n)``: all m contain the true differences
   simultaneously with probability 1 - a (Bonferroni, which requires no assumption on the dependence
-  between arms that the shared baseline causes). Holm's later steps can find a difference whose Bonferroni
-  interval still contains 0; such an interval is cut at 0, so that no interval contradicts a
-  verdict. No two-sided intervals of this width match Holm's test exactly (Strassburger and Bretz
-  2008, doi:10.1002/sim.3338): if only some arms differ, the joint coverage of intervals and cuts is
-  at least 1 - 2a (simulated, 3 arms: 0.92).
+  between arms that the shared baseline causes). Holm's later steps can find a difference whose
+  Bonferroni interval still contains 0; such an interval is cut at 0, so that no interval
+  contradicts a verdict. No two-sided intervals of this width match Holm's test exactly
+  (Strassburger and Bretz 2008, doi:10.1002/sim.3338): if only some arms differ, the joint coverage
+  of intervals and cuts is at least 1 - 2a (simulated, 3 arms: 0.92).
   The two one-sided tests correspond to the shorter interval with t(1 - a / m).
 
 The number of arms m includes every planned arm, even if it diverged or has not run, so that the

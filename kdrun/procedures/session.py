@@ -240,7 +240,7 @@ class Session:
         return found
 
     def is_empty(self, answer: Sequence[int]) -> bool:
-        """Whether an answer is no more than its end token."""
+        """Whether an answer is empty or only an end token."""
         return len(answer) == 0 or (len(answer) == 1 and answer[0] in self.stops)
 
     def gather(self, things: Sequence[Any]) -> list[Any]:

@@ -260,7 +260,7 @@ def test_a_folder_without_a_whole_manifest_is_refused(damaged: Path, tmp_path: P
     with pytest.raises(InputError, match="is incomplete"):
         Cache(damaged)
     (tmp_path / "other").mkdir()
-    with pytest.raises(InputError, match="no teacher cache"):
+    with pytest.raises(InputError, match="not a teacher cache"):
         Cache(tmp_path / "other")
     with pytest.raises(InputError, match="no such cache"):
         Cache(tmp_path / "nothing")
@@ -375,7 +375,7 @@ def test_a_compressed_cache_refuses_other_temperatures_and_unfit_losses(
     kept.check_loss(kdlosses.get_loss("forward_kl", temperature=2.0))
     with pytest.raises(InputError, match="stored at temperature 2"):
         kept.check_loss(kdlosses.get_loss("forward_kl"))
-    with pytest.raises(InputError, match="whole row"):
+    with pytest.raises(InputError, match="full distribution"):
         kept.check_loss(kdlosses.get_loss("decoupled_kd", temperature=2.0))
     drawn.check_loss(kdlosses.get_loss("reverse_kl"))
     with pytest.raises(InputError, match="draws"):

@@ -108,7 +108,7 @@ def test_what_a_refused_start_leaves_is_no_foreign_folder(tmp_path: Path) -> Non
     (tmp_path / "checkpoints").mkdir()
     prepare_folder(tmp_path, resume=False, overwrite=False)
     (tmp_path / "checkpoints" / "mine").touch()
-    with pytest.raises(InputError, match="contains no run to continue"):
+    with pytest.raises(InputError, match="holds no run"):
         prepare_folder(tmp_path, resume=False, overwrite=True)
 
 

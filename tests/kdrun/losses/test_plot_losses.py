@@ -104,7 +104,11 @@ def test_a_picture_is_the_same_each_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("plot.gif", "end in .png or .svg"), ("plot", "end in .png"), ("no/plot.png", "no folder")],
+    [
+        ("plot.gif", "end in .png or .svg"),
+        ("plot", "end in .png"),
+        ("no/plot.png", "does not exist"),
+    ],
 )
 def test_a_file_that_cannot_be_written_is_told_in_one_line(
     tmp_path: Path, name: str, reason: str

@@ -153,7 +153,7 @@ def test_seqkd_has_the_teacher_answer_once(distil: Run, tiny_pair: Any, tmp_path
     first = distil(tmp_path / "first", said[0], **options)
     second = distil(tmp_path / "second", said[1], **options)
     assert equal(first, second)
-    assert any("the teacher answers 38 prompts, once" in line for line in said[0])
+    assert any("the teacher answers 38 prompts once" in line for line in said[0])
     (file,) = (tmp_path / "cache").glob("answers-*.json")
     assert any(f"38 answers of the teacher, from {file}" in line for line in said[1])
     assert summary(first)["procedure"]["generated_tokens"] > 0
@@ -458,7 +458,7 @@ def test_another_procedures_checkpoint_is_refused(distil: Run, tmp_path: Path) -
     folder = distil(tmp_path / "run", procedure__spec="gkd", training__save_steps=1, **SHORT)
     (folder / "summary.json").unlink()
     for changed, message in (
-        ({"procedure__spec": "gkd:lambda=0.2", **SHORT}, "is of GKD .*0.5.* not of GKD .*0.2"),
+        ({"procedure__spec": "gkd:lambda=0.2", **SHORT}, "belongs to GKD .*0.5.* not to GKD .*0.2"),
         ({}, "was saved by a run with a procedure, which this one has not"),
     ):
         with pytest.raises(TrainingError, match=message):
