@@ -1,4 +1,4 @@
-"""A batch whose shapes have been checked: sources, supervised rows, weights, denominator."""
+"""A validated batch: sources, supervised rows, weights and denominator."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ Denominator = int | float | Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss is evaluated on.
+    """The input of a loss.
 
     Attributes:
-        student: where the student's logits come from.
-        teacher: the teacher, or None.
-        rows: which rows are supervised.
+        student: source of the student's logits.
+        teacher: source of the teacher, or None.
+        rows: the supervised rows.
         vocab_size: both sides are cut to this many entries.
     """
 
@@ -40,9 +40,9 @@ class Batch:
         """Check shapes and labels.
 
         Raises:
-            TypeError: what is neither logits nor a source.
-            ValueError: shapes that do not fit together, labels outside the vocabulary, or a
-                compressed teacher over more tokens than the vocabulary has.
+            TypeError: an argument is neither logits nor a source.
+            ValueError: inconsistent shapes, labels outside the vocabulary, or a compressed teacher
+                over more tokens than the vocabulary has.
         """
         student = as_source(student, "student")
         given = None if teacher is None else as_teacher(teacher)
@@ -76,19 +76,19 @@ class Batch:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of values: float32, or float64 for float64 students."""
+        """The data type of values: float32, or float64 for float64 students."""
         double = self.student.tensors[0].dtype == torch.float64
         return torch.float64 if double else torch.float32
 
     def scalar(self, value: float) -> Tensor:
-        """A number as a 0-d tensor beside the student's."""
+        """A number as a 0-d tensor on the device of the student."""
         return torch.tensor(value, dtype=self.dtype, device=self.student.tensors[0].device)
 
     def weights(self, token_weights: Tensor | None) -> Tensor:
-        """Weight ``[n]`` of each supervised row.
+        """The weight of each supervised row, ``[n]``.
 
         Raises:
-            ValueError: ``token_weights`` of another shape than the labels.
+            ValueError: ``token_weights`` differ in shape from the labels.
         """
         if token_weights is None:
             values = self.student.tensors[0]
@@ -110,7 +110,7 @@ class Batch:
 
 
 def _check_spread(student: Source, teacher: TeacherSource | None) -> None:
-    """Teacher and student have to have the same tokens on the same process."""
+    """Check that teacher and student have the same tokens on each process."""
     spread = isinstance(student, VocabParallel)
     if teacher is None:
         return
