@@ -22,9 +22,9 @@ class Measures:
     Attributes:
         num_tokens: number of supervised tokens.
         cross_entropy: cross-entropy of the student.
-        calibration: ``[3, 15]``, for :func:`calibration_error`: the number of tokens by the probability
-            of the student's most likely token, in bins of equal width; the sum of that probability
-            in each bin; and the number of tokens in each bin for which it is the label.
+        calibration: ``[3, 15]``, for :func:`calibration_error`: the number of tokens by the
+            probability of the student's most likely token, in bins of equal width; the sum of that
+            probability in each bin; and the number of tokens in each bin for which it is the label.
         kd: the distillation loss with its temperature; None without a teacher.
         kd_terms: ``[k]``, the terms of the loss before weighting; None without a teacher.
         forward_kl: KL(teacher || student) at temperature 1; None without a teacher.

@@ -1,8 +1,8 @@
 """The chunked evaluation, which computes the gradient without autograd.
 
 One pass over chunks of rows projects student and teacher, evaluates KD and CE together and computes
-the gradients, so that no ``[rows, V]`` tensor outlives its chunk and nothing is computed twice: four
-matrix products per step. ``backward`` only scales the gradients.
+the gradients, so that no ``[rows, V]`` tensor outlives its chunk and nothing is computed twice:
+four matrix products per step. ``backward`` only scales the gradients.
 """
 
 from collections.abc import Iterator
@@ -69,8 +69,8 @@ def chunked_values(
         per_row: differentiate the row values (recomputing in backward) instead of the sum.
 
     Returns:
-        The 0-d sum, KD ``[n, k]``, CE ``[n]``. Gradients flow through the sum, or, if ``per_row`` is
-        set, through the row values instead.
+        The 0-d sum, KD ``[n, k]``, CE ``[n]``. Gradients flow through the sum or, if
+        ``per_row`` is set, through the row values instead.
     """
     recording = torch.is_grad_enabled()
     needed = tuple(recording and tensor.requires_grad for tensor in job.student.tensors)

@@ -54,7 +54,7 @@ def _call(
     static: tuple[Hashable, ...],
     arguments: tuple[Argument, ...],
 ) -> tuple[Tensor, ...]:
-    # Imported here, because the compiler takes a second to import, which plain losses do not need.
+    # Imported here, because plain losses do not need the compiler, which takes a second.
     from torch._dynamo import mark_dynamic
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
@@ -65,8 +65,8 @@ def _call(
     tile = _tiles.get(key)
     new = tile is None
     if tile is None:
-        # Only the rows, marked below, are dynamic: tiles share a code object, and widths that differ
-        # between programs would otherwise become dynamic as well.
+        # Only the rows, marked below, are dynamic: tiles share a code object, and widths that
+        # differ between programs would otherwise become dynamic as well.
         tile = _tiles[key] = torch.compile(  # type: ignore[call-overload]
             functools.partial(function, *static),
             fullgraph=True,

@@ -65,9 +65,9 @@ class Buckets:
         """Align over k tokens and the rest; arguments as in :meth:`Whole.align`."""
         log_probs, indices, tail = tensors
         teacher = torch.cat([log_probs, tail.unsqueeze(-1)], -1).to(student.dtype)
-        # An entry of -inf is padding of rows of unequal length: its event has no mass on either side,
-        # and its token stays in the rest. Its index is set to the row's most likely token, which is
-        # excluded from the rest in any case.
+        # An entry of -inf is padding of rows of unequal length: its event has no mass on either
+        # side, and its token stays in the rest. Its index is set to the row's most likely token,
+        # which is excluded from the rest in any case.
         present = log_probs > -torch.inf
         likeliest = indices.gather(-1, log_probs.argmax(-1, keepdim=True))
         at = torch.where(present, indices, likeliest)

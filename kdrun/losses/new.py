@@ -1,4 +1,4 @@
-"""What ``kdrun losses new`` writes: a distribution with one loss, its tests and a README."""
+"""``kdrun losses new``: create a package with one loss, its tests and a README."""
 
 from __future__ import annotations
 
@@ -115,17 +115,17 @@ traits. `pytest` runs the conformance checks, which find most mistakes in them.
 
 
 def new_loss(name: str, output: str | None) -> Path:
-    """Write a distribution that registers the loss ``name``.
+    """Create a package that registers the loss ``name``.
 
     Args:
-        name: of the loss on the command line.
-        output: the folder to write; by default ``kdlosses-<name>`` here.
+        name: name of the loss on the command line.
+        output: output folder; by default ``./kdlosses-<name>``.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: a name that is malformed, reserved or taken, or a folder that exists.
+        InputError: a name that is malformed, reserved or already registered, or an existing folder.
     """
     if not _NAME.fullmatch(name):
         raise InputError(
@@ -164,6 +164,6 @@ def new_loss(name: str, output: str | None) -> Path:
 
 
 def _class_name(name: str) -> str:
-    """``my_divergence`` becomes ``MyDivergenceLoss``; the suffix keeps clear of imported names."""
+    """``my_divergence`` becomes ``MyDivergenceLoss``; the suffix avoids imported names."""
     words = "".join(word.capitalize() for word in name.removesuffix("_loss").split("_"))
     return f"{words}Loss"
