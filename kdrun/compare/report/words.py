@@ -31,7 +31,7 @@ def signed(value: float, yardstick: Yardstick) -> str:
 
 
 def spread(found: Spread | None, yardstick: Yardstick) -> str:
-    """Mean and standard deviation, such as ``3.412 ± 0.010``; a dash where not measured."""
+    """Mean and standard deviation, such as ``3.412 ± 0.010``; a dash if not measured."""
     if found is None:
         return "–"
     mean = number(found.mean, yardstick)
@@ -41,7 +41,7 @@ def spread(found: Spread | None, yardstick: Yardstick) -> str:
 
 
 def rounded(found: Spread | None) -> str:
-    """The mean of tokens a second or MiB; a dash where not measured."""
+    """The mean of tokens per second or MiB; a dash if not measured."""
     return "–" if found is None else f"{found.mean:,.0f}"
 
 
