@@ -1,4 +1,4 @@
-"""Knowledge-distillation losses: write one small function, get every variant.
+"""Knowledge-distillation losses, each defined by one small function for all variants.
 
 The public names are imported on first use, so that listing losses does not load torch.
 """

@@ -1,4 +1,4 @@
-"""A batch whose shapes have been checked: sources, supervised rows, weights, denominator."""
+"""A validated batch: sources, supervised rows, weights and denominator."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ Denominator = int | float | Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss is evaluated on.
+    """The input of a loss.
 
     Attributes:
-        student: where the student's logits come from.
-        teacher: the teacher, or None.
-        rows: which rows are supervised.
+        student: source of the student's logits.
+        teacher: source of the teacher, or None.
+        rows: the supervised rows.
         vocab_size: both sides are cut to this many entries.
     """
 
@@ -40,9 +40,9 @@ class Batch:
         """Check shapes and labels.
 
         Raises:
-            TypeError: what is neither logits nor a source.
-            ValueError: shapes that do not fit together, labels outside the vocabulary, or a
-                compressed teacher over more tokens than the vocabulary has.
+            TypeError: an argument is neither logits nor a source.
+            ValueError: inconsistent shapes, labels outside the vocabulary, or a compressed teacher
+                over more tokens than the vocabulary has.
         """
         student = as_source(student, "student")
         given = None if teacher is None else as_teacher(teacher)
@@ -52,8 +52,8 @@ class Batch:
         for name, source in sides.items():
             if source.leading_shape != labels.shape:
                 raise ValueError(
-                    f"{name}: positions {list(source.leading_shape)} differ from those of labels "
-                    f"{list(labels.shape)}"
+                    f"{name}: positions {list(source.leading_shape)} differ from the shape of "
+                    f"labels {list(labels.shape)}"
                 )
         _check_spread(student, given)
         size = min(source.vocab_size for source in sides.values())
@@ -61,13 +61,13 @@ class Batch:
             size = min(size, vocab_size)
         if isinstance(student, VocabParallel) and size <= student.last:
             raise ValueError(
-                f"student: cut to {size} tokens, its last process, whose tokens begin at "
-                f"{student.last}, would have none; spread the heads after cutting them"
+                f"student: if cut to {size} tokens, the last process, whose tokens begin at "
+                f"{student.last}, has none; shard the heads after cutting them"
             )
         if isinstance(given, Compressed) and given.vocab_size > size:
             raise ValueError(
-                f"teacher: was compressed over {given.vocab_size} tokens, the shared vocabulary "
-                f"has {size}; cut its logits to that before compressing them"
+                f"teacher: was compressed over {given.vocab_size} tokens, but the shared "
+                f"vocabulary has {size}; cut the logits to that size before compressing them"
             )
         rows = supervised_rows(labels, ignore_index, size)
         if isinstance(given, TopK):
@@ -76,27 +76,27 @@ class Batch:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of values: float32, or float64 for float64 students."""
+        """The data type of values: float32, or float64 for float64 students."""
         double = self.student.tensors[0].dtype == torch.float64
         return torch.float64 if double else torch.float32
 
     def scalar(self, value: float) -> Tensor:
-        """A number as a 0-d tensor beside the student's."""
+        """A number as a 0-d tensor on the device of the student."""
         return torch.tensor(value, dtype=self.dtype, device=self.student.tensors[0].device)
 
     def weights(self, token_weights: Tensor | None) -> Tensor:
-        """Weight ``[n]`` of each supervised row.
+        """The weight of each supervised row, ``[n]``.
 
         Raises:
-            ValueError: ``token_weights`` of another shape than the labels.
+            ValueError: ``token_weights`` differ in shape from the labels.
         """
         if token_weights is None:
             values = self.student.tensors[0]
             return torch.ones(len(self.rows.labels), dtype=self.dtype, device=values.device)
         if token_weights.shape != self.rows.shape:
             raise ValueError(
-                f"token_weights: shape {list(token_weights.shape)} differs from that of labels "
-                f"{list(self.rows.shape)}"
+                f"token_weights: shape {list(token_weights.shape)} differs from the shape of "
+                f"labels {list(self.rows.shape)}"
             )
         return self.rows.pick(token_weights.to(self.dtype))
 
@@ -110,21 +110,23 @@ class Batch:
 
 
 def _check_spread(student: Source, teacher: TeacherSource | None) -> None:
-    """Teacher and student have to have the same tokens on the same process."""
+    """Check that teacher and student have the same tokens on each process."""
     spread = isinstance(student, VocabParallel)
     if teacher is None:
         return
     if not isinstance(teacher, VocabParallel):
         if spread:
             raise ValueError(
-                "teacher: the student's head is spread over processes (VocabParallel), the "
-                "teacher's has to be as well"
+                "teacher: the student's head is sharded across processes (VocabParallel), so the "
+                "teacher's must be as well"
             )
         return
     if not isinstance(student, VocabParallel):
-        raise ValueError("student: the teacher's head is spread over processes, its own is not")
+        raise ValueError(
+            "student: the teacher's head is sharded across processes, but the student's is not"
+        )
     if (student.start, student.group) != (teacher.start, teacher.group):
         raise ValueError(
-            f"teacher: its tokens on this process begin at {teacher.start}, the student's at "
-            f"{student.start}; spread both heads alike"
+            f"teacher: its tokens on this process begin at {teacher.start}, but the student's at "
+            f"{student.start}; shard both heads in the same way"
         )

@@ -1,4 +1,4 @@
-"""Compressed teachers: the most likely tokens with a tail, or tokens that were drawn."""
+"""Compressed teachers: the most likely tokens with a tail bucket, or sampled tokens."""
 
 import math
 from dataclasses import dataclass
@@ -16,25 +16,25 @@ class TopK:
     """A teacher's k most likely tokens and one bucket for all others.
 
     The distributions of teacher and student are compared over k + 1 events. For a loss with the
-    trait ``coarse_graining_monotone`` the value never exceeds the full one, and grows with k up to
-    it at k = V. Any :class:`Divergence` works with it; a ``RowLoss`` where it says so.
+    trait ``coarse_graining_monotone`` the value is at most the full value, and grows with k until
+    they are equal at k = V. Every :class:`Divergence` supports it, and every ``RowLoss`` that
+    declares ``supports_top_k``.
 
-    Not where the tail of the teacher matters: the student is free to arrange the mass of the
-    bucket as it likes.
+    Not recommended if the tail of the teacher matters, because the distribution of the student
+    within the bucket is unconstrained.
 
     Args:
         log_probs: ``[..., k]`` the tokens' log-probabilities, softened by ``temperature``; an entry
-            of ``-inf`` is no entry, whatever its index, so that rows of unequal length can be
-            filled up.
+            of ``-inf`` is ignored, whatever its index, so rows of unequal length can be padded.
         indices: ``[..., k]`` int64, the tokens, each once.
         tail_log_prob: ``[...]`` the log-probability of all others; ``-inf`` at k = V.
-        vocab_size: number of tokens that the probabilities are shared among.
-        temperature: the temperature they were softened by; the loss must use the same.
+        vocab_size: number of tokens in the vocabulary.
+        temperature: temperature of the probabilities; the loss must use the same.
 
     Raises:
-        ValueError: on shapes that do not fit together. A token that stands twice with mass in a
-            supervised row is refused when a loss is evaluated.
-        TypeError: on tensors of the wrong type.
+        ValueError: inconsistent shapes. A token that appears twice with mass in a supervised row is
+            refused when a loss is evaluated.
+        TypeError: tensors of the wrong data type.
     """
 
     log_probs: Tensor
@@ -53,14 +53,14 @@ class TopK:
 
     @classmethod
     def from_logits(cls, logits: Tensor, k: int, temperature: float = 1.0) -> Self:
-        """Compress logits ``[..., V]``, cut to the shared vocabulary beforehand.
+        """Compress logits ``[..., V]``, which must already be cut to the shared vocabulary.
 
         Raises:
             ValueError: k outside [1, V].
         """
         vocab_size = logits.shape[-1]
         if not 1 <= k <= vocab_size:
-            raise ValueError(f"k: must lie in [1, {vocab_size}], got {k}")
+            raise ValueError(f"k: must be in [1, {vocab_size}], got {k}")
         log_probs = _log_probs(logits, temperature)
         kept, indices = log_probs.topk(k, dim=-1)
         others = log_probs.scatter(-1, indices, -math.inf)
@@ -73,30 +73,30 @@ class TopK:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What is stored, each with the leading shape first."""
+        """The stored tensors, whose first axes are the leading shape."""
         return self.log_probs, self.indices, self.tail_log_prob
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Tokens drawn from a teacher, each with its log-probability.
+    """Tokens sampled from a teacher, each with its log-probability.
 
     A loss ``sum_v f(p_v, q_v)`` is estimated by the mean of ``f(p_v, q_v) / p_v`` over the draws.
     Value and gradient are unbiased for a :class:`Divergence` with ``linear_finish`` and a plain
-    sum, where the teacher gives every token some mass; others are refused.
+    sum, if the teacher assigns some mass to every token; other losses are refused.
 
-    Not for few draws and losses that weigh by the student (reverse KL): tokens that the student
-    overrates are rarely drawn, and then count ``q / p`` times.
+    Not recommended with few draws for losses that weight by the student (reverse KL): tokens that
+    the student overestimates are rarely drawn, and then count ``q / p`` times.
 
     Args:
         log_probs: ``[..., n]`` the teacher's log-probabilities, softened by ``temperature``.
         indices: ``[..., n]`` int64, the drawn tokens, with repetitions.
-        vocab_size: number of tokens that were drawn from.
-        temperature: the temperature they were softened by; the loss must use the same.
+        vocab_size: number of tokens in the vocabulary.
+        temperature: temperature of the probabilities; the loss must use the same.
 
     Raises:
-        ValueError: on shapes that do not fit together.
-        TypeError: on tensors of the wrong type.
+        ValueError: inconsistent shapes.
+        TypeError: tensors of the wrong data type.
     """
 
     log_probs: Tensor
@@ -115,7 +115,7 @@ class Sampled:
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Self:
-        """Draw from logits ``[..., V]``, cut to the shared vocabulary beforehand.
+        """Draw from logits ``[..., V]``, which must already be cut to the shared vocabulary.
 
         Raises:
             ValueError: fewer than one draw.
@@ -135,7 +135,7 @@ class Sampled:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What is stored, each with the leading shape first."""
+        """The stored tensors, whose first axes are the leading shape."""
         return self.log_probs, self.indices
 
 
@@ -144,7 +144,7 @@ TeacherSource = Source | Compressed
 
 
 def as_teacher(value: Tensor | TeacherSource) -> TeacherSource:
-    """As :func:`as_source`; a compressed teacher will do too."""
+    """Like :func:`as_source`, but also accept a compressed teacher."""
     return value if isinstance(value, TopK | Sampled) else as_source(value, "teacher")
 
 
@@ -156,14 +156,14 @@ def _log_probs(logits: Tensor, temperature: float) -> Tensor:
 
 
 def check_once(teacher: TopK, kept: Tensor | None) -> None:
-    """Refuse a token that stands twice with mass: the student's would be counted twice.
+    """Refuse a token that appears twice with mass, because the student's would be counted twice.
 
     Args:
-        teacher: of all rows.
+        teacher: the teacher of all rows.
         kept: indices of the supervised rows in the flattened teacher, or None for all.
 
     Raises:
-        ValueError: naming the token and the row.
+        ValueError: names the token and the row.
     """
     k = teacher.indices.shape[-1]
     log_probs, indices = teacher.log_probs.reshape(-1, k), teacher.indices.reshape(-1, k)
@@ -176,8 +176,8 @@ def check_once(teacher: TopK, kept: Tensor | None) -> None:
         row, place = twice.nonzero()[0].tolist()
         number = row if kept is None else int(kept[row])
         raise ValueError(
-            f"teacher: token {int(ordered[row, place])} stands twice with mass in row {number} "
-            "of the TopK; keep one entry, with the sum of both probabilities"
+            f"teacher: token {int(ordered[row, place])} appears twice with mass in row {number} "
+            "of the TopK; keep one entry with the sum of both probabilities"
         )
 
 
@@ -187,8 +187,8 @@ def _check_tokens(kind: str, log_probs: Tensor, indices: Tensor, vocab_size: int
         raise TypeError(f"{kind}: indices: expected int64, got {indices.dtype}")
     if log_probs.shape != indices.shape or log_probs.ndim < 1 or not log_probs.shape[-1]:
         raise ValueError(
-            f"{kind}: log_probs and indices must have one shape [..., k], k at least 1, got "
+            f"{kind}: log_probs and indices must have the same shape [..., k] with k >= 1, got "
             f"{list(log_probs.shape)} and {list(indices.shape)}"
         )
     if indices.numel() and (indices.min() < 0 or indices.max() >= vocab_size):
-        raise ValueError(f"{kind}: indices: a token lies outside the vocabulary of {vocab_size}")
+        raise ValueError(f"{kind}: indices: a token is outside the vocabulary of {vocab_size}")

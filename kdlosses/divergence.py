@@ -1,8 +1,8 @@
-"""The two things a distillation loss can be: a :class:`Divergence` or a :class:`RowLoss`.
+"""The two base classes of distillation losses: :class:`Divergence` and :class:`RowLoss`.
 
-A loss is a small pure function of two next-token distributions. It is written as a frozen
-pydantic model: its annotated fields are its hyper-parameters, validated with their bounds; its
-class variables are its traits, the statements that the conformance checks hold it to.
+A loss is a small pure function of two next-token distributions, defined by a frozen pydantic model:
+its annotated fields are its hyper-parameters, validated with their bounds, and its class variables
+are its traits, the declared properties that the conformance checks verify.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class state_variable:  # noqa: N801 - a decorator
-    """Declares a quantity that a loss carries from step to step, by the value that it starts with.
+    """Declare a state variable of a loss by its initial value.
 
     ::
 
@@ -23,8 +23,8 @@ class state_variable:  # noqa: N801 - a decorator
         def share(self) -> float:
             return self.first_share
 
-    ``integrand`` or ``row`` reads ``self.share``; :meth:`Loss.next_state` gives its next value.
-    The values live with the loss module (in its ``state_dict``), not in the frozen loss.
+    ``integrand`` or ``row`` reads ``self.share``; :meth:`Loss.next_state` returns its next value.
+    The values are stored in the loss module (in its ``state_dict``), not in the frozen loss.
     """
 
     def __init__(self, start: Callable[[Any], float]) -> None:
@@ -32,29 +32,28 @@ class state_variable:  # noqa: N801 - a decorator
         self.__doc__ = start.__doc__
 
     def __get__(self, loss: Any, owner: type | None = None) -> Any:
-        # No __set__: an entry of the same name in the instance's __dict__ wins (Loss.bind).
+        # Without __set__, an entry in the instance's __dict__ takes precedence (Loss.bind).
         return self if loss is None else self._start(loss)
 
 
 class Loss(BaseModel, ABC):
-    """What :class:`Divergence` and :class:`RowLoss` share. Derive from one of those two.
+    """Common base class of :class:`Divergence` and :class:`RowLoss`; derive from one of these.
 
-    Every loss constructs without arguments: each hyper-parameter has a default.
+    Every hyper-parameter has a default, so that a loss can be constructed without arguments.
 
     Class variables (traits; the defaults describe an ordinary divergence):
 
     Attributes:
-        zero_at_equality: the value is 0 where the two distributions are equal.
+        zero_at_equality: the value is 0 if the two distributions are equal.
         nonnegative: no value, and for a divergence no term of the sum, is below 0.
-        coarse_graining_monotone: merging tokens never raises the value (f-divergences, Renyi).
-        temperature_power: the value near equality falls like ``T ** -temperature_power`` when
+        coarse_graining_monotone: merging tokens never increases the value (f-divergences, Renyi).
+        temperature_power: near equality the value decreases like ``T ** -temperature_power`` if
             both sides are softened by a temperature T; the softened term is multiplied by
             ``T ** temperature_power`` (Hinton et al. 2015, arXiv:1503.02531, for the power 2).
         detached: names of the quantities through which no gradient flows by design.
-        stateful: the loss carries state from step to step; set where a :class:`state_variable`
-            is declared.
-        expected_failures: checks of :mod:`kdlosses.testing` that the loss is known to fail, by
-            name, each with a written reason.
+        stateful: the loss has state; set automatically if a :class:`state_variable` is declared.
+        expected_failures: names of the checks of :mod:`kdlosses.testing` that the loss is known to
+            fail, each with a reason.
     """
 
     model_config = ConfigDict(
@@ -72,8 +71,8 @@ class Loss(BaseModel, ABC):
     def curvature(self) -> float | None:
         """Second-order strength near equality, relative to the KL divergence (which has 1).
 
-        For ``q`` close to ``p`` the value is ``curvature / 2 * sum (p - q)^2 / p``. None where the
-        loss has no such expansion (total variation) or states none.
+        For ``q`` close to ``p`` the value is ``curvature / 2 * sum (p - q)^2 / p``. None if the
+        loss has no such expansion (total variation) or declares none.
         """
         return None
 
@@ -99,21 +98,21 @@ class Loss(BaseModel, ABC):
     def next_state(
         self, state: Mapping[str, float], value: float, progress: float
     ) -> dict[str, float]:
-        """The state variables after an optimiser step; stateful losses override it.
+        """Return the state variables after an optimiser step; stateful losses override this method.
 
         Args:
-            state: the variables as the step used them.
+            state: the variables used in the step.
             value: the loss of the step: its mean over the supervised tokens of all micro-batches
-                and ranks, with the temperature's factor.
-            progress: the share of the training that is done, in [0, 1].
+                and ranks, including the temperature factor.
+            progress: the completed share of the training, in [0, 1].
         """
         return dict(state)
 
     def bind(self, values: Mapping[str, Tensor]) -> Self:
-        """The same loss with some fields or state variables given as 0-d tensors.
+        """Return the same loss with some fields or state variables given as 0-d tensors.
 
-        What is bound may change without compiling anew. No validation: the engine binds values
-        that were checked before, inside the compiled tile.
+        Bound values may change without recompilation. They are not validated, because the engine
+        binds checked values inside the compiled tile.
         """
         bound: Self = object.__new__(type(self))
         for name, value in {**self.__dict__, **values}.items():
@@ -125,14 +124,14 @@ class Divergence(Loss):
     """A loss that is additive over the vocabulary: ``finish(sum_v integrand(log p_v, log q_v))``.
 
     ``p`` is the teacher, ``q`` the student. Define :meth:`integrand`; the plain, chunked and fused
-    evaluations, softening, masking and gradients come from it.
+    evaluations, softening, masking and gradients are derived from it.
 
-    Use :class:`RowLoss` instead when a term needs the whole row (a ranking, a split by mass).
+    Use :class:`RowLoss` instead if a term needs the whole row (a ranking, a split by mass).
 
     Attributes:
-        reduction: ``"sum"``, or ``"logsumexp"`` where the terms are logarithms because a plain sum
+        reduction: ``"sum"``, or ``"logsumexp"`` if the terms are logarithms because a plain sum
             would overflow (Renyi); their logsumexp is then passed to :meth:`finish`.
-        linear_finish: :meth:`finish` is linear, so that an unbiased estimate of the total gives an
+        linear_finish: :meth:`finish` is linear, so an unbiased estimate of the total gives an
             unbiased estimate of the loss.
     """
 
@@ -141,14 +140,14 @@ class Divergence(Loss):
 
     @abstractmethod
     def integrand(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
-        """One term per vocabulary entry.
+        """Return one term per vocabulary entry.
 
         Args:
             teacher_log_probs: ``[..., V]`` normalised, finite (log 0 is -1e30), float32.
             student_log_probs: the same for the student; the gradient flows through these.
 
         Returns:
-            ``[..., V]``. It must be elementwise: entry v depends on entry v alone.
+            ``[..., V]``, computed elementwise: entry v depends only on entry v.
         """
 
     def finish(self, total: Tensor) -> Tensor:
@@ -159,19 +158,19 @@ class Divergence(Loss):
 class RowLoss(Loss):
     """A loss that needs the whole row: a ranking, a head/tail split, mixed logits, the label.
 
-    Prefer :class:`Divergence` where the loss is a sum over the vocabulary: only that form works
-    with sampled teachers and with a vocabulary that is split over devices.
+    Prefer :class:`Divergence` if the loss is a sum over the vocabulary: only this form works with
+    sampled teachers and with a vocabulary sharded across devices.
 
     Attributes:
-        supports_top_k: :meth:`row` may be given the teacher's k most likely tokens and one entry
-            for all others instead of the vocabulary, with labels that mean nothing.
+        supports_top_k: :meth:`row` accepts the teacher's k most likely tokens and one entry for all
+            others instead of the vocabulary, with meaningless labels.
     """
 
     supports_top_k: ClassVar[bool] = False
 
     @abstractmethod
     def row(self, teacher_log_probs: Tensor, student_log_probs: Tensor, labels: Tensor) -> Tensor:
-        """One value per row.
+        """Return one value per row.
 
         Args:
             teacher_log_probs: ``[..., V]`` normalised, finite (log 0 is -1e30), float32.

@@ -1,4 +1,4 @@
-"""What a student is judged by, whatever loss it was trained on."""
+"""Measures of a student that do not depend on its training loss."""
 
 from dataclasses import dataclass
 
@@ -17,20 +17,20 @@ CALIBRATION_BINS = 15
 class Measures:
     """Sums over the supervised tokens of a batch, without gradient.
 
-    0-d but for ``kd_terms`` and ``calibration``; those of several batches add up.
+    All are 0-d except ``kd_terms`` and ``calibration``; sums of several batches can be added.
 
     Attributes:
-        num_tokens: supervised tokens.
-        cross_entropy: of the student.
-        calibration: ``[3, 15]``, for :func:`calibration_error`: tokens by the probability of the
-            student's most likely continuation, in bins of equal width; the sum of that probability
-            in each bin; and on how many of its tokens that continuation is the label.
+        num_tokens: number of supervised tokens.
+        cross_entropy: cross-entropy of the student.
+        calibration: ``[3, 15]``, for :func:`calibration_error`: the number of tokens by the
+            probability of the student's most likely token, in bins of equal width; the sum of that
+            probability in each bin; and the number of tokens in each bin for which it is the label.
         kd: the distillation loss with its temperature; None without a teacher.
-        kd_terms: ``[k]`` its terms before their weights; None without a teacher.
+        kd_terms: ``[k]``, the terms of the loss before weighting; None without a teacher.
         forward_kl: KL(teacher || student) at temperature 1; None without a teacher.
         reverse_kl: KL(student || teacher) at temperature 1; None without a teacher.
-        top1_agreement: tokens on whose most likely continuation both agree; None without a
-            teacher.
+        top1_agreement: number of tokens for which both have the same most likely token; None
+            without a teacher.
     """
 
     num_tokens: Tensor
@@ -51,27 +51,27 @@ def measure(
     *,
     compiled: bool | None = None,
 ) -> Measures:
-    """Measure a student on a batch in one chunked pass, whatever the loss; no gradients.
+    """Measure a student on a batch in one chunked pass, without gradients.
 
     Args:
-        loss: gives the KD value, the cut of the vocabulary, the ignored label and the chunk size.
+        loss: the loss, for the KD value, shared vocabulary, ignored label and chunk size.
         student: logits ``[..., V]`` or :class:`Projected`.
-        teacher: likewise, or None.
-        labels: ``[...]`` aligned with the logits.
-        compiled: as for :func:`kdlosses.get_loss`.
+        teacher: logits or :class:`Projected`, or None.
+        labels: labels aligned with the logits, ``[...]``.
+        compiled: as in :func:`kdlosses.get_loss`.
 
     Raises:
-        ValueError: a compressed teacher, of whose distribution too little is known, or a head that
-            is spread over processes.
+        ValueError: a compressed teacher, whose full distribution is unknown, or a head that is
+            sharded across processes.
     """
     if isinstance(student, VocabParallel):
-        raise ValueError("student: measures need its whole head, got VocabParallel")
+        raise ValueError("student: measures need the whole head, got VocabParallel")
     batch = loss._batch(student, teacher, labels)
     if isinstance(batch.teacher, Compressed):
         kind = type(batch.teacher).__name__
-        raise ValueError(f"teacher: measures need its full distribution, got {kind}")
+        raise ValueError(f"teacher: measures need the full distribution, got {kind}")
     size = None if loss.chunking is None else loss.chunking.size
-    # Sums over many tokens need float64, which Apple's GPUs do not have.
+    # Sums over many tokens need float64, which Apple's GPUs do not support.
     exact = torch.float32 if labels.device.type == "mps" else torch.float64
     kd, ce, student_rows, teacher_rows = (
         values.to(exact) for values in measure_rows(loss._problem(batch), Chunking(size, compiled))
@@ -92,15 +92,15 @@ def measure(
 
 
 def calibration_error(calibration: Tensor) -> Tensor:
-    """Expected calibration error of a student's most likely continuations, 0 to 1.
+    """Expected calibration error of a student's most likely tokens, from 0 to 1.
 
     ``sum_b |sum_(i in b) (correct_i - p_i)| / n`` over 15 bins of equal width, where ``p_i`` is the
-    probability of the most likely continuation and ``correct_i`` whether it is the label. It says
-    whether probabilities mean what they say, not whether the student is good: one that knows
-    nothing but base rates can have 0.
+    probability of the most likely token and ``correct_i`` whether it is the label. It measures
+    whether probabilities match frequencies, not whether the student is good: a student that only
+    knows base rates can have an error of 0.
 
     Args:
-        calibration: ``[3, 15]`` sums over any number of batches, see :class:`Measures`.
+        calibration: sums over any number of batches, ``[3, 15]``; see :class:`Measures`.
 
     Returns:
         0-d; NaN without tokens.

@@ -1,7 +1,7 @@
-"""Numerically safe building blocks that every loss shares.
+"""Numerically safe building blocks for losses.
 
-Log-probabilities that reach a loss are finite: an impossible token has ``LOG_ZERO`` (-1e30), not
-``-inf``, so that ``0 * log 0`` is 0 in value and gradient and no author has to guard against NaN.
+The log-probabilities passed to a loss are finite: an impossible token has ``LOG_ZERO`` (-1e30), not
+``-inf``, so that ``0 * log 0`` is 0 in value and gradient and losses need no guards against NaN.
 """
 
 import math
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 LOG_ZERO = -1e30
-"""Stands for log 0. Large enough to make any positive weight on it read as infinite."""
+"""Represents log 0, large enough that any positive weight on it counts as infinite."""
 
 INFINITE = 1e12
-"""A row value beyond this is the finite shadow of an infinite one (see :data:`LOG_ZERO`).
+"""A row value beyond this represents an infinite one (see :data:`LOG_ZERO`).
 
-A mass as small as 1e-18 on an impossible token still reads as infinite.
+A mass as small as 1e-18 on an impossible token still counts as infinite.
 """
 
 _SMALL = 0.25
 HIGHEST_EXPONENT = 40.0
-"""``exp`` of it, 2e17, stands for infinity; sums and slopes of it stay within float32."""
+"""Its exponential, 2e17, represents infinity; sums and slopes of it are finite in float32."""
 
 _TERMS = {torch.float32: 7, torch.float64: 13}
 
@@ -33,7 +33,7 @@ def log_softmax(logits: Tensor) -> Tensor:
     gradient is 0.
 
     Args:
-        logits: ``[..., V]``, any floating type; at least one finite entry in each row.
+        logits: ``[..., V]``, any floating-point type, with at least one finite entry per row.
 
     Returns:
         ``[..., V]`` normalised log-probabilities.
@@ -49,10 +49,10 @@ def finite_log_probs(log_probs: Tensor) -> Tensor:
 
 
 def restore_infinity(values: Tensor) -> Tensor:
-    """Turn row values that only :data:`LOG_ZERO` can have made back into infinities.
+    """Convert row values that can only result from :data:`LOG_ZERO` back to infinities.
 
-    The gradient passes through unchanged: where a value is infinite its finite shadow still
-    points in the right direction.
+    The gradient is passed through unchanged, because that of the finite value still has the right
+    direction.
     """
     infinity = torch.full_like(values, math.inf).copysign(values.detach())
     return values + torch.where(values.detach().abs() > INFINITE, infinity, 0.0)
@@ -61,7 +61,7 @@ def restore_infinity(values: Tensor) -> Tensor:
 def exp_remainder(x: Tensor) -> Tensor:
     """``exp(x) - 1 - x`` as ``x^2/2! + x^3/3! + ...``, for ``|x| < 0.25`` only.
 
-    Meant for :func:`choose_near`, which takes no gradient through it.
+    For use in :func:`choose_near`, which takes no gradient through it.
     """
     highest = _TERMS[x.dtype]
     total = torch.full_like(x, 1.0 / math.factorial(highest))
@@ -73,25 +73,25 @@ def exp_remainder(x: Tensor) -> Tensor:
 def expm1_minus_x(x: Tensor) -> Tensor:
     """``exp(x) - 1 - x``, non-negative and accurate near 0, where the plain form cancels.
 
-    It stops growing at :data:`HIGHEST_EXPONENT`.
+    The exponent is limited to :data:`HIGHEST_EXPONENT`.
     """
     x = x.clamp_max(HIGHEST_EXPONENT)
     return choose_near(x, exp_remainder(x), x.exp() - 1 - x)
 
 
 def bounded_exp(x: Tensor) -> Tensor:
-    """``exp(x)`` that stops growing where the value already stands for infinity.
+    """``exp(x)``, limited to the value that represents infinity.
 
-    Terms with negative powers of a probability of 0 would otherwise overflow, and an overflow
-    makes gradients NaN.
+    Otherwise, terms with negative powers of a probability of 0 would overflow, and their gradients
+    would be NaN.
     """
     return x.clamp_max(HIGHEST_EXPONENT).exp()
 
 
 def joint_exp(*exponents: Tensor) -> list[Tensor]:
-    """``exp`` of each; where the largest would pass for infinity all are scaled down together.
+    """``exp`` of each exponent, all scaled down if the largest would represent infinity.
 
-    So a combination of them keeps its sign, which separate bounds would not.
+    A combination of them thus keeps its sign, unlike with separate limits.
     """
     highest = exponents[0].detach()
     for x in exponents[1:]:
@@ -101,18 +101,18 @@ def joint_exp(*exponents: Tensor) -> list[Tensor]:
 
 
 def moves(parameter: object) -> bool:
-    """Whether a parameter of a loss is given as a 0-d tensor, because a schedule moves it.
+    """Whether a parameter of a loss is given as a 0-d tensor, because a schedule changes it.
 
-    No branch may depend on its value then: the compiled graph is one for all values.
+    Branches must then not depend on its value, since one compiled graph is used for all values.
     """
     return isinstance(parameter, Tensor)
 
 
 def choose_near(x: Tensor, near: Tensor, far: Tensor) -> Tensor:
-    """The value of ``near`` where ``|x| < 0.25``, else of ``far``; the gradient of ``far``.
+    """The value of ``near`` where ``|x| < 0.25``, else of ``far``; the gradient is that of ``far``.
 
-    Both are one function: ``near`` is a series, ``far`` cancels near 0 but its derivative does not,
-    and is shorter than the series': a tenth of the time of the row functions.
+    Both compute the same function. ``near`` is a series; ``far`` cancels near 0, but its derivative
+    does not, and is cheaper than that of the series by a tenth of the time of the row functions.
     """
     value = torch.where(x.abs() < _SMALL, near, far).detach()
     return value + (far - far.detach())
@@ -121,14 +121,14 @@ def choose_near(x: Tensor, near: Tensor, far: Tensor) -> Tensor:
 def kl_terms(log_p: Tensor, log_q: Tensor, q: Tensor | None = None) -> Tensor:
     """The terms ``q - p - p (log q - log p)``, whose sum over the vocabulary is ``KL(p || q)``.
 
-    For normalised rows the extra ``q - p`` sums to 0. It makes every term non-negative, so no
-    cancellation between large terms can turn a small divergence negative. The small-difference
-    branch is ``p (exp(x) - 1 - x)`` with ``x = log q - log p``.
+    For normalised rows the extra ``q - p`` sums to 0. It makes every term non-negative, so
+    cancellation between large terms cannot make a small divergence negative. For small
+    differences the terms are computed as ``p (exp(x) - 1 - x)`` with ``x = log q - log p``.
 
     Args:
-        log_p: ``[..., V]`` finite log-probabilities of the distribution that weighs the terms.
-        log_q: ``[..., V]`` finite log-probabilities of the other one.
-        q: their exponentials where they are at hand (:func:`mix` gives both).
+        log_p: finite log-probabilities of the weighting distribution, ``[..., V]``.
+        log_q: finite log-probabilities of the other distribution, ``[..., V]``.
+        q: the exponentials of ``log_q`` if available (:func:`mix` returns both).
 
     Returns:
         ``[..., V]``, each entry at least 0.
@@ -142,12 +142,12 @@ def kl_terms(log_p: Tensor, log_q: Tensor, q: Tensor | None = None) -> Tensor:
 def mix(log_a: Tensor, log_b: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:
     """The mixture ``weight * a + (1 - weight) * b`` of two distributions, elementwise.
 
-    It is formed in probabilities: an entry that underflows there carries no mass in any
-    divergence. Where both are 0 its logarithm is about -87 (-708 in float64), and any weight on it
-    is 0. A weight of exactly 0 or 1 gives the one side as it is, which may underflow alone.
+    It is computed from probabilities: an entry that underflows has no mass in any divergence. If
+    both are 0, its logarithm is about -87 (-708 in float64), and any weight on it is 0. A weight of
+    exactly 0 or 1 returns one side unchanged, which may underflow alone.
 
     Returns:
-        Its logarithm and its probabilities, as :func:`kl_terms` takes them.
+        The logarithm and the probabilities of the mixture, for :func:`kl_terms`.
     """
     if isinstance(weight, float | int) and weight in {0, 1}:
         one = log_a if weight else log_b

@@ -1,4 +1,4 @@
-"""What a training loop calls: a loss mixed with cross-entropy."""
+"""The training objective: a loss mixed with cross-entropy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ from kdlosses.token_loss import TokenLoss
 
 @dataclass(frozen=True)
 class KDOutput:
-    """What an objective gives.
+    """The output of an objective.
 
     Attributes:
-        loss: 0-d, the only member with a gradient.
-        class_loss: 0-d cross-entropy per supervised token.
-        kd_loss: 0-d KD term per supervised token (temperature factor included), None where no
-            teacher was given.
-        kd_terms: ``[k]`` the terms of a weighted sum, before their weights; for one loss of weight
-            1 it holds ``kd_loss``. None where no teacher was given.
-        num_tokens: 0-d int64, supervised tokens of this call.
+        loss: 0-d, the only attribute with a gradient.
+        class_loss: 0-d, cross-entropy per supervised token.
+        kd_loss: 0-d, KD term per supervised token (including the temperature factor); None without
+            a teacher.
+        kd_terms: ``[k]``, the terms of a weighted sum before weighting; for one loss of weight 1 it
+            contains ``kd_loss``. None without a teacher.
+        num_tokens: 0-d int64, number of supervised tokens of this call.
     """
 
     loss: Tensor
@@ -42,12 +42,12 @@ class KDOutput:
 class KDObjective(nn.Module):
     """``(1 - kd_ratio) * CE + kd_ratio * KD`` over the supervised tokens of a batch.
 
-    CE and KD share the student's projection. CE stays at temperature 1.
+    CE and KD share the student's projection. CE always uses temperature 1.
 
     Args:
-        loss: from :func:`kdlosses.get_loss`.
-        kd_ratio: weight of the KD term in [0, 1], or its schedule; 0 never evaluates the teacher.
-            A number may be changed between steps.
+        loss: a loss from :func:`kdlosses.get_loss`.
+        kd_ratio: weight of the KD term in [0, 1], or its schedule; with 0 the teacher is never
+            evaluated. A number may be changed between steps.
 
     Raises:
         ValueError: ``kd_ratio`` outside [0, 1].
@@ -59,7 +59,7 @@ class KDObjective(nn.Module):
         self._schedule = None if isinstance(kd_ratio, float | int) else kd_ratio
         if self._schedule is not None:
             for value in self._schedule.extremes:
-                self.kd_ratio = value  # checks it
+                self.kd_ratio = value  # validates it
             kd_ratio = self._schedule(0.0)
         self.kd_ratio = kd_ratio  # type: ignore[assignment]
 
@@ -71,24 +71,24 @@ class KDObjective(nn.Module):
     @kd_ratio.setter
     def kd_ratio(self, value: float) -> None:
         if not 0 <= value <= 1:
-            raise ValueError(f"kd_ratio: must lie in [0, 1], got {value}")
+            raise ValueError(f"kd_ratio: must be in [0, 1], got {value}")
         self._kd_ratio = float(value)
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether ``kd_ratio`` is, or will come, above 0."""
+        """Whether ``kd_ratio`` is, or will be, above 0."""
         return max(self._schedule.extremes if self._schedule else (self.kd_ratio,)) > 0
 
     @property
     def moving_values(self) -> dict[str, float]:
-        """The present values of what is scheduled and of state variables, by name."""
+        """The current values of scheduled parameters and state variables, by name."""
         ratio = {"kd_ratio": self.kd_ratio} if self._schedule else {}
         return {**ratio, **self.loss.moving_values}
 
     def advance(self, progress: float, term_values: Sequence[float] | None = None) -> None:
-        """Move schedules and state on; see :meth:`TokenLoss.advance`.
+        """Advance schedules and state; see :meth:`TokenLoss.advance`.
 
-        A step at ``kd_ratio`` 0 has no values of the terms and leaves states as they are.
+        A step with ``kd_ratio`` 0 has no term values and leaves the state unchanged.
         """
         if self.kd_ratio == 0:
             self.move(progress)
@@ -97,10 +97,10 @@ class KDObjective(nn.Module):
         self._move_ratio(progress)
 
     def move(self, progress: float) -> None:
-        """Move schedules alone, as for a step that was left out or a training that got longer.
+        """Advance schedules only, for a skipped step or an extended training.
 
         Args:
-            progress: the share of the training that is done, in [0, 1].
+            progress: the completed share of the training, in [0, 1].
         """
         self.loss._move(progress, None)
         self._move_ratio(progress)
@@ -110,7 +110,7 @@ class KDObjective(nn.Module):
         return {"progress": self.loss.progress}
 
     def set_extra_state(self, state: Any) -> None:
-        """Take back what :meth:`get_extra_state` gave."""
+        """Restore the state from :meth:`get_extra_state`."""
         self._move_ratio(state["progress"])
 
     def forward(
@@ -122,17 +122,17 @@ class KDObjective(nn.Module):
         *,
         token_weights: Tensor | None = None,
     ) -> KDOutput:
-        """The objective of a batch; arguments as for :meth:`TokenLoss.forward`.
+        """Compute the objective of a batch; arguments as in :meth:`TokenLoss.forward`.
 
-        ``teacher`` may be None where ``kd_ratio`` is 0. Where it is given it is not evaluated at
-        ``kd_ratio`` 0 and ``kd_loss`` is None.
+        ``teacher`` may be None if ``kd_ratio`` is 0. If it is given, it is not evaluated, and
+        ``kd_loss`` is None.
         """
         if teacher is None and self.kd_ratio > 0:
-            raise ValueError(f"teacher: needed at kd_ratio {self.kd_ratio}, got None")
+            raise ValueError(f"teacher: required if kd_ratio is {self.kd_ratio}, got None")
         batch = self.loss._batch(student, teacher, labels)
         weight = batch.weights(token_weights)
         divisor = batch.denominator(num_tokens)
-        # At ratio 0 the teacher only had its say on the width of the vocabulary.
+        # With ratio 0 the teacher only determines the shared vocabulary.
         problem = self.loss._problem(batch, with_teacher=self.kd_ratio > 0)
         count = len(problem.program.losses)
         factors = self.loss._weighted_factors(batch)[:count]

@@ -1,7 +1,7 @@
-"""Groups of entry points: named classes of any installed distribution, imported only when used.
+"""Groups of entry points: named classes of installed distributions, imported on first use.
 
-Built-in members and plugins come in by the same door. Listing reads metadata only; a plugin that
-cannot be imported breaks nothing but itself.
+Built-in members and plugins are registered in the same way. Listing only reads metadata; a plugin
+that cannot be imported does not affect others.
 """
 
 import difflib
@@ -41,12 +41,12 @@ class PluginGroup(Generic[R]):
 
     Attributes:
         group: its name in ``[project.entry-points]``.
-        kind: what a member is called in messages, such as "loss".
+        kind: name of a member in messages, such as "loss".
         listing: the command that lists the members.
-        ref: the class of the references it gives.
-        wrong: raised for what the user or a plugin's author has to mend.
-        broken: raised where a member cannot be imported.
-        elsewhere: names that other tools use, each with the name here; for suggestions alone.
+        ref: the class of references to members.
+        wrong: exception for errors of the user or a plugin's author.
+        broken: exception for members that cannot be imported.
+        elsewhere: names in other tools, mapped to the name here; only for suggestions.
     """
 
     group: str
@@ -58,26 +58,26 @@ class PluginGroup(Generic[R]):
     elsewhere: Mapping[str, str] = field(default_factory=dict)
 
     def available(self) -> tuple[R, ...]:
-        """Every member by name; imports none.
+        """All members by name, without importing them.
 
-        Names that two distributions claim are listed once for each of them.
+        Names registered by two distributions are listed once for each.
         """
         refs = (self._ref(entry) for entry in self._entries())
         return tuple(sorted(refs, key=lambda ref: (ref.name, ref.distribution)))
 
     def find(self, name: str) -> R:
-        """The member of a name; imports nothing.
+        """Find a member by name, without importing it.
 
-        Built-in members cannot be replaced: they win over others of their name.
+        Built-in members cannot be replaced and take precedence over others of the same name.
 
         Raises:
-            Exception: of type ``wrong``: an unknown name, with a close one, or a name that two
-                distributions claim.
+            Exception: of type ``wrong``: an unknown name (with a suggestion), or a name registered
+                by two distributions.
         """
         return self._ref(self._find(name))
 
     def ignored(self) -> tuple[R, ...]:
-        """Members that take the name of a built-in one, which wins; imports none."""
+        """Members that are ignored because they use the name of a built-in one."""
         built_in = {ref.name for ref in self.available() if ref.distribution == _BUILT_IN}
         return tuple(
             ref
@@ -86,7 +86,7 @@ class PluginGroup(Generic[R]):
         )
 
     def suggest(self, word: str) -> str | None:
-        """The name of a member that a word stands for or nearly spells, or None."""
+        """The member that a word probably refers to, or None."""
         names = {entry.name for entry in self._entries()}
         meant = self.elsewhere.get(_squeezed(word))
         if meant in names:
@@ -96,25 +96,25 @@ class PluginGroup(Generic[R]):
         return close[0] if close else None
 
     def load(self, name: str, bases: tuple[type, ...], expected: str) -> type[Any]:
-        """Import the class of a name.
+        """Import the class of a member.
 
         Args:
-            name: of the member.
-            bases: the class must derive from one of them, and define what is abstract there.
-            expected: how messages name the bases.
+            name: name of the member.
+            bases: the class must derive from one of them and define its abstract methods.
+            expected: name of the bases in messages.
 
         Raises:
-            Exception: of type ``wrong``: as for :meth:`find`, or no such class; of type
-                ``broken``: the import failed. With the environment variable ``KDLOSSES_DEBUG``
-                set, the message holds the traceback.
+            Exception: of type ``wrong``: as in :meth:`find`, or not such a class; of type
+                ``broken``: the import failed. If the environment variable ``KDLOSSES_DEBUG`` is
+                set, the message contains the traceback.
         """
         entry = self._find(name)
         origin = f"{self.kind} {name!r} of distribution {_distribution(entry)!r} ({entry.value})"
         try:
             loaded = entry.load()
-        # SystemExit too: a plugin that calls sys.exit() on import must not end the command line.
+        # Also SystemExit, since a plugin may call sys.exit() on import.
         except (Exception, SystemExit) as error:
-            detail = f"{type(error).__name__}: {error} (set {DEBUG_VARIABLE}=1 for more)"
+            detail = f"{type(error).__name__}: {error} (set {DEBUG_VARIABLE}=1 for the traceback)"
             if os.environ.get(DEBUG_VARIABLE):
                 detail = traceback.format_exc()
             raise self.broken(f"{origin} cannot be imported: {detail}") from error
@@ -129,17 +129,17 @@ class PluginGroup(Generic[R]):
     def build(
         self, name: str, kind: type[Any], known: Collection[str], given: Mapping[str, str]
     ) -> Any:
-        """Construct a pydantic class from parameters that are still text.
+        """Construct a pydantic class from parameters given as text.
 
         Args:
-            name: of the member, for messages.
-            kind: its class.
-            known: the names of its parameters.
+            name: name of the member, for messages.
+            kind: class of the member.
+            known: names of its parameters.
             given: the parameters.
 
         Raises:
-            Exception: of type ``wrong``: an unknown parameter, with a close one, or a value out of
-                bounds.
+            Exception: of type ``wrong``: an unknown parameter (with a suggestion), or a value out
+                of bounds.
         """
         from pydantic import ValidationError
 
@@ -191,7 +191,7 @@ def _distribution(entry: EntryPoint) -> str:
 
 
 def _squeezed(word: str) -> str:
-    """A name without capitals, separators, and the word loss at its end."""
+    """A name in lower case, without separators and a final word loss."""
     return re.sub(r"[^a-z0-9]", "", word.lower()).removesuffix("loss")
 
 

@@ -20,12 +20,12 @@ _TERM = re.compile(
     r"\s*(?:(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*)?"
     r"\s*(?P<name>[a-z][a-z0-9_]*)\s*(?::(?P<tail>.*))?"
 )
-# A plus sign before a term, not one inside a number such as 1e+3.
+# A plus sign before a term, but not in a number such as 1e+3.
 _PLUS = re.compile(r"\+(?=\s*(?:[+-]?[\d.]+(?:[eE][+-]?\d+)?\s*\*\s*)?[a-z])")
 
 
 class LossSpecError(ValueError):
-    """A spec that names no loss, or gives it parameters that it does not take."""
+    """A spec with an unknown loss or invalid parameters."""
 
 
 class BrokenLossError(ImportError):
@@ -36,7 +36,7 @@ class LossRef(PluginRef):
     """A registered loss, not yet imported."""
 
 
-# What torchtune, TRL, Liger, DistiLLM, ABKD and papers call them, squeezed; see docs/names.md.
+# Names in torchtune, TRL, Liger, DistiLLM, ABKD and papers, squeezed; see docs/names.md.
 _ELSEWHERE = {
     **dict.fromkeys(("kl", "kd", "kld", "kldiv", "fkl", "fkld", "forwardkld"), "forward_kl"),
     **dict.fromkeys(
@@ -77,8 +77,8 @@ class TermSpec:
 
     Attributes:
         name: the registered name, without the chunked suffix.
-        parameters: the given hyper-parameters, still as text.
-        weight: its factor in the sum.
+        parameters: the given hyper-parameters, as text.
+        weight: factor in the sum.
     """
 
     name: str
@@ -87,7 +87,7 @@ class TermSpec:
 
     @property
     def label(self) -> str:
-        """Name and parameters, as logs show the term."""
+        """Name and parameters of the term, for logs."""
         given = ",".join(f"{key}={value}" for key, value in self.parameters.items())
         return f"{self.name}:{given}" if given else self.name
 
@@ -98,7 +98,7 @@ class LossSpec:
 
     Attributes:
         terms: the losses; several for a weighted sum.
-        chunked: whether the suffix was there.
+        chunked: whether the suffix was given.
     """
 
     terms: tuple[TermSpec, ...]
@@ -106,16 +106,16 @@ class LossSpec:
 
 
 def available_losses() -> tuple[LossRef, ...]:
-    """All registered losses by name; imports none of them and lists no ``_chunked`` twins.
+    """All registered losses by name, without importing them and without ``_chunked`` variants.
 
-    Names that two distributions claim are listed once for each of them; using such a name is an
-    error (the built-in losses excepted, which cannot be replaced).
+    Names registered by two distributions are listed once for each; using such a name is an error
+    (except for built-in losses, which cannot be replaced).
     """
     return _GROUP.available()
 
 
 def ignored_losses() -> tuple[LossRef, ...]:
-    """Losses that a plugin registers under the name of a built-in one, which wins."""
+    """Plugin losses that are ignored because they use the name of a built-in loss."""
     return _GROUP.ignored()
 
 
@@ -123,8 +123,8 @@ def parse_spec(spec: str) -> LossSpec:
     """Split ``name[_chunked][:key=value[,key=value...]]``, or a sum ``0.7*first + 0.3*second``.
 
     Raises:
-        LossSpecError: if the text has another form, or chunked and plain terms are mixed. Whether
-            the names exist is not looked at.
+        LossSpecError: the text has another form, or mixes chunked and plain terms. Names are not
+            checked.
     """
     parsed = [_parse_term(spec, text) for text in _PLUS.split(spec.strip())]
     if len({chunked for _, chunked in parsed}) > 1:
@@ -161,10 +161,11 @@ def _parse_term(spec: str, text: str) -> tuple[TermSpec, bool]:
 
 
 def find_loss(name: str) -> LossRef:
-    """The registered loss of a name (without the chunked suffix); imports nothing.
+    """Find a registered loss by name (without the chunked suffix), without importing it.
 
     Raises:
-        LossSpecError: an unknown name, with a close one, or a name that two distributions claim.
+        LossSpecError: an unknown name (with a suggestion), or a name registered by two
+            distributions.
     """
     _check_suffix(name)
     return _GROUP.find(name)
@@ -174,22 +175,22 @@ def load_loss(name: str) -> "type[Loss]":
     """Import the class registered under a name (without the chunked suffix).
 
     Raises:
-        LossSpecError: unknown name, a name claimed by two distributions, or an object that is not
-            a loss.
-        BrokenLossError: the import failed. With the environment variable ``KDLOSSES_DEBUG`` set,
-            the message holds the traceback.
+        LossSpecError: an unknown name, a name registered by two distributions, or an object that is
+            not a loss.
+        BrokenLossError: the import failed. If the environment variable ``KDLOSSES_DEBUG`` is set,
+            the message contains the traceback.
     """
-    find_loss(name)  # before torch is loaded
+    find_loss(name)  # fails before torch is loaded
     from kdlosses.divergence import Divergence, RowLoss
 
     return _GROUP.load(name, (Divergence, RowLoss), "kdlosses.Divergence or RowLoss")
 
 
 def build_loss(spec: TermSpec) -> "Loss":
-    """Construct the loss of a parsed term, its parameters validated.
+    """Construct the loss of a parsed term with validated parameters.
 
     Raises:
-        LossSpecError: unknown parameter (with a suggestion) or a value out of bounds.
+        LossSpecError: an unknown parameter (with a suggestion), or a value out of bounds.
         BrokenLossError: see :func:`load_loss`.
     """
     loss_class = load_loss(spec.name)
@@ -215,16 +216,16 @@ def get_loss(
         spec: ``name``, with the suffix ``_chunked`` for the chunked evaluation, and parameters
             after a colon: ``"skew_forward_kl_chunked:alpha=0.2"``. A weighted sum of losses is
             evaluated in one pass: ``"0.7*forward_kl_chunked+0.3*reverse_kl_chunked"``.
-        chunk_size: tokens a chunk; by default chosen from vocabulary, width and device.
-        temperature: T > 0 softens both sides of the loss.
+        chunk_size: tokens per chunk; by default chosen by vocabulary, width and device.
+        temperature: T > 0, softens both distributions.
         temperature_scaling: multiply by ``T ** temperature_power``.
-        ignore_index: label of positions that are left out.
+        ignore_index: label of ignored positions.
         vocab_size: cut both heads to this many entries before the softmax.
-        match_curvature: divide by the loss's curvature, so that one ``kd_ratio`` is as strong for
-            every loss near equality.
-        compiled: compile the element-wise part of a chunk; by default where the vocabulary is
-            large enough to pay for it.
-        schedules: how the temperature and parameters of the loss move in training
+        match_curvature: divide by the loss's curvature, so that near equality a ``kd_ratio`` has
+            the same strength for every loss.
+        compiled: compile the element-wise part of a chunk; by default if the vocabulary is large
+            enough.
+        schedules: schedules of the temperature and parameters of the loss during training
             (:mod:`kdlosses.schedules`), by ``"temperature"``, ``"alpha"``, or in a sum
             ``"reverse_kl.alpha"``.
 
@@ -232,7 +233,7 @@ def get_loss(
         An ``nn.Module`` called as ``loss(student, teacher, labels)``.
 
     Raises:
-        LossSpecError: unknown loss or parameter, a value out of bounds, or ``chunk_size`` and
+        LossSpecError: an unknown loss or parameter, a value out of bounds, or ``chunk_size`` and
             ``compiled`` given to an unchunked loss.
         BrokenLossError: the loss cannot be imported.
     """
@@ -269,7 +270,7 @@ def get_loss(
 
 
 def _check_suffix(name: str) -> None:
-    """Refuse a loss that is registered under the name of another one's chunked twin."""
+    """Refuse a loss registered with the reserved chunked suffix."""
     registered = {ref.name: ref for ref in available_losses()}
     reserved = registered.get(name if name.endswith(CHUNKED) else name + CHUNKED)
     if reserved is not None and (reserved.name == name or name not in registered):
@@ -279,5 +280,5 @@ def _check_suffix(name: str) -> None:
         )
     if name.endswith(CHUNKED) and name.removesuffix(CHUNKED) in registered:
         raise LossSpecError(
-            f"loss {name!r}: {CHUNKED!r} is no part of a name, and stands in a spec once"
+            f"loss {name!r}: {CHUNKED!r} is not part of a name and may appear only once in a spec"
         )

@@ -1,7 +1,7 @@
-"""Values that follow the progress of training: constant, linear, cosine, step.
+"""Schedules of values during training: constant, linear, cosine and step.
 
-Progress is the share of the optimiser steps that are done, from 0 to 1; so a schedule does not
-change its shape with the length of the run.
+Progress is the completed share of the optimiser steps, from 0 to 1, so the shape of a schedule does
+not depend on the length of the run.
 """
 
 import math
@@ -17,7 +17,7 @@ class _Schedule(BaseModel):
 
 
 class Constant(_Schedule):
-    """One value throughout."""
+    """A constant value."""
 
     kind: Literal["constant"] = "constant"
     value: float
@@ -28,20 +28,20 @@ class Constant(_Schedule):
 
     @property
     def extremes(self) -> tuple[float, ...]:
-        """Values between which all others lie."""
+        """Values that bound all others."""
         return (self.value,)
 
 
 class _Ramp(_Schedule):
     start: float
     end: float
-    begin: Share = Field(0.0, description="progress up to which the value is start")
+    begin: Share = Field(0.0, description="progress until which the value is start")
     until: Share = Field(1.0, description="progress from which the value is end")
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
         if not self.begin < self.until:
-            raise ValueError(f"begin ({self.begin:g}) must lie before until ({self.until:g})")
+            raise ValueError(f"begin ({self.begin:g}) must be less than until ({self.until:g})")
         return self
 
     def _travelled(self, progress: float) -> float:
@@ -49,12 +49,12 @@ class _Ramp(_Schedule):
 
     @property
     def extremes(self) -> tuple[float, ...]:
-        """Values between which all others lie."""
+        """Values that bound all others."""
         return self.start, self.end
 
 
 class Linear(_Ramp):
-    """From start to end in a straight line between the progress ``begin`` and ``until``."""
+    """Linear from start to end between the progress ``begin`` and ``until``."""
 
     kind: Literal["linear"] = "linear"
 
@@ -65,7 +65,7 @@ class Linear(_Ramp):
 
 
 class Cosine(_Ramp):
-    """From start to end along half a cosine: slow at both ends."""
+    """From start to end along half a cosine, slow at both ends."""
 
     kind: Literal["cosine"] = "cosine"
 
@@ -76,7 +76,7 @@ class Cosine(_Ramp):
 
 
 class Step(_Schedule):
-    """``values[0]`` at first, ``values[i]`` from the progress ``at[i - 1]`` on."""
+    """``values[0]`` at first, then ``values[i]`` from the progress ``at[i - 1]``."""
 
     kind: Literal["step"] = "step"
     values: tuple[float, ...] = Field(min_length=1)
@@ -86,7 +86,7 @@ class Step(_Schedule):
     def _check_order(self) -> Self:
         if len(self.values) != len(self.at) + 1:
             raise ValueError(
-                f"expected one value more than places in 'at', got {len(self.values)} and "
+                f"expected one value more than entries in 'at', got {len(self.values)} and "
                 f"{len(self.at)}"
             )
         if any(a >= b for a, b in zip(self.at, self.at[1:], strict=False)):

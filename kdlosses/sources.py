@@ -1,7 +1,7 @@
-"""Where distributions come from: logits, or hidden states and a projection.
+"""Sources of distributions: logits, or hidden states and a projection.
 
-A source knows its leading shape and its vocabulary. What happens to raw logits before the softmax
-(scale, soft cap, cut) is :class:`Postprocess`, once for every source.
+A source has a leading shape and a vocabulary. :class:`Postprocess` transforms the raw logits of
+every source before the softmax (scale, soft cap).
 """
 
 from dataclasses import dataclass, field
@@ -15,12 +15,12 @@ from kdlosses.vocabulary import WHOLE, Group, Shard, Vocabulary
 
 @dataclass(frozen=True)
 class Postprocess:
-    """What a model does to the product of hidden states and head before the softmax.
+    """Transformation of the product of hidden states and head before the softmax.
 
     Attributes:
-        logit_scale: multiplies the logits (Cohere's ``logit_scale``, one over Granite's
+        logit_scale: factor on the logits (Cohere's ``logit_scale``, one over Granite's
             ``logits_scaling``).
-        softcap: bounds the scaled logits, ``softcap * tanh(z / softcap)`` (Gemma 2).
+        softcap: bound of the scaled logits, ``softcap * tanh(z / softcap)`` (Gemma 2).
     """
 
     logit_scale: float = 1.0
@@ -41,10 +41,10 @@ IDENTITY = Postprocess()
 
 @dataclass(frozen=True)
 class Logits:
-    """Logits that exist as a tensor.
+    """Logits stored as a tensor.
 
     Args:
-        values: ``[..., V]`` raw (unnormalised) scores, floating point.
+        values: raw (unnormalised) scores ``[..., V]``, floating-point.
     """
 
     values: Tensor
@@ -66,7 +66,7 @@ class Logits:
 
     @property
     def post(self) -> Postprocess:
-        """Stored logits are final."""
+        """No post-processing, because stored logits are final."""
         return IDENTITY
 
     @property
@@ -76,35 +76,35 @@ class Logits:
 
     @property
     def width(self) -> int:
-        """Length of the rows that are gathered to make logits: here the logits themselves."""
+        """Width of the gathered rows, here the logits themselves."""
         return self.vocab_size
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """All tokens are here."""
+        """All tokens."""
         return WHOLE
 
     def columns(self, vocab_size: int) -> int:
-        """How many of the first ``vocab_size`` tokens are here."""
+        """How many of the first ``vocab_size`` tokens this process has."""
         return vocab_size
 
 
 @dataclass(frozen=True)
 class Projected:
-    """Logits that are never stored: hidden states and the output projection that makes them.
+    """Logits that are not stored, given by hidden states and the output projection.
 
     ``logits = softcap(logit_scale * (hidden @ weight.T + bias))``.
 
     Args:
-        hidden: ``[..., H]`` last hidden states, after the final norm.
-        weight: ``[V, H]`` the output embedding.
-        bias: ``[V]`` or None.
+        hidden: last hidden states ``[..., H]``, after the final norm.
+        weight: output embedding ``[V, H]``.
+        bias: ``[V]``, or None.
         logit_scale: factor on the logits, e.g. Cohere's ``logit_scale``.
         softcap: bound of the logits as in Gemma 2, or None.
 
     Raises:
-        ValueError: on shapes that do not fit together.
-        TypeError: on tensors that are not floating point.
+        ValueError: inconsistent shapes.
+        TypeError: tensors that are not floating-point.
     """
 
     hidden: Tensor
@@ -155,42 +155,42 @@ class Projected:
 
     @property
     def width(self) -> int:
-        """Length of the rows that are gathered to make logits."""
+        """Width of the gathered rows, the hidden states."""
         return self.hidden.shape[-1]
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """All tokens are here."""
+        """All tokens."""
         return WHOLE
 
     def columns(self, vocab_size: int) -> int:
-        """How many of the first ``vocab_size`` tokens are here."""
+        """How many of the first ``vocab_size`` tokens this process has."""
         return vocab_size
 
 
 @dataclass(frozen=True)
 class VocabParallel(Projected):
-    """The part that this process has of an output head spread over processes.
+    """The shard of this process of an output head sharded across processes.
 
-    Each process of the group holds some consecutive rows of the whole ``weight`` (and ``bias``),
-    in the order of the processes, and the same hidden states. Losses and their gradients are those
-    of the whole head; ``weight`` receives the gradient of its own rows, ``hidden`` the whole one.
-    A :class:`kdlosses.Divergence` works with it, plain and chunked, where the teacher is spread
-    the same way; a ``RowLoss`` needs whole rows and is refused. Nothing is compiled.
+    Each process of the group has consecutive rows of the whole ``weight`` (and ``bias``), in the
+    order of the processes, and the same hidden states. Losses and their gradients are those of the
+    whole head; ``weight`` receives the gradient of its own rows, ``hidden`` the full gradient. A
+    :class:`kdlosses.Divergence` supports it, plain and chunked, if the teacher is sharded in the
+    same way; a ``RowLoss`` needs whole rows and is refused. Nothing is compiled.
 
-    Not where one process can hold the head and the chunked loss: every tile of rows costs some
-    exchanges between the processes.
+    Not recommended if one process can hold the head and the chunked loss, because every tile of
+    rows requires communication between the processes.
 
     Args:
-        group: the processes, by default all; torch.distributed has to be initialised.
+        group: the processes, by default all; torch.distributed must be initialised.
 
     Attributes:
-        start: the first token that is here.
-        total: tokens of all processes.
+        start: the first token of this process.
+        total: number of tokens of all processes.
         last: the first token of the last process.
 
     Raises:
-        ValueError: as for :class:`Projected`, or where a process has no row.
+        ValueError: as in :class:`Projected`, or if a process has no rows.
     """
 
     group: Group = None
@@ -206,7 +206,7 @@ class VocabParallel(Projected):
         torch.distributed.all_gather(counts, count, group=self.group)
         sizes = [int(one) for one in counts]
         if min(sizes) < 1:
-            raise ValueError("VocabParallel: a process of the group has no row of the head")
+            raise ValueError("VocabParallel: a process of the group has no rows of the head")
         rank = torch.distributed.get_rank(self.group)
         object.__setattr__(self, "start", sum(sizes[:rank]))
         object.__setattr__(self, "total", sum(sizes))
@@ -214,16 +214,16 @@ class VocabParallel(Projected):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the whole projection."""
+        """Number of rows of the whole projection."""
         return self.total
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The tokens that are here."""
+        """The tokens of this process."""
         return Shard(self.start, self.group)
 
     def columns(self, vocab_size: int) -> int:
-        """How many of the first ``vocab_size`` tokens are here."""
+        """How many of the first ``vocab_size`` tokens this process has."""
         return max(0, min(vocab_size - self.start, len(self.weight)))
 
 
@@ -234,7 +234,7 @@ def as_source(value: Tensor | Source, name: str) -> Source:
     """Accept a tensor of logits or a source.
 
     Raises:
-        TypeError: for anything else, naming the argument.
+        TypeError: any other type; the message names the argument.
     """
     if isinstance(value, Logits | Projected):
         return value
@@ -246,16 +246,16 @@ def as_source(value: Tensor | Source, name: str) -> Source:
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None) -> Tensor:
-    """Raw logits of some rows, ``hidden @ weight.T + bias``, outside autograd.
+    """Compute raw logits ``hidden @ weight.T + bias``, outside autograd.
 
-    The product is float32 where the device offers that for 16-bit inputs, so that rounding the
-    logits to 16 bits is avoided.
+    The product is float32 if the device supports it for 16-bit inputs, to avoid rounding the logits
+    to 16 bits.
 
     Args:
         hidden: ``[n, H]``.
         weight: ``[V, H]``, the same dtype.
         bias: ``[V]`` or None.
-        buffer: ``[>= n, V]`` to write into, where the product has the inputs' dtype.
+        buffer: output buffer ``[>= n, V]``, used if the product has the dtype of the inputs.
 
     Returns:
         ``[n, V]``.
@@ -266,19 +266,19 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor 
     out = None if buffer is None else buffer[: len(hidden)]
     if bias is None:
         return torch.mm(hidden, weight.t(), out=out)
-    return torch.addmm(bias, hidden, weight.t(), out=out)  # rounded once, not twice
+    return torch.addmm(bias, hidden, weight.t(), out=out)  # rounds once instead of twice
 
 
 def float32_products(operand: Tensor) -> bool:
-    """Whether a product of 16-bit operands can be had in float32 here (CUDA's ``out_dtype``)."""
+    """Whether products of 16-bit operands are available in float32 (CUDA's ``out_dtype``)."""
     return operand.is_cuda and operand.dtype in (torch.bfloat16, torch.float16)
 
 
 def require_float(name: str, tensor: Tensor) -> None:
-    """Refuse integers.
+    """Refuse tensors that are not floating-point.
 
     Raises:
-        TypeError: naming the argument.
+        TypeError: names the argument.
     """
     if not tensor.is_floating_point():
         raise TypeError(f"{name}: expected floating-point values, got {tensor.dtype}")

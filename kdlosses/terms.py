@@ -1,4 +1,4 @@
-"""What a distillation loss is made of: weighted terms, and the values that change in training."""
+"""The weighted terms of a distillation loss, and their values that change during training."""
 
 import math
 import warnings
@@ -13,7 +13,7 @@ from kdlosses.divergence import Loss
 from kdlosses.schedules import Schedule
 
 TEMPERATURE = "temperature"
-_ALONG = tuple(step / 1000 for step in range(1001))  # progress at which schedules are looked at
+_ALONG = tuple(step / 1000 for step in range(1001))  # progress at which schedules are checked
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Term:
     Attributes:
         loss: the divergence or row loss.
         weight: its factor, above 0.
-        name: what logs and schedules call it.
+        name: name in logs and schedules.
     """
 
     loss: Loss
@@ -32,15 +32,15 @@ class Term:
 
 
 class MovingTerms:
-    """Terms with the scheduled fields and state variables that change from step to step.
+    """Terms with scheduled fields and state variables that change between steps.
 
     Args:
-        terms: at least one, their names differ.
-        schedules: by field (``"alpha"``), or by term and field (``"reverse_kl.alpha"``).
+        terms: at least one term, with distinct names.
+        schedules: schedules by field (``"alpha"``), or by term and field (``"reverse_kl.alpha"``).
 
     Raises:
-        ValueError: no terms, names that repeat, weights that are not positive, and schedules of
-            fields that do not exist, are no floats, or leave their bounds.
+        ValueError: no terms, duplicate names, weights that are not positive, or schedules of fields
+            that do not exist, are not floats, or leave their bounds.
     """
 
     def __init__(self, terms: Sequence[Term], schedules: Mapping[str, Schedule]) -> None:
@@ -50,7 +50,9 @@ class MovingTerms:
             raise ValueError("terms: at least one loss is needed")
         for term in self.terms:
             if names.count(term.name) > 1:
-                raise ValueError(f"{term.name} is given twice; add up its weights")
+                raise ValueError(
+                    f"{term.name} is given twice; use one term with the sum of the weights"
+                )
             if not (math.isfinite(term.weight) and term.weight > 0):
                 raise ValueError(f"{term.name}: its weight must be above 0, got {term.weight}")
         self._schedules: list[dict[str, Schedule]] = [{} for _ in self.terms]
@@ -63,12 +65,12 @@ class MovingTerms:
 
     @property
     def bound(self) -> tuple[tuple[str, ...], ...]:
-        """For each term the names of what changes."""
+        """For each term, the names of its changing values."""
         return tuple(tuple(values) for values in self.values)
 
     @property
     def values(self) -> list[dict[str, float]]:
-        """For each term the present values of what changes."""
+        """For each term, its changing values at present."""
         return [
             {**{field: at(self.progress) for field, at in schedules.items()}, **state}
             for schedules, state in zip(self._schedules, self._states, strict=True)
@@ -76,7 +78,7 @@ class MovingTerms:
 
     @property
     def named_values(self) -> dict[str, float]:
-        """The present values by field, with the term's name where there are several terms."""
+        """The current values by field, with the term's name if there are several terms."""
         return {
             field if len(self.terms) == 1 else f"{term.name}.{field}": value
             for term, values in zip(self.terms, self.values, strict=True)
@@ -85,30 +87,30 @@ class MovingTerms:
 
     @property
     def stateful(self) -> bool:
-        """Whether a term carries state."""
+        """Whether any term has state."""
         return any(self._states)
 
     def curvature(self, index: int) -> float | None:
-        """A term's curvature at the present values of its fields."""
+        """The curvature of a term at the current values of its fields."""
         return self._at(self.progress, index, self._states[index]).curvature()
 
     def curvatures(self, index: int) -> Iterator[float | None]:
-        """A term's curvature along the training."""
+        """The curvature of a term during the training."""
         for progress in _ALONG if self._schedules[index] else (self.progress,):
             yield self._at(progress, index, self._states[index]).curvature()
 
     def advance(self, progress: float, term_values: Sequence[float] | None) -> None:
-        """Move on after an optimiser step.
+        """Advance schedules and state after an optimiser step.
 
         Args:
-            progress: the share of the training that is done, in [0, 1].
-            term_values: each term's mean over the step; None leaves states as they are.
+            progress: the completed share of the training, in [0, 1].
+            term_values: mean of each term over the step; None leaves the state unchanged.
 
         Raises:
-            ValueError: a progress outside [0, 1], or another number of values than of terms.
+            ValueError: a progress outside [0, 1], or a wrong number of values.
         """
         if not 0 <= progress <= 1:
-            raise ValueError(f"progress: must lie in [0, 1], got {progress}")
+            raise ValueError(f"progress: must be in [0, 1], got {progress}")
         self.progress = progress
         if term_values is None:
             return
@@ -124,12 +126,12 @@ class MovingTerms:
     def _at(
         self, progress: float, index: int, state: Mapping[str, float] = MappingProxyType({})
     ) -> Loss:
-        """A term's loss with the values of its scheduled fields at a progress, and in a state."""
+        """The loss of a term with its scheduled fields at a progress, and in a state."""
         then = {field: at(progress) for field, at in self._schedules[index].items()}
         return self.terms[index].loss.model_copy(update={**then, **state})
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must keep: numbers only."""
+        """The state for a checkpoint, which consists of numbers."""
         return {
             "terms": [term.name for term in self.terms],
             "progress": self.progress,
@@ -137,21 +139,21 @@ class MovingTerms:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state` gave.
+        """Restore the state from :meth:`state`.
 
         Raises:
-            ValueError: it is of another loss.
+            ValueError: the state belongs to another loss.
         """
         names = [term.name for term in self.terms]
         if state["terms"] != names:
             was, now = (" + ".join(each) for each in (state["terms"], names))
-            raise ValueError(f"was saved with the loss {was}, and this one is {now}")
+            raise ValueError(f"the state was saved with the loss {was}, but this loss is {now}")
         self.progress = float(state["progress"])
         self._states = [dict(entry) for entry in state["states"]]
 
 
 def _place(key: str, terms: Sequence[Term]) -> tuple[int, str]:
-    """The term and the field that a key of the schedules means."""
+    """The term and the field of a key of the schedules."""
     name, _, field = key.rpartition(".")
     having = [
         index
@@ -165,19 +167,20 @@ def _place(key: str, terms: Sequence[Term]) -> tuple[int, str]:
         raise ValueError(f"schedules: {key} is a parameter of several losses; write {examples}")
     known = [f"{term.name}.{field}" for term in terms for field in type(term.loss).model_fields]
     raise ValueError(
-        f"schedules: no loss here has a parameter {key!r}; known: "
-        f"{', '.join([TEMPERATURE, *known])}"
+        f"schedules: no loss has a parameter {key!r}; known: {', '.join([TEMPERATURE, *known])}"
     )
 
 
 def _check(key: str, loss: Loss, field: str, schedule: Schedule) -> None:
     kind = type(loss).model_fields[field].annotation
     if kind is not float:
-        raise ValueError(f"schedules: {key} is no number that can move ({kind})")
+        raise ValueError(
+            f"schedules: {key} cannot be scheduled, because it is not a number ({kind})"
+        )
     for value in schedule.extremes:
         _check_value(key, loss, field, value)
-    # Also between them: a field may exclude what lies amid its bounds. What it merely warns of is
-    # passed by here, and its ends have warned.
+    # Also check values in between, because a field may exclude values within its bounds. Warnings
+    # are suppressed here, since the ends have already produced them.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for value in dict.fromkeys(map(schedule, _ALONG)):

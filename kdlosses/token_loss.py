@@ -1,4 +1,4 @@
-"""A loss as a module: over the supervised tokens of a batch, plain or in chunks."""
+"""A loss as a module over the supervised tokens of a batch, plain or chunked."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,29 +26,29 @@ from kdlosses.terms import TEMPERATURE, MovingTerms, Term
 
 
 class TokenLoss(nn.Module):
-    """A distillation loss over the supervised tokens of a batch. Made by :func:`get_loss`.
+    """A distillation loss over the supervised tokens of a batch, created by :func:`get_loss`.
 
     The value is ``sum_k v_k T ** power_k sum_i w_i D_k(p_i, q_i) / num_tokens`` over the rows ``i``
-    whose label is not ignored and the terms ``k`` of a weighted sum (mostly one, with weight 1),
+    whose label is not ignored and the terms ``k`` of a weighted sum (usually one, with weight 1),
     with ``p = softmax(teacher / T)`` and ``q = softmax(student / T)``.
 
     Args:
         loss: the divergence or row loss, or the terms of a weighted sum.
         chunking: None for the plain evaluation by autograd on full logits.
-        temperature: T > 0, softens both sides.
+        temperature: T > 0, softens both distributions.
         temperature_scaling: whether each term is multiplied by ``T ** temperature_power``
             (Hinton et al. 2015); TRL, Liger and DistiLLM do not.
-        ignore_index: label of the positions that are left out.
+        ignore_index: label of ignored positions.
         vocab_size: both sides are cut to this many entries before the softmax; by default to the
             smaller of the two heads.
-        match_curvature: divide each term by its curvature, so that near equality it is as strong
-            as KL and one ``kd_ratio`` means the same for every loss.
-        schedules: of ``temperature``, of fields (``"alpha"``), or of fields of one term of a sum
-            (``"reverse_kl.alpha"``). They move with :meth:`advance`.
+        match_curvature: divide each term by its curvature, so that near equality it is as strong as
+            KL and a ``kd_ratio`` has the same meaning for every loss.
+        schedules: schedules of ``temperature``, of fields (``"alpha"``), or of fields of one term
+            of a sum (``"reverse_kl.alpha"``). :meth:`advance` updates them.
 
     Raises:
-        ValueError: a temperature or vocabulary size that is not positive, ``match_curvature``
-            for a loss that states no curvature, terms or schedules that have no meaning.
+        ValueError: a temperature or vocabulary size that is not positive, ``match_curvature`` for a
+            loss without curvature, or invalid terms or schedules.
     """
 
     def __init__(
@@ -88,24 +88,24 @@ class TokenLoss(nn.Module):
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """The weighted losses that are summed; mostly one."""
+        """The weighted losses of the sum; usually one."""
         return self._moving.terms
 
     @property
     def loss(self) -> Loss:
-        """The one loss.
+        """The single loss.
 
         Raises:
-            ValueError: a sum of several; see :attr:`terms`.
+            ValueError: a sum of several losses; see :attr:`terms`.
         """
         if len(self.terms) > 1:
             names = ", ".join(term.name for term in self.terms)
-            raise ValueError(f"a sum has no single loss; name one of {names}")
+            raise ValueError(f"a sum has no single loss; use one of {names}")
         return self.terms[0].loss
 
     @property
     def progress(self) -> float:
-        """The progress that schedules stand at."""
+        """The current progress of schedules."""
         return self._moving.progress
 
     @property
@@ -115,38 +115,38 @@ class TokenLoss(nn.Module):
 
     @property
     def moving_values(self) -> dict[str, float]:
-        """The present values of what is scheduled and of state variables, by name."""
+        """The current values of scheduled parameters and state variables, by name."""
         temperature = {TEMPERATURE: self.temperature} if self._temperature_schedule else {}
         return {**temperature, **self._moving.named_values}
 
     def advance(self, progress: float, term_values: Sequence[float] | None = None) -> None:
-        """Move schedules and state on, once after each optimiser step.
+        """Advance schedules and state; call it once after each optimiser step.
 
         Args:
-            progress: the share of the training that is done, in [0, 1].
-            term_values: for each term its mean over the supervised tokens of the step, of all
-                micro-batches and ranks (:attr:`KDOutput.kd_terms`); only stateful losses need it.
+            progress: the completed share of the training, in [0, 1].
+            term_values: mean of each term over the supervised tokens of the step, over all
+                micro-batches and ranks (:attr:`KDOutput.kd_terms`); only needed by stateful losses.
 
         Raises:
-            ValueError: a progress outside [0, 1], or values missing that a state needs.
+            ValueError: a progress outside [0, 1], or missing values for a stateful loss.
         """
         if self.stateful and term_values is None:
             raise ValueError(
-                "term_values: a loss carries state and needs the mean of each term over the step"
+                "term_values: a loss with state needs the mean of each term over the step"
             )
         self._move(progress, term_values)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Progress and state variables: numbers, part of ``state_dict``."""
+        """Progress and state variables as numbers; part of ``state_dict``."""
         return self._moving.state()
 
     def set_extra_state(self, state: Any) -> None:
-        """Take back what :meth:`get_extra_state` gave."""
+        """Restore the state from :meth:`get_extra_state`."""
         self._moving.restore(state)
         self._move_temperature()
 
     def extra_repr(self) -> str:
-        """Shows the losses and how they are evaluated."""
+        """Describe the losses and how they are evaluated."""
         how = "plain" if self.chunking is None else "chunked"
         sum_ = " + ".join(
             repr(term.loss) if term.weight == 1 else f"{term.weight:g} {term.loss!r}"
@@ -164,26 +164,27 @@ class TokenLoss(nn.Module):
         token_weights: Tensor | None = None,
         reduction: Literal["mean", "none"] = "mean",
     ) -> Tensor:
-        """The loss of a batch.
+        """Compute the loss of a batch.
 
         Args:
             student: logits ``[..., V]`` or :class:`Projected`.
-            teacher: likewise, or compressed (:class:`TopK`, :class:`Sampled`); it never receives a
-                gradient.
-            labels: ``[...]`` aligned with the logits: ``labels[..., i]`` is the target of
-                ``logits[..., i, :]``. Positions with ``ignore_index`` are left out.
-            num_tokens: the denominator; by default the supervised tokens of this call. Give the
-                number over all micro-batches and ranks when a step is split.
-            token_weights: ``[...]`` weight of each position's value.
+            teacher: logits, :class:`Projected`, or a compressed teacher (:class:`TopK`,
+                :class:`Sampled`); it never receives a gradient.
+            labels: ``[...]``, aligned with the logits: ``labels[..., i]`` is the target of
+                ``logits[..., i, :]``. Positions with ``ignore_index`` are ignored.
+            num_tokens: the denominator; by default the number of supervised tokens of this call.
+                If a step is split, pass the number over all micro-batches and ranks.
+            token_weights: weight of each position's value, ``[...]``.
             reduction: ``"mean"`` or ``"none"``.
 
         Returns:
-            0-d, or with ``reduction="none"`` the values ``[...]``, 0 where ignored (``num_tokens``
-            must not be given then). With no supervised token the value is 0 with zero gradients.
+            A 0-d tensor, or with ``reduction="none"`` the values ``[...]``, 0 where ignored
+            (``num_tokens`` must then not be given). Without supervised tokens the value is 0 with
+            zero gradients.
 
         Raises:
-            ValueError: on shapes that do not fit together, labels outside the vocabulary, or a
-                compressed teacher that the loss or its temperature has no meaning with.
+            ValueError: inconsistent shapes, labels outside the vocabulary, or a compressed teacher
+                that the loss or its temperature does not support.
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction: expected 'mean' or 'none', got {reduction!r}")
@@ -191,7 +192,7 @@ class TokenLoss(nn.Module):
             raise TypeError("teacher: expected logits or kdlosses.Projected, got NoneType")
         per_row = reduction == "none"
         if per_row and num_tokens is not None:
-            raise ValueError("num_tokens: has no meaning with reduction='none'")
+            raise ValueError("num_tokens: cannot be used with reduction='none'")
         batch = self._batch(student, teacher, labels)
         weight = batch.weights(token_weights)
         divisor = 1.0 if per_row else batch.denominator(num_tokens)
@@ -214,7 +215,7 @@ class TokenLoss(nn.Module):
         return Batch.of(student, teacher, labels, self.ignore_index, self.vocab_size)
 
     def _problem(self, batch: Batch, with_teacher: bool = True) -> Problem:
-        """What the engine is to evaluate; without the teacher, cross-entropy alone."""
+        """The input of the engine; without the teacher, cross-entropy alone."""
         if batch.teacher is None or not with_teacher:
             program = Program(student_post=batch.student.post, vocabulary=batch.student.vocabulary)
             return Problem(program, batch.student, None, batch.rows, (), batch.vocab_size)
@@ -224,7 +225,7 @@ class TokenLoss(nn.Module):
                 raise ValueError(f"teacher: {reason}")
             if isinstance(batch.student, VocabParallel) and isinstance(term.loss, RowLoss):
                 name = type(term.loss).__name__
-                raise ValueError(f"student: {name} needs whole rows, and its head is spread")
+                raise ValueError(f"student: {name} needs whole rows, but its head is sharded")
         program = Program(
             losses=tuple(term.loss for term in self.terms),
             bound=self._moving.bound,
@@ -238,7 +239,7 @@ class TokenLoss(nn.Module):
         return Problem(program, batch.student, batch.teacher, batch.rows, scalars, batch.vocab_size)
 
     def _factors(self, batch: Batch) -> Tensor:
-        """What makes the raw value of each term its reported value, ``[k]``."""
+        """The factors from raw to reported values of the terms, ``[k]``."""
         factors = []
         for index, term in enumerate(self.terms):
             power = term.loss.temperature_power if self.temperature_scaling else 0
@@ -266,6 +267,7 @@ class TokenLoss(nn.Module):
 def _check_curvature(term: Term, curvature: float | None) -> float:
     if not curvature:
         raise ValueError(
-            f"match_curvature: {term.name} has no curvature to match (it states {curvature})"
+            f"match_curvature: {term.name} has no curvature to match (curvature() returns "
+            f"{curvature})"
         )
     return curvature

@@ -1,8 +1,8 @@
-"""What reaches across the vocabulary: the softmax, sums, and which token is the label.
+"""Operations across the vocabulary: softmax, sums, and the selection of the label.
 
-A row may hold all tokens, or the part of them that this process has of an output head that is
-spread over processes (vocabulary parallel, as in Megatron-LM, arXiv:1909.08053). Everything else in
-a loss happens token by token and does not know the difference.
+A row may contain all tokens, or the shard of this process if the output head is sharded across
+processes (vocabulary parallel, as in Megatron-LM, arXiv:1909.08053). All other operations of a loss
+are elementwise and do not depend on the sharding.
 """
 
 from __future__ import annotations
@@ -22,60 +22,60 @@ Group = Any
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """All tokens are here."""
+    """A vocabulary that is entirely on this process."""
 
     def log_softmax(self, logits: Tensor) -> Tensor:
         """Log-probabilities ``[..., V]``; see :func:`kdlosses.numerics.log_softmax`."""
         return log_softmax(logits)
 
     def sum(self, terms: Tensor) -> Tensor:
-        """Over the tokens."""
+        """Reduce over the tokens."""
         return terms.sum(-1)
 
     def logsumexp(self, terms: Tensor) -> Tensor:
-        """Over the tokens."""
+        """Reduce over the tokens."""
         return terms.logsumexp(-1)
 
     def pick(self, terms: Tensor, tokens: Tensor) -> Tensor:
-        """The term of one token ``[...]`` in each row."""
+        """Select the term of one token in each row, ``[...]``."""
         result: Tensor = _Pick.apply(terms, tokens)  # type: ignore[no-untyped-call]
         return result
 
 
 @dataclass(frozen=True)
 class Shard(Vocabulary):
-    """Some tokens are here, the others with the other processes of a group.
+    """A vocabulary sharded across the processes of a group.
 
     Every process has the same rows and calls the same functions in the same order. Results without
-    the axis of tokens are whole on each of them, and so are their gradients.
+    the token axis, and their gradients, are complete on every process.
 
     Attributes:
-        start: the first token that is here.
-        group: the processes that have one part each.
+        start: the first token of this process.
+        group: the processes, each with one shard.
     """
 
     start: int
     group: Group = None
 
     def log_softmax(self, logits: Tensor) -> Tensor:
-        """The part of the log-probabilities that is here."""
+        """The shard of the log-probabilities of this process."""
         x = logits if logits.dtype == torch.float64 else logits.float()
         z = x - _highest(x, self.group)
         normaliser = _together(z.exp().sum(-1, keepdim=True), self.group)
         return z - copied(normaliser.log(), self.group)
 
     def sum(self, terms: Tensor) -> Tensor:
-        """Over the tokens of all processes."""
+        """Reduce over the tokens of all processes."""
         return _together(terms.sum(-1), self.group)
 
     def logsumexp(self, terms: Tensor) -> Tensor:
-        """Over the tokens of all processes."""
+        """Reduce over the tokens of all processes."""
         highest = _highest(terms, self.group)
         total = _together((terms - highest).exp().sum(-1), self.group)
         return total.log() + highest.squeeze(-1)
 
     def pick(self, terms: Tensor, tokens: Tensor) -> Tensor:
-        """The term of one token in each row, which one process has."""
+        """Select the term of one token in each row, from the process that has it."""
         return _together(super().pick(terms, tokens - self.start), self.group)
 
 
@@ -83,7 +83,7 @@ WHOLE = Vocabulary()
 
 
 def copied(values: Tensor, group: Group) -> Tensor:
-    """Values that every process has and uses for its part: their gradients add up."""
+    """Values that every process uses for its shard; their gradients are summed."""
     result: Tensor = _ToEach.apply(values, group)  # type: ignore[no-untyped-call]
     return result
 
@@ -94,16 +94,18 @@ def _together(values: Tensor, group: Group) -> Tensor:
 
 
 def _highest(values: Tensor, group: Group) -> Tensor:
-    """The largest entry of each row, of all processes, as a number without gradient."""
+    """The largest entry of each row over all processes, without gradient."""
     highest = values.detach().amax(-1, keepdim=True)
     result: Tensor = _Highest.apply(highest, group)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Pick(torch.autograd.Function):
-    """A gather, 0 outside of the row. Its gradient is a mask, which fuses with other elementwise
-    work as the gather's own, a scatter, does not; and a masked sum in its place would be one more
-    reduction, beside which the compiler fuses no other."""
+    """A gather that gives 0 outside the row.
+
+    Its gradient is a mask, which can be fused with other elementwise operations, unlike the scatter
+    of a plain gather. A masked sum would be a further reduction, which the compiler does not fuse.
+    """
 
     @staticmethod
     def forward(terms: Tensor, tokens: Tensor) -> Tensor:
@@ -141,7 +143,7 @@ class _Highest(torch.autograd.Function):
 
 
 class _Together(torch.autograd.Function):
-    """Adds up what the processes have; the sum is one value, so its gradient is that of each."""
+    """Sum over processes; each summand receives the gradient of the sum."""
 
     @staticmethod
     def forward(values: Tensor, group: Group) -> Tensor:
@@ -159,7 +161,7 @@ class _Together(torch.autograd.Function):
 
 
 class _ToEach(torch.autograd.Function):
-    """Hands one value to the parts of all processes; its gradient is the sum of theirs."""
+    """Share a value with the shards of all processes; its gradient is the sum of theirs."""
 
     @staticmethod
     def forward(values: Tensor, group: Group) -> Tensor:

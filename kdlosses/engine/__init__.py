@@ -1,4 +1,4 @@
-"""Evaluation of a loss over the supervised rows of a batch, plain or chunked."""
+"""Evaluate a loss over the supervised rows of a batch, plain or chunked."""
 
 from dataclasses import dataclass
 
@@ -41,8 +41,8 @@ class Supervised:
     """The rows whose label is not ignored.
 
     Attributes:
-        kept: indices ``[n]`` in the flattened batch, or None when every row is supervised.
-        labels: ``[n]`` their labels.
+        kept: indices in the flattened batch, ``[n]``, or None if every row is supervised.
+        labels: labels of the rows, ``[n]``.
         shape: the leading shape of the batch.
     """
 
@@ -56,7 +56,7 @@ class Supervised:
         return flat if self.kept is None else flat.index_select(0, self.kept)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Values ``[n]`` put back in the batch's shape, 0 where ignored."""
+        """Scatter values ``[n]`` to the batch's shape, with 0 for ignored rows."""
         if self.kept is None:
             return values.view(self.shape)
         full = values.new_zeros(self.shape.numel())
@@ -64,10 +64,10 @@ class Supervised:
 
 
 def supervised_rows(labels: Tensor, ignore_index: int, vocab_size: int) -> Supervised:
-    """Find the supervised rows; they are dropped before projecting, not multiplied by zero.
+    """Find the supervised rows; other rows are dropped before the projection.
 
     Raises:
-        ValueError: a label lies outside the vocabulary.
+        ValueError: a label is outside the vocabulary.
     """
     flat = labels.reshape(-1)
     kept = (flat != ignore_index).nonzero().squeeze(1)
@@ -78,7 +78,7 @@ def supervised_rows(labels: Tensor, ignore_index: int, vocab_size: int) -> Super
             wrong = lowest if lowest < 0 else highest
             raise ValueError(
                 f"labels: token {wrong} is outside the vocabulary of {vocab_size} "
-                f"(ignored positions carry {ignore_index})"
+                f"(ignored positions have the label {ignore_index})"
             )
     everything = len(kept) == len(flat)
     return Supervised(None if everything else kept, chosen, labels.shape)
@@ -86,13 +86,13 @@ def supervised_rows(labels: Tensor, ignore_index: int, vocab_size: int) -> Super
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be evaluated.
+    """The input of an evaluation.
 
     Attributes:
-        program: the static part of the mathematics.
+        program: the static part of the computation.
         student: the student's logits.
         teacher: the teacher, detached; None without a loss.
-        rows: which rows take part.
+        rows: the supervised rows.
         scalars: 0-d tensors: the temperature and the values of ``program.bound``.
         vocab_size: both sides are cut to this width before the softmax.
     """
@@ -115,7 +115,7 @@ def evaluate(
     """Weighted sum, KD and CE of the supervised rows.
 
     Args:
-        problem: what is to be evaluated.
+        problem: the input.
         kd_weight: ``[n, k]`` weight of each row's values of the k losses.
         ce_weight: ``[n]`` weight of each row's CE value.
         chunking: how to chunk, or None for the plain evaluation by autograd.
@@ -143,7 +143,7 @@ def evaluate(
 
 
 def measure_rows(problem: Problem, chunking: Chunking) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What :func:`kdlosses.engine.rows.row_measures` gives, of every supervised row."""
+    """Evaluate :func:`kdlosses.engine.rows.row_measures` for every supervised row."""
     return chunked_measures(_job(problem, chunking))
 
 
@@ -187,5 +187,5 @@ def _plain_raw(source: Source, rows: Supervised, vocab_size: int) -> Tensor:
 
 def _compiled(problem: Problem, chunking: Chunking) -> bool:
     if isinstance(problem.student, VocabParallel):
-        return False  # exchanges between processes are not part of a graph
+        return False  # communication between processes cannot be compiled
     return compiles(problem.vocab_size) if chunking.compiled is None else chunking.compiled

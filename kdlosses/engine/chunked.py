@@ -1,8 +1,8 @@
-"""The chunked evaluation: the only gradient of a loss that is not formed by autograd.
+"""The chunked evaluation, which computes the gradient without autograd.
 
-One pass over chunks of rows projects student and teacher, evaluates KD and CE together and forms
-the gradients at once, so that no ``[rows, V]`` tensor outlives its chunk and nothing is computed
-twice: four matrix products a step. ``backward`` only scales.
+One pass over chunks of rows projects student and teacher, evaluates KD and CE together and computes
+the gradients, so that no ``[rows, V]`` tensor outlives its chunk and nothing is computed twice:
+four matrix products per step. ``backward`` only scales the gradients.
 """
 
 from collections.abc import Iterator
@@ -21,11 +21,11 @@ from kdlosses.numerics import restore_infinity
 from kdlosses.sources import Logits, Projected, Source
 
 _HANDED_OVER = (
-    "a chunked loss hands its gradients over in the first backward pass and keeps none: "
+    "a chunked loss releases its gradients in the first backward pass: "
     "call backward once, or use the unchunked loss (its name without '_chunked')"
 )
 _DOUBLE_BACKWARD = (
-    "a chunked loss has no second derivative (its gradient is formed in the forward pass): "
+    "a chunked loss has no second derivative (its gradient is computed in the forward pass): "
     "use the unchunked loss (its name without '_chunked') with create_graph=True"
 )
 
@@ -42,7 +42,7 @@ class Job:
         labels: ``[n]`` labels of the supervised rows.
         scalars: 0-d, as for :func:`row_values`.
         vocab_size: both sides are cut to this width.
-        chunk_rows: the most rows that are projected at once.
+        chunk_rows: maximum number of rows to project at once.
         compiled: whether the row functions are compiled.
     """
 
@@ -69,8 +69,8 @@ def chunked_values(
         per_row: differentiate the row values (recomputing in backward) instead of the sum.
 
     Returns:
-        The 0-d sum, KD ``[n, k]``, CE ``[n]``. Gradients flow through the sum, or through the row
-        values where ``per_row`` is set, never both.
+        The 0-d sum, KD ``[n, k]``, CE ``[n]``. Gradients flow through the sum or, if
+        ``per_row`` is set, through the row values instead.
     """
     recording = torch.is_grad_enabled()
     needed = tuple(recording and tensor.requires_grad for tensor in job.student.tensors)
@@ -126,7 +126,9 @@ class _Chunked(torch.autograd.Function):
                 raise RuntimeError(_HANDED_OVER)
             gradients, ctx.gradients = ctx.gradients, None
             factor = total_grad if ctx.unit is None else total_grad * ctx.unit
-            if factor.is_cuda or factor.item() != 1.0:  # on CPU a look is cheaper than a pass
+            if (
+                factor.is_cuda or factor.item() != 1.0
+            ):  # on a CPU, reading the factor is cheaper than scaling
                 for gradient in gradients:
                     if gradient is not None:
                         gradient.mul_(factor)
@@ -134,13 +136,13 @@ class _Chunked(torch.autograd.Function):
 
 
 def weighted_sum(kd: Tensor, ce: Tensor, kd_weight: Tensor, ce_weight: Tensor) -> Tensor:
-    """``sum(kd_weight * kd + ce_weight * ce)``, where a weight of 0 silences infinities too."""
+    """``sum(kd_weight * kd + ce_weight * ce)``, where a weight of 0 also removes infinities."""
     kd_sum = (silenced(kd, kd_weight) * kd_weight).sum()
     return kd_sum + (silenced(ce, ce_weight) * ce_weight).sum()
 
 
 def silenced(values: Tensor, weight: Tensor) -> Tensor:
-    """The values with 0 in place of the infinite ones that have weight 0."""
+    """Replace infinite values with weight 0 by 0."""
     return torch.where(values.isinf() & (weight == 0), 0.0, values)
 
 
@@ -167,15 +169,15 @@ def _run(
     needed: tuple[bool, ...] | None,
     unit: Tensor | None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """All chunks: KD ``[n, k]``, CE ``[n]``, the student's gradients where ``needed`` is given."""
+    """Run all chunks: KD ``[n, k]``, CE ``[n]`` and, with ``needed``, the student's gradients."""
     values = job.student.tensors[0]
-    # Autocast would cast inside the row functions and differ between forward and gradient.
+    # Autocast would cast inside the row functions, differently for value and gradient.
     with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
         sides = _Sides(job)
         sink = None if needed is None else Gradients(job.student, needed, sides.student)
         kd = values.new_empty(len(job.labels), len(job.program.losses), dtype=_value_dtype(values))
         ce = values.new_empty(len(job.labels), dtype=kd.dtype)
-        # Detached, as requires_grad alone would make another graph.
+        # Detached, because requires_grad would cause another compilation.
         kd_weight, ce_weight = kd_weight.detach(), ce_weight.detach()
         if unit is not None:
             kd_weight, ce_weight = kd_weight / unit, ce_weight / unit
@@ -196,7 +198,7 @@ def _run(
                 )
                 if not sides.student.owns_raw:
                     sink.add(tile, inputs[within], gradient)
-                elif len(gradient) == 1:  # a single row may have been evaluated in a copy
+                elif len(gradient) == 1:  # a single row is evaluated in a padded copy
                     raw[within] = gradient
             if sink is not None and sides.student.owns_raw:
                 sink.add(chunk, inputs, raw)
@@ -204,7 +206,7 @@ def _run(
 
 
 def chunked_measures(job: Job) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What :func:`row_measures` gives for each supervised row, without gradients."""
+    """Evaluate :func:`row_measures` for each supervised row, without gradients."""
     values = job.student.tensors[0]
     with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
         sides = _Sides(job)
@@ -223,7 +225,7 @@ def chunked_measures(job: Job) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class _Sides:
-    """The supervised rows of student and teacher, a chunk and a tile at a time."""
+    """The supervised rows of student and teacher, by chunk and tile."""
 
     def __init__(self, job: Job):
         columns = job.student.columns(job.vocab_size)
@@ -245,7 +247,7 @@ class _Sides:
         return inputs, self.student.raw(inputs), teacher
 
     def tiles(self, chunk: slice) -> Iterator[slice]:
-        """The parts of a chunk that the row functions see at once."""
+        """The parts of a chunk that the row functions process at once."""
         return spans(chunk.start, chunk.stop, self._tile_rows)
 
 
@@ -254,10 +256,10 @@ def _part(tensors: tuple[Tensor, ...], within: slice) -> tuple[Tensor, ...]:
 
 
 def _unit(values: Tensor, kd_weight: Tensor, ce_weight: Tensor) -> Tensor | None:
-    """A factor that is left out of float16 gradients until backward.
+    """A factor that float16 gradients omit until backward.
 
-    One over the token count times a softmax entry underflows in float16; a loss scaler, which
-    arrives with ``grad_output``, would come too late.
+    One over the token count times a softmax entry underflows in float16, and the factor of a loss
+    scaler is only known in ``backward``.
     """
     if values.dtype != torch.float16 or not len(kd_weight):
         return None

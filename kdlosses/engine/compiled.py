@@ -1,7 +1,7 @@
 """Compiled versions of the row functions, one per static program, with a fallback to eager.
 
-Each program has a function object of its own with isolated recompiles, so that many losses in
-one process never meet torch.compile's recompile limit together.
+Each program has its own function object and recompilations, so that many losses in one process do
+not share torch.compile's recompile limit.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A tensor with the rows first, a 0-d tensor, or some of them.
+# A tensor whose first axis is the rows, a 0-d tensor, or a tuple of these.
 Argument = Tensor | tuple[Tensor, ...]
 
 _tiles: dict[Hashable, Callable[..., Any]] = {}
@@ -26,21 +26,21 @@ def run(
     arguments: tuple[Argument, ...],
     compiled: bool,
 ) -> tuple[Tensor, ...]:
-    """Call ``function(*static, *arguments)``, compiled where asked and possible.
+    """Call ``function(*static, *arguments)``, compiled if requested and possible.
 
     Args:
         function: a pure function of tensors.
-        static: leading arguments that are baked into the graph.
-        arguments: tensors whose first axis is the rows (0-d tensors excepted), or tuples of them.
-        compiled: False runs the function as it is.
+        static: leading arguments that are constants of the graph.
+        arguments: tensors whose first axis is the rows (except 0-d tensors), or tuples of them.
+        compiled: False runs the function eagerly.
 
     Returns:
-        Tensors with the rows first.
+        Tensors whose first axis is the rows.
     """
     if not compiled:
         return function(*static, *arguments)
     if any(tensor.ndim and len(tensor) == 1 for tensor in _tensors(arguments)):
-        # Size 1 would specialise the graph: pad to 2, keep the first row.
+        # Size 1 would specialise the graph, so pad to 2 rows and keep the first.
         padded = tuple(
             _twice(item) if isinstance(item, Tensor) else tuple(_twice(x) for x in item)
             for item in arguments
@@ -54,7 +54,7 @@ def _call(
     static: tuple[Hashable, ...],
     arguments: tuple[Argument, ...],
 ) -> tuple[Tensor, ...]:
-    # Imported here: the compiler stack takes a second that a plain loss need not spend.
+    # Imported here, because plain losses do not need the compiler, which takes a second.
     from torch._dynamo import mark_dynamic
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
@@ -65,8 +65,8 @@ def _call(
     tile = _tiles.get(key)
     new = tile is None
     if tile is None:
-        # Not dynamic but for the rows, marked below: tiles share a code object, and widths that
-        # differ between programs would turn into symbols of the next one.
+        # Only the rows, marked below, are dynamic: tiles share a code object, and widths that
+        # differ between programs would otherwise become dynamic as well.
         tile = _tiles[key] = torch.compile(  # type: ignore[call-overload]
             functools.partial(function, *static),
             fullgraph=True,
@@ -79,11 +79,11 @@ def _call(
             mark_dynamic(tensor, 0)
     try:
         with warnings.catch_warnings() if new else contextlib.nullcontext():
-            if new:  # the compiler's own warnings are no business of the caller's filters
+            if new:  # hide warnings of the compiler from the caller's filters
                 warnings.simplefilter("ignore")
             return tile(*arguments)  # type: ignore[no-any-return]
     except (TorchDynamoException, InductorError) as error:
-        # Raised before anything ran: the function is pure, so eager is a safe second try.
+        # Raised before execution; the function is pure, so running it eagerly is safe.
         _tiles[key] = functools.partial(function, *static)
         _warn_once(error)
         return function(*static, *arguments)
@@ -94,7 +94,7 @@ def _warn_once(error: Exception) -> None:
     if reason not in _failures:
         _failures.add(reason)
         warnings.warn(
-            f"torch.compile is not usable here, the loss runs eagerly and slower: {reason}",
+            f"torch.compile is not usable here, so the loss runs eagerly and slower: {reason}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""The rows of a source that take part, and the gradients that flow back to its tensors."""
+"""The supervised rows of a source, and the gradients of its tensors."""
 
 import torch
 import torch.distributed
@@ -9,13 +9,13 @@ from kdlosses.sources import Logits, Projected, Source, VocabParallel, float32_p
 
 
 class Rows:
-    """Raw logits of the supervised rows of a source, a chunk at a time.
+    """Raw logits of the supervised rows of a source, by chunk.
 
     Args:
-        source: where the logits come from.
+        source: source of the logits.
         kept: indices of the supervised rows in the flattened source, or None for all.
         vocab_size: the logits are cut to this many entries.
-        chunk_rows: the largest chunk that will be asked for.
+        chunk_rows: the largest chunk that will be requested.
     """
 
     def __init__(self, source: Source, kept: Tensor | None, vocab_size: int, chunk_rows: int):
@@ -39,7 +39,7 @@ class Rows:
         return self.weight is not None
 
     def inputs(self, span: slice) -> Tensor:
-        """The rows ``span`` of what is stored: logits, or hidden states, ``[n, width]``."""
+        """The rows ``span`` of the logits or hidden states, ``[n, width]``."""
         if self.kept is None:
             return self._values[span]
         return self._values.index_select(0, self.kept[span])
@@ -56,7 +56,7 @@ class Rows:
 
 
 class StoredRows:
-    """What a compressed teacher stores of the supervised rows.
+    """The stored tensors of a compressed teacher for the supervised rows.
 
     Args:
         source: the teacher.
@@ -85,7 +85,7 @@ class Gradients:
     Args:
         source: the student.
         needed: for each of ``source.tensors``, whether it needs a gradient.
-        rows: the rows of the student that take part.
+        rows: the supervised rows of the student.
     """
 
     def __init__(self, source: Source, needed: tuple[bool, ...], rows: Rows):
@@ -118,7 +118,7 @@ class Gradients:
             self._bias[:vocab_size] += gradient.sum(0, dtype=self._bias.dtype)
 
     def finish(self) -> tuple[Tensor | None, ...]:
-        """The gradients of ``source.tensors``, None where none was needed."""
+        """The gradients of ``source.tensors``; None for tensors that need none."""
         first = self._source.tensors[0]
         values = None if self._values is None else self._values.view(first.shape)
         if values is not None and isinstance(self._source, VocabParallel):

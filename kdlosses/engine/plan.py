@@ -1,7 +1,7 @@
-"""How many rows a chunk has, and whether its row functions are compiled.
+"""The number of rows of a chunk, and whether its row functions are compiled.
 
-Both follow from the configuration alone, never from a timer or from how much memory happens to be
-free, so that a repeated or resumed run rounds in the same way.
+Both depend only on the configuration, not on timings or free memory, so that a repeated or resumed
+run has the same rounding.
 """
 
 import functools
@@ -21,11 +21,11 @@ _LARGEST_THAT_GLIBC_LEARNS_FROM = 31 * 2**20
 
 @dataclass(frozen=True)
 class Chunking:
-    """The user's wishes; None leaves the choice to this module.
+    """The chunking options; None leaves the choice to this module.
 
     Attributes:
-        size: rows a chunk.
-        compiled: compile the row functions (True), run them eagerly (False).
+        size: rows per chunk.
+        compiled: compile the row functions (True) or run them eagerly (False).
     """
 
     size: int | None = None
@@ -33,15 +33,15 @@ class Chunking:
 
 
 def automatic_chunk_size(vocab_size: int, head_width: int, device: torch.device) -> int:
-    """Rows a chunk: a power of two that keeps a chunk's float32 logits within a budget.
+    """Rows per chunk: a power of two that keeps a chunk's float32 logits within a budget.
 
-    The budget grows with the head, because each chunk adds to the head's whole gradient once:
-    with a wide head, small chunks spend their time there (measured in docs/benchmarks/).
+    The budget grows with the head, because each chunk accumulates the gradient of the whole head,
+    which dominates the time of small chunks with a wide head (measured in docs/benchmarks/).
 
     Args:
         vocab_size: width of the logits.
-        head_width: width of the hidden states; 0 where logits are given and there is no head.
-        device: where the product runs.
+        head_width: width of the hidden states; 0 if logits are given instead.
+        device: device of the product.
     """
     budget = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ACCELERATOR)
     budget = max(budget, vocab_size * head_width)  # a quarter of the head's float32 gradient
@@ -49,28 +49,28 @@ def automatic_chunk_size(vocab_size: int, head_width: int, device: torch.device)
 
 
 def tile_rows(vocab_size: int, device: torch.device) -> int | None:
-    """Rows that the row functions see at once; None for all rows of a chunk.
+    """Rows that the row functions process at once; None for all rows of a chunk.
 
-    On a CPU a block's intermediate results then stay in the cache instead of taking several more
-    tensors of chunk size (measured in docs/decisions/); an accelerator wants few large launches.
+    On a CPU, the intermediate results of a tile stay in the cache instead of needing several more
+    tensors of chunk size (measured in docs/decisions/); accelerators need few large launches.
     """
     budget = _TILE_BYTES.get(device.type)
     if budget is None:
         return None
-    # A power of two divides a chunk evenly, and its rows evenly among threads.
+    # A power of two divides chunks evenly, and distributes rows evenly among threads.
     return _power_of_two(max(_FEWEST_TILE_ROWS, budget // (4 * vocab_size)))
 
 
 @functools.cache
 def keep_freed_tiles() -> None:
-    """Have the C library keep what a tile frees for the next tile, once a process.
+    """Make the C library keep freed tile memory for reuse, once per process.
 
-    glibc hands blocks of a tile's size back to the system when they are freed, or not, as the heap
-    happens to lie; each tile then faults all its pages in anew, which doubles its time. What it
-    keeps follows from the largest block of up to 32 MiB that was ever freed: twice its size. So one
-    is, that nothing was written to. Other allocators take no notice.
+    Depending on the heap layout, glibc may return freed blocks of a tile's size to the system; each
+    tile then page-faults all its memory again, which doubles its time. glibc's threshold is twice
+    the size of the largest block of up to 32 MiB that was ever freed, so one such block is
+    allocated and freed without writing to it. Other allocators are not affected.
     """
-    # A storage and no tensor, which what counts tensors would take for a loss's memory.
+    # A storage instead of a tensor, so that memory counters do not attribute it to a loss.
     torch.UntypedStorage(_LARGEST_THAT_GLIBC_LEARNS_FROM)  # type: ignore[no-untyped-call]
 
 
@@ -83,10 +83,10 @@ def spans(start: int, stop: int, largest: int) -> Iterator[slice]:
 
 
 def compiles(vocab_size: int) -> bool:
-    """Whether compiling pays for a vocabulary of this size by default."""
+    """Whether the default is to compile, for a vocabulary of this size."""
     return vocab_size >= _COMPILE_FROM_VOCABULARY
 
 
 def _power_of_two(rows: int) -> int:
-    """The largest one that is not above."""
+    """The largest power of two that is at most ``rows``."""
     return 1 << (rows.bit_length() - 1)

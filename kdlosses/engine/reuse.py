@@ -1,10 +1,11 @@
-"""A pass over a compiled tile: probabilities come from the exponentials that normalised them.
+"""A compiler pass that reuses the exponentials of the softmax for probabilities.
 
-A loss is given log-probabilities ``z - log(sum(exp(z)))`` and takes their exponential. That is
-``exp(z) / sum(exp(z))``, and ``exp(z)`` was there already: one division instead of the second
-exponential, which is the dearest operation of a tile on a CPU (a quarter of the forward KL's). The
-exponential of half of them, as Hellinger's distance takes it, is the root; what has underflowed
-before it, below 1e-38, would have had one below 1e-18, too small for a float32 sum beside 1.
+A loss receives log-probabilities ``z - log(sum(exp(z)))`` and takes their exponential. This equals
+``exp(z) / sum(exp(z))``, where ``exp(z)`` is already known, so a division replaces the second
+exponential, the most expensive operation of a tile on a CPU (a quarter of the forward KL's time).
+The exponential of half the log-probabilities, used by Hellinger's distance, is the square root.
+Probabilities that underflowed, below 1e-38, have a root below 1e-18, which is negligible in a
+float32 sum with terms near 1.
 """
 
 from typing import Any
@@ -17,9 +18,9 @@ _aten = torch.ops.aten
 
 
 class ReuseExponentials(CustomGraphPass):
-    """Replaces ``exp(z - log(sum(exp(z))))``, and the exponential of its half, on a CPU.
+    """Replace ``exp(z - log(sum(exp(z))))``, and the exponential of its half, on a CPU.
 
-    On an accelerator an exponential costs less than to keep it in memory.
+    On an accelerator, recomputing an exponential is cheaper than storing it.
     """
 
     def __call__(self, graph: Graph) -> None:
@@ -42,12 +43,12 @@ class ReuseExponentials(CustomGraphPass):
             graph.erase_node(node)
 
     def uuid(self) -> Any:
-        """Tells the compiler's cache which version of the pass made an entry."""
+        """The version of the pass, for the compiler's cache."""
         return get_hash_for_files((__file__,))
 
 
 def _halved(value: Any) -> Any:
-    """What a value is the half of, if it is one."""
+    """The value ``x`` if a value is ``x / 2``, else None."""
     for operator, factor in ((_aten.div.Tensor, 2), (_aten.mul.Tensor, 0.5)):
         if _is(value, operator) and value.args[1] == factor:
             return value.args[0]
@@ -55,7 +56,7 @@ def _halved(value: Any) -> Any:
 
 
 def _normalised(value: Any) -> tuple[Node, Node] | None:
-    """``exp(z)`` and its sum, where a value is ``z - log(sum(exp(z)))``."""
+    """``exp(z)`` and its sum if a value is ``z - log(sum(exp(z)))``, else None."""
     if _is(value, _aten.clamp_min.default):  # kdlosses.numerics.finite_log_probs
         value = value.args[0]
     if not _is(value, _aten.sub.Tensor):

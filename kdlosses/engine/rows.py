@@ -1,4 +1,4 @@
-"""From raw logits to the KD values and one CE value per row: the mathematics, written once.
+"""The KD values and the CE value of each row, computed from raw logits.
 
 The plain path differentiates :func:`row_values` with autograd; the chunked path runs the same
 function on a block of rows and takes its vector-Jacobian product there (:func:`row_gradients`).
@@ -18,16 +18,16 @@ from kdlosses.vocabulary import WHOLE, Vocabulary
 
 @dataclass(frozen=True)
 class Program:
-    """All that is static about a row's evaluation; equal programs share one compiled graph.
+    """The static part of a row's evaluation; equal programs share one compiled graph.
 
     Attributes:
-        losses: the distillation losses, none for cross-entropy alone.
-        bound: for each loss the names of the fields and state variables that are given as
-            tensors, because they change from step to step.
-        student_post: what the student does to its raw logits.
+        losses: the distillation losses; empty for cross-entropy alone.
+        bound: for each loss, the names of the fields and state variables that are given as
+            tensors, because they change between steps.
+        student_post: post-processing of the student's raw logits.
         view: how the teacher's rows are read.
         softened: whether a temperature other than 1 applies to the KD terms.
-        vocabulary: which tokens a row holds.
+        vocabulary: the tokens of a row.
     """
 
     losses: tuple[Loss, ...] = ()
@@ -38,7 +38,7 @@ class Program:
     vocabulary: Vocabulary = WHOLE
 
     def bind(self, values: tuple[Tensor, ...]) -> list[Loss]:
-        """The losses with their changing values, which are given in the order of ``bound``."""
+        """The losses with their changing values, given in the order of ``bound``."""
         rest = iter(values)
         return [
             loss.bind({name: next(rest) for name in names}) if names else loss
@@ -53,16 +53,16 @@ def row_values(
     labels: Tensor,
     scalars: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor]:
-    """KD and CE of each row; infinite values appear as their finite shadows.
+    """KD and CE of each row; infinite values are represented by large finite ones.
 
     Args:
         program: the static part.
         raw_student: ``[n, V]`` logits before post-processing.
-        teacher: rows of what the teacher's source stores, as the program's view reads them;
-            empty where the program has no loss.
+        teacher: rows of the teacher's stored tensors, as read by the program's view; empty if the
+            program has no loss.
         labels: ``[n]`` int64 in ``[0, V)``.
-        scalars: 0-d: the temperature, read only where the program is softened, and the values of
-            ``program.bound``.
+        scalars: 0-d tensors: the temperature, used only if the program is softened, and the values
+            of ``program.bound``.
 
     Returns:
         KD ``[n, k]`` of k losses (without the factor ``T ** temperature_power``) and CE ``[n]`` at
@@ -98,9 +98,9 @@ def row_gradients(
         program: the static part.
         overwrite: write the gradient over ``raw_student`` instead of a new tensor.
         raw_student: ``[n, V]``.
-        teacher: as for :func:`row_values`.
+        teacher: as in :func:`row_values`.
         labels: ``[n]``.
-        scalars: as for :func:`row_values`.
+        scalars: as in :func:`row_values`.
         kd_weight: ``[n, k]`` weight of each row's KD values.
         ce_weight: ``[n]`` weight of each row's CE value.
 
@@ -130,12 +130,12 @@ def row_measures(
     labels: Tensor,
     scalars: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a student is judged by; arguments as for :func:`row_values`, the teacher's raw logits.
+    """The measures of each row; arguments as in :func:`row_values`, with a full teacher.
 
     Returns:
-        KD ``[n, k]``, CE ``[n]``; ``[n, 2]`` of the student alone: the probability of its most
-        likely token, and 1 where that is the label; ``[n, 3]``: forward KL, reverse KL, and 1
-        where both models find the same token most likely. The last five are at temperature 1; the
+        KD ``[n, k]``; CE ``[n]``; for the student alone ``[n, 2]``: the probability of its most
+        likely token, and 1 if that token is the label; ``[n, 3]``: forward KL, reverse KL, and 1 if
+        both models have the same most likely token. The last five are at temperature 1; the last
         three are 0 without a teacher.
     """
     kd, ce = row_values(program, raw_student, teacher, labels, scalars)

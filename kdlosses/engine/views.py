@@ -1,4 +1,4 @@
-"""How a teacher's row meets the student's: over the vocabulary, over buckets, over draws."""
+"""Align the rows of teacher and student: over the vocabulary, over buckets, or over draws."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class Aligned:
     Attributes:
         teacher: ``[n, m]`` finite log-probabilities.
         student: the same for the student.
-        weights: ``[n, m]`` factor of each term, or None for 1.
+        weights: factor of each term, ``[n, m]``, or None for 1.
     """
 
     teacher: Tensor
@@ -32,8 +32,8 @@ class Whole:
     """The teacher's raw logits ``[n, V]``.
 
     Attributes:
-        post: what the teacher does to them.
-        vocabulary: which tokens they are of.
+        post: post-processing of the teacher's raw logits.
+        vocabulary: the tokens of the logits.
     """
 
     post: Postprocess
@@ -42,10 +42,10 @@ class Whole:
     def align(
         self, tensors: tuple[Tensor, ...], student: Tensor, temperature: Tensor | None
     ) -> Aligned:
-        """Events are tokens.
+        """Align over tokens.
 
         Args:
-            tensors: of this kind of teacher, as the source stores them.
+            tensors: stored tensors of the teacher.
             student: ``[n, V]`` softened finite log-probabilities.
             temperature: 0-d, or None for 1.
         """
@@ -62,18 +62,18 @@ class Buckets:
     def align(
         self, tensors: tuple[Tensor, ...], student: Tensor, temperature: Tensor | None
     ) -> Aligned:
-        """Events are k tokens and the rest; arguments as for :meth:`Whole.align`."""
+        """Align over k tokens and the rest; arguments as in :meth:`Whole.align`."""
         log_probs, indices, tail = tensors
         teacher = torch.cat([log_probs, tail.unsqueeze(-1)], -1).to(student.dtype)
-        # An entry of -inf is no entry, such as the padding of rows of unequal length: its event has
-        # no mass on either side, and its token stays among the others. It is pointed at the row's
-        # likeliest token, which is taken out of the others anyhow.
+        # An entry of -inf is padding of rows of unequal length: its event has no mass on either
+        # side, and its token stays in the rest. Its index is set to the row's most likely token,
+        # which is excluded from the rest in any case.
         present = log_probs > -torch.inf
         likeliest = indices.gather(-1, log_probs.argmax(-1, keepdim=True))
         at = torch.where(present, indices, likeliest)
         mass = student.gather(-1, at)
         taken = torch.where(present.any(-1, keepdim=True), LOG_ZERO, mass)
-        # Summed over the others: 1 minus the k would cancel where little is left.
+        # Summed over the rest, since 1 minus the k tokens would cancel if little mass is left.
         others = student.scatter(-1, at, taken).logsumexp(-1, keepdim=True)
         chosen = torch.cat([torch.where(present, mass, LOG_ZERO), others], -1)
         return Aligned(finite_log_probs(teacher), finite_log_probs(chosen))
@@ -86,7 +86,7 @@ class Draws:
     def align(
         self, tensors: tuple[Tensor, ...], student: Tensor, temperature: Tensor | None
     ) -> Aligned:
-        """Events are draws, weighed by ``1 / (n p)``; arguments as for :meth:`Whole.align`."""
+        """Align over draws, weighted by ``1 / (n p)``; arguments as in :meth:`Whole.align`."""
         log_probs, indices = tensors
         teacher = log_probs.to(student.dtype)
         weights = (-teacher).exp() / indices.shape[-1]
@@ -98,7 +98,7 @@ LOGITS = Whole(IDENTITY)
 
 
 def view_of(source: TeacherSource) -> View:
-    """How the rows of a teacher are to be read."""
+    """The view that reads the rows of a teacher."""
     if isinstance(source, TopK):
         return Buckets()
     if isinstance(source, Sampled):
@@ -107,22 +107,24 @@ def view_of(source: TeacherSource) -> View:
 
 
 def refusal(loss: Loss, source: TeacherSource, temperature: float) -> str | None:
-    """Why a loss at a temperature has no meaning with a teacher; None where it has."""
+    """Why a loss at a temperature does not support a teacher; None if it does."""
     if not isinstance(source, TopK | Sampled):
         return None
     if source.temperature != temperature:
         return (
-            f"its log-probabilities were stored at temperature {source.temperature:g}, the loss "
-            f"is at {temperature:g}; store them anew, the sums of softened others are not in them"
+            f"its log-probabilities were stored at temperature {source.temperature:g}, but the "
+            f"loss uses {temperature:g}; store them again at that temperature"
         )
     name = type(loss).__name__
     if isinstance(source, TopK):
         if isinstance(loss, RowLoss) and not loss.supports_top_k:
-            return f"{name} needs the teacher's whole row (it does not declare supports_top_k)"
+            return (
+                f"{name} needs the teacher's full distribution (it does not declare supports_top_k)"
+            )
         return None
     if not isinstance(loss, Divergence) or not loss.linear_finish or loss.reduction != "sum":
         return (
-            f"{name} is not a plain sum over the vocabulary with a linear finish, an estimate "
-            "from draws would be biased"
+            f"{name} is not a plain sum over the vocabulary with a linear finish, so an "
+            "estimate from draws would be biased"
         )
     return None

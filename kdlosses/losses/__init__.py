@@ -1,1 +1,1 @@
-"""The built-in losses, one file each. They are found through entry points, like any plugin's."""
+"""The built-in losses, one file each, registered through entry points like plugins."""

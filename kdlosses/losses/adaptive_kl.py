@@ -14,12 +14,12 @@ _LOWEST = -40.0
 class AdaptiveKL(RowLoss):
     """Adaptive KL, w KL(p || q) + (1 - w) KL(q || p) with w from the gaps in head and tail.
 
-    The head is the teacher's most likely tokens up to a cumulative mass of at most ``mass``, the
-    first always among them; the tail is the rest. With g the summed gap |p - q| of each part,
-    w = g_head / (g_head + g_tail), and 1/2 where both are 0. No gradient flows through w. So the
-    direction is chosen, row by row, by where the student is wrong.
+    The head consists of the teacher's most likely tokens up to a cumulative mass of at most
+    ``mass``, and always contains the first; the tail is the rest. With g the summed gap |p - q| of
+    each part, w = g_head / (g_head + g_tail), or 1/2 if both are 0. No gradient flows through w.
+    The weight of the two directions therefore depends, row by row, on where the student is wrong.
 
-    Not with teachers that are nearly deterministic: the head is then one token, and the loss is
+    Not recommended with nearly deterministic teachers: the head is then one token, and the loss is
     forward KL with a noisy factor.
 
     Reference: Wu et al. 2024 (Rethinking Kullback-Leibler Divergence in Knowledge Distillation for
@@ -28,10 +28,12 @@ class AdaptiveKL(RowLoss):
 
     detached = ("weights",)
 
-    mass: float = Field(0.5, gt=0, lt=1, description="teacher's cumulative mass of the head")
+    mass: float = Field(
+        0.5, gt=0, lt=1, description="cumulative probability of the teacher that defines the head"
+    )
 
     def row(self, teacher_log_probs: Tensor, student_log_probs: Tensor, labels: Tensor) -> Tensor:
-        """Weights from the gaps, then the two divergences."""
+        """The two divergences, weighted by the gaps."""
         weight = self._forward_weight(teacher_log_probs, student_log_probs.detach())
         forward = kl_terms(teacher_log_probs, student_log_probs).sum(-1)
         reverse = kl_terms(student_log_probs, teacher_log_probs).sum(-1)
@@ -57,5 +59,5 @@ class AdaptiveKL(RowLoss):
         return high
 
     def curvature(self) -> float:
-        """1: near equality both directions agree, whatever the weight."""
+        """1, since near equality both directions agree for any weight."""
         return 1.0

@@ -26,11 +26,12 @@ _STEEPEST = -1e6
 class AlphaBeta(Divergence):
     """Alpha-beta divergence, -1/(a b) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)].
 
-    alpha weighs how much large ratios q/p count, beta how much confident tokens do: (1, 0) is
-    forward KL, (0, 1) reverse KL, (0.5, 0.5) four times the squared Hellinger distance. The limits
-    at alpha = 0, beta = 0 and alpha + beta = 0 are taken exactly.
+    alpha controls the weight of large ratios q/p, and beta the weight of confident tokens: (1, 0)
+    is forward KL, (0, 1) reverse KL, and (0.5, 0.5) four times the squared Hellinger distance. The
+    limits at alpha = 0, beta = 0 and alpha + beta = 0 are computed exactly.
 
-    Not with alpha or beta below 0 where a distribution may have zeros: the value is then infinite.
+    Not recommended with alpha or beta below 0 if a distribution may have zeros, because the value
+    is then infinite.
 
     Reference: Wang et al. 2025 (ABKD), arXiv:2505.04560; Cichocki et al. 2011,
     doi:10.3390/e13010134.
@@ -48,14 +49,14 @@ class AlphaBeta(Divergence):
         ):
             if 0 < abs(value) < _TOO_SMALL:
                 warnings.warn(
-                    f"alpha_beta: {name}={value:g} is too close to 0 for float32; use 0 exactly, "
-                    "where the limit is taken",
+                    f"alpha_beta: {name}={value:g} is too close to 0 for float32; use exactly 0, "
+                    "which selects the limit",
                     stacklevel=2,
                 )
         return self
 
     def integrand(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
-        """The terms; each is non-negative."""
+        """The terms, each non-negative."""
         a, b = self.alpha, self.beta
         if moves(a) or moves(b):
             return _moving_terms(a, b, teacher_log_probs, student_log_probs)
@@ -67,7 +68,7 @@ class AlphaBeta(Divergence):
             return _power_terms(b, student_log_probs, teacher_log_probs)
         if a + b == 0:
             return expm1_minus_x(a * (teacher_log_probs - student_log_probs)) / (a * a)
-        if a == b > 0:  # a square: nothing cancels near equality
+        if a == b > 0:  # a square, without cancellation near equality
             gap = (a * teacher_log_probs).exp() - (a * student_log_probs).exp()
             return gap * gap / (2 * a * a)
         if abs(b) <= abs(a):
@@ -75,17 +76,17 @@ class AlphaBeta(Divergence):
         return _terms(b, a, a + b, student_log_probs, teacher_log_probs, min(a, b) < 0)
 
     def curvature(self) -> float | None:
-        """1 where alpha + beta is 1; elsewhere tokens are weighed by ``p^(alpha + beta - 1)``."""
+        """1 if alpha + beta is 1, else None: tokens have weights ``p^(alpha + beta - 1)``."""
         return 1.0 if math.isclose(self.alpha + self.beta, 1) else None
 
 
 def _terms(
     large: float, small: float, total: float, log_p: Tensor, log_q: Tensor, bounded: bool
 ) -> Tensor:
-    """The terms away from the limits: ``log_p`` has the exponent that is larger in absolute value.
+    """The terms away from the limits; ``log_p`` has the exponent with the larger absolute value.
 
     With 1 - large/total - small/total = 0 the sum is p^total times a difference of exp(x) - 1 - x,
-    which does not cancel near equality as the smaller exponent stands in it.
+    which does not cancel near equality because it uses the smaller exponent.
     """
     exponents = (total * log_p, total * log_q, large * log_p + small * log_q)
     p, q, both = joint_exp(*exponents) if bounded else [x.exp() for x in exponents]
@@ -100,9 +101,9 @@ def _terms(
 
 
 def _moving_terms(alpha: float, beta: float, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """The terms for exponents that are 0-d tensors: no branch may depend on a value.
+    """The terms for exponents given as 0-d tensors.
 
-    So near a limit they keep a small distance from it.
+    Branches must not depend on their values, so exponents keep a small distance from the limits.
     """
     distance = _TOO_SMALL if log_p.dtype == torch.float32 else _TOO_SMALL**2
     a, b = (_away_from_zero(torch.as_tensor(x), distance) for x in (alpha, beta))
@@ -126,6 +127,6 @@ def _power_terms(power: float, log_p: Tensor, log_q: Tensor) -> Tensor:
         return kl_terms(log_p, log_q) / (power * power)
     x = log_q - log_p
     p, q = joint_exp(log_p, log_q)
-    far = q - p - p * x.clamp_min(_STEEPEST)  # p is beyond all bounds where the clamp acts
+    far = q - p - p * x.clamp_min(_STEEPEST)  # the clamp only acts where p is practically infinite
     near = bounded_exp(log_p) * expm1_minus_x(x)
     return choose_near(x, near, far) / (power * power)

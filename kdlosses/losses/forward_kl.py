@@ -9,13 +9,14 @@ from kdlosses.numerics import kl_terms
 class ForwardKL(Divergence):
     """Forward Kullback-Leibler divergence, KL(p || q) = sum p log(p / q).
 
-    The classic objective of distillation: the student is asked to cover all that the teacher
-    finds likely. Its gradient with respect to the logits is q - p.
+    The classic distillation objective: the student should cover all tokens that the teacher
+    considers likely. The gradient with respect to the logits is q - p.
 
-    Not for a student far too small to follow the teacher everywhere: it then spreads its mass
-    over tokens that the teacher finds unlikely; reverse or skew divergences concentrate it.
+    Not recommended for a student that is much too small to match the teacher: it then spreads its
+    mass over tokens that the teacher considers unlikely, whereas reverse and skew divergences
+    concentrate it.
 
-    Infinite where the student rules out a token that the teacher allows.
+    Infinite if the student assigns probability 0 to a token that the teacher considers possible.
 
     Reference: Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
     """
@@ -23,9 +24,9 @@ class ForwardKL(Divergence):
     coarse_graining_monotone = True
 
     def integrand(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
-        """``q - p - p log(q / p)``: KL's terms, made non-negative one by one."""
+        """``q - p - p log(q / p)``: the terms of KL, each made non-negative."""
         return kl_terms(teacher_log_probs, student_log_probs)
 
     def curvature(self) -> float:
-        """1: the unit in which the other losses state theirs."""
+        """1, the unit of curvature of the other losses."""
         return 1.0

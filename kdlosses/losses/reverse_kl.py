@@ -9,13 +9,13 @@ from kdlosses.numerics import kl_terms
 class ReverseKL(Divergence):
     """Reverse Kullback-Leibler divergence, KL(q || p) = sum q log(q / p).
 
-    Mode-seeking: the student is punished for mass where the teacher has none and may leave
-    out what it cannot model. The token-level objective of MiniLLM.
+    Mode-seeking: the student is penalised for mass on tokens that the teacher considers unlikely,
+    and may ignore what it cannot model. The token-level objective of MiniLLM.
 
-    Not for a student that has yet to learn the language at all: tokens it gives no mass to
+    Not recommended for an untrained student, because tokens to which it assigns almost no mass
     receive almost no gradient.
 
-    Infinite where the teacher rules out a token that the student allows.
+    Infinite if the teacher assigns probability 0 to a token that the student considers possible.
 
     Reference: Gu et al. 2024 (MiniLLM), arXiv:2306.08543.
     """
@@ -23,9 +23,9 @@ class ReverseKL(Divergence):
     coarse_graining_monotone = True
 
     def integrand(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
-        """``p - q - q log(p / q)``: KL's terms with the roles exchanged."""
+        """``p - q - q log(p / q)``: the terms of KL with the roles exchanged."""
         return kl_terms(student_log_probs, teacher_log_probs)
 
     def curvature(self) -> float:
-        """1, as every f-divergence scaled like KL: near equality the direction does not matter."""
+        """1, since near equality both directions of KL agree."""
         return 1.0

@@ -14,14 +14,14 @@ from kdlosses.numerics import finite_log_probs, kl_terms, log_softmax
 class TAID(RowLoss):
     """TAID, KL(p_t || q) with p_t = softmax((1 - t) z_q + t z_p) and t growing in training.
 
-    The target moves from near the student to the teacher, so that a small student is never asked
-    for more than a step. No gradient flows through the student's part of p_t. After each step
+    The target moves from near the student to the teacher, so that it is always within reach of a
+    small student. No gradient flows through the student's part of p_t. After each step
     m <- 0.99 m + 0.01 (l_before - l) / l_before with l the loss of the step, and
     t <- min(t_end, max(t_start + (t_end - t_start) progress, t + 5e-4 sigmoid(m) (1 - t))).
 
-    Not to compare the training losses of two runs: the target differs from step to step. Not with
-    ``match_curvature``, as the strength follows t. Not where teacher and student may have no
-    possible token in common: such a row has no target, and its value means nothing.
+    Not suitable for comparing the training losses of two runs, because the target changes from step
+    to step, or for ``match_curvature``, because the strength depends on t. Rows in which teacher
+    and student have no possible token in common have no target and no meaningful value.
 
     Reference: Shing et al. 2025 (TAID), arXiv:2501.16937.
     """
@@ -30,7 +30,7 @@ class TAID(RowLoss):
     supports_top_k = True
 
     t_start: float = Field(0.4, ge=0, le=1, description="the teacher's share at the start")
-    t_end: float = Field(1.0, ge=0, le=1, description="the largest share")
+    t_end: float = Field(1.0, ge=0, le=1, description="the teacher's largest share")
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -50,11 +50,11 @@ class TAID(RowLoss):
 
     @state_variable
     def previous(self) -> float:
-        """The loss of the step before; infinite before the first."""
+        """The loss of the previous step; infinite before the first step."""
         return math.inf
 
     def row(self, teacher_log_probs: Tensor, student_log_probs: Tensor, labels: Tensor) -> Tensor:
-        """Forward KL from the interpolated target. Log-probabilities do for logits here."""
+        """Forward KL from the interpolated target; log-probabilities are used as logits."""
         mixed = (1 - self.t) * student_log_probs.detach() + self.t * teacher_log_probs
         target = finite_log_probs(log_softmax(mixed))
         return kl_terms(target, student_log_probs).sum(-1)
@@ -62,14 +62,14 @@ class TAID(RowLoss):
     def next_state(
         self, state: Mapping[str, float], value: float, progress: float
     ) -> dict[str, float]:
-        """The share grows with progress, and faster while the loss falls."""
+        """Increase the share with progress, and faster while the loss decreases."""
         previous, momentum, t = state["previous"], state["momentum"], state["t"]
-        if not math.isfinite(previous):  # nothing to compare the first step with
+        if not math.isfinite(previous):  # the first step has no previous loss
             return {**state, "previous": value}
         change = (previous - value) / previous if previous else 0.0
         momentum = 0.99 * momentum + 0.01 * change
         linear = self.t_start + (self.t_end - self.t_start) * progress
-        # A sigmoid; momentum may be -1e8, after a step whose loss was almost 0.
+        # An overflow-safe sigmoid: momentum may be -1e8 after a step with a loss of almost 0.
         step = 5e-4 * (1 + math.tanh(momentum / 2)) / 2 * (1 - t)
         return {
             "t": min(self.t_end, max(linear, t + step)),

@@ -9,10 +9,11 @@ class TotalVariation(Divergence):
     """Total variation distance, 1/2 sum |p - q|.
 
     Bounded in [0, 1] and robust against tokens with tiny probabilities: the largest difference in
-    probability that the two models give to any set of tokens.
+    probability that the two models assign to any set of tokens.
 
-    Not for the last stretch of training: it is not smooth at equality, so its gradient does not
-    fade as the student approaches the teacher. It is locally linear, hence temperature_power 1.
+    Not recommended for the final phase of training: it is not smooth at equality, so its gradient
+    does not vanish as the student approaches the teacher. It is locally linear, hence
+    temperature_power 1.
 
     Reference: Wen et al. 2023 (f-DISTILL), arXiv:2307.15190.
     """

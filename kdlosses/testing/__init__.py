@@ -1,7 +1,7 @@
-"""Conformance checks: what a loss must do, chosen by its traits. Plugins run them like built-ins.
+"""Conformance checks of losses, selected by their traits, for built-in losses and plugins.
 
-``check_loss("forward_kl")`` runs them all; ``parametrize_with_checks`` turns them into the tests of
-a plugin. The checks use relations and finite differences, so they need no reference value.
+``check_loss("forward_kl")`` runs all checks; ``parametrize_with_checks`` turns them into tests of a
+plugin. The checks use relations and finite differences, so they need no reference values.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any, Literal
 
 from kdlosses.divergence import Loss
-from kdlosses.testing import (  # noqa: F401 - importing them fills the catalogue
+from kdlosses.testing import (  # noqa: F401 - imports fill the catalogue
     batches,
     extremes,
     form,
@@ -35,18 +35,18 @@ Verdict = Literal["passed", "failed", "expected failure"]
 
 
 class ConformanceError(AssertionError):
-    """A loss fails checks; the message has their names and the reasons."""
+    """A loss fails checks; the message contains their names and reasons."""
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What became of one check.
+    """The result of one check.
 
     Attributes:
-        name: of the check.
-        verdict: ``"passed"``, ``"failed"``, or ``"expected failure"`` where the loss declares it.
-        reason: why it failed, or the loss's written reason; empty where it passed.
-        about: what the check looks at, ``"mathematics"`` or ``"documentation"``.
+        name: name of the check.
+        verdict: ``"passed"``, ``"failed"``, or ``"expected failure"`` if the loss declares it.
+        reason: why it failed, or the reason declared by the loss; empty if it passed.
+        about: subject of the check, ``"mathematics"`` or ``"documentation"``.
     """
 
     name: str
@@ -56,7 +56,7 @@ class CheckResult:
 
 
 def checks_for(loss: LossLike) -> Iterator[Check]:
-    """The checks that apply to a loss, by its traits.
+    """The checks that apply to a loss, given its traits.
 
     Args:
         loss: a spec such as ``"skew_forward_kl:alpha=0.2"``, a class, or an instance.
@@ -68,9 +68,9 @@ def checks_for(loss: LossLike) -> Iterator[Check]:
 
 
 def run_checks(loss: LossLike) -> list[CheckResult]:
-    """Run all checks of a loss; a failure is recorded, not raised.
+    """Run all checks of a loss and record failures instead of raising them.
 
-    A declared failure that does not happen counts as failed: its declaration is out of date.
+    A declared failure that passes counts as failed, because its declaration is out of date.
     """
     loss = as_loss(loss)
     results = []
@@ -85,7 +85,7 @@ def run_checks(loss: LossLike) -> list[CheckResult]:
             result = CheckResult(check.name, "expected failure", declared, check.about)
         else:
             result = CheckResult(
-                check.name, "failed", f"passes, though declared: {declared}", check.about
+                check.name, "failed", f"passes, although declared to fail: {declared}", check.about
             )
         results.append(result)
     return results
@@ -98,7 +98,7 @@ def check_loss(loss: LossLike) -> None:
         loss: a spec such as ``"skew_forward_kl:alpha=0.2"``, a class, or an instance.
 
     Raises:
-        ConformanceError: with the names and reasons of the failed checks.
+        ConformanceError: contains the names and reasons of the failed checks.
     """
     loss = as_loss(loss)
     results = run_checks(loss)
@@ -110,12 +110,12 @@ def check_loss(loss: LossLike) -> None:
 
 
 def parametrize_with_checks(losses: Iterable[LossLike]) -> Any:
-    """A pytest decorator: one test for each loss and check.
+    """A pytest decorator that creates one test for each loss and check.
 
     The test takes ``loss`` and ``check`` and calls ``check(loss)``. Declared failures become
     strict ``xfail`` marks with their reasons.
     """
-    pytest = import_module("pytest")  # needed by those who write tests only
+    pytest = import_module("pytest")  # only needed for writing tests
     cases = []
     for given in losses:
         loss = as_loss(given)

@@ -1,4 +1,4 @@
-"""That rows, chunks, micro-batches and padding change nothing."""
+"""Checks that rows, chunks, micro-batches and padding do not affect the result."""
 
 import math
 
@@ -23,7 +23,7 @@ from kdlosses.testing.catalogue import conformance
 
 @conformance()
 def _masking(loss: Loss) -> None:
-    """Ignored rows are as if they were not there, whatever they hold."""
+    """Ignored rows have no effect, whatever their content."""
     teacher, student, labels = pair(8, 9)
     kept = torch.tensor([0, 2, 3, 6])
     masked = torch.full_like(labels, IGNORED).index_copy(0, kept, labels[kept])
@@ -43,7 +43,7 @@ def _masking(loss: Loss) -> None:
 
 @conformance()
 def _all_masked(loss: Loss) -> None:
-    """With every row ignored the value is 0 and the gradient zeros, still connected."""
+    """If every row is ignored, the value is 0 and differentiable, with zero gradients."""
     teacher, student, labels = pair(4, 9)
     for path, evaluate in paths(loss):
         value, gradient = value_and_gradient(
@@ -55,7 +55,7 @@ def _all_masked(loss: Loss) -> None:
 
 @conformance()
 def _chunk_size(loss: Loss) -> None:
-    """Value and gradient are those of the plain evaluation for every chunk size."""
+    """Value and gradient equal those of the plain evaluation for every chunk size."""
     hidden, weight, teacher, labels = projected(10, 9)
 
     def run(size: int | None) -> tuple[Tensor, ...]:
@@ -72,7 +72,7 @@ def _chunk_size(loss: Loss) -> None:
 
 @conformance()
 def _row_order(loss: Loss) -> None:
-    """Each row keeps its value in another order of rows."""
+    """The value of a row does not depend on the order of rows."""
     teacher, student, labels = pair(8, 9)
     order = permutation(8)
     expected = rows(loss, student, teacher, labels)[order]
@@ -85,7 +85,7 @@ def _row_order(loss: Loss) -> None:
 
 @conformance()
 def _batch_split(loss: Loss) -> None:
-    """Each row keeps its value in a smaller batch."""
+    """The value of a row does not depend on the size of the batch."""
     teacher, student, labels = pair(8, 9)
     parts = [
         rows(loss, student[cut], teacher[cut], labels[cut]) for cut in (slice(3), slice(3, None))
@@ -95,7 +95,7 @@ def _batch_split(loss: Loss) -> None:
 
 @conformance()
 def _num_tokens(loss: Loss) -> None:
-    """Micro-batches with the step's token count add up to the undivided step."""
+    """Micro-batches with the step's token count sum to the undivided step."""
     teacher, student, labels = pair(9, 9)
     labels[[1, 7, 8]] = IGNORED
     for path, evaluate in paths(loss):
@@ -110,7 +110,7 @@ def _num_tokens(loss: Loss) -> None:
 
 @conformance()
 def _padded_heads(loss: Loss) -> None:
-    """Entries beyond the shared vocabulary take no part."""
+    """Entries beyond the shared vocabulary have no effect."""
     teacher, student, labels = pair(5, 9)
     padding = torch.full((5, 4), 20.0, dtype=torch.float64)
     wide_teacher, wide_student = (torch.cat([x, padding], -1) for x in (teacher, student))

@@ -1,4 +1,4 @@
-"""Distributions and evaluations that the checks share."""
+"""Distributions and evaluations for the checks."""
 
 from collections.abc import Iterator
 
@@ -28,7 +28,7 @@ def paths(loss: Loss, temperature: float = 1.0) -> Iterator[tuple[str, TokenLoss
 def rows(
     loss: Loss, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """Each row's value, without the temperature's factor."""
+    """The value of each row, without the temperature factor."""
     evaluate = TokenLoss(loss, temperature=temperature, temperature_scaling=False)
     values: Tensor = evaluate(student, teacher, labels, reduction="none")
     return values.detach()
@@ -67,7 +67,7 @@ def value_and_gradient(
     num_tokens: int | None = None,
     factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """``factor`` times the loss, and its gradient for the student's logits."""
+    """``factor`` times the loss, and its gradient with respect to the student's logits."""
     leaf = student.clone().requires_grad_()
     value = factor * evaluate(leaf, teacher, labels, num_tokens)
     return value.detach(), torch.autograd.grad(value, leaf)[0]
@@ -76,7 +76,7 @@ def value_and_gradient(
 def close(
     what: str, got: Tensor, expected: Tensor, rtol: float = 1e-9, atol: float = 1e-11
 ) -> None:
-    """Raises an AssertionError that says what differs."""
+    """Raise an AssertionError that describes the difference, if any."""
     if got.shape != expected.shape:
         raise AssertionError(f"{what} has shape {list(got.shape)}, expected {list(expected.shape)}")
     wrong = ~torch.isclose(got, expected, rtol=rtol, atol=atol)
@@ -87,12 +87,12 @@ def close(
 
 
 def no_nan(what: str, values: Tensor) -> None:
-    """Raises an AssertionError where a value is NaN; infinities pass."""
+    """Raise an AssertionError if a value is NaN; infinities are accepted."""
     if values.isnan().any():
         raise AssertionError(f"{what} is NaN")
 
 
 def finite(what: str, values: Tensor) -> None:
-    """Raises an AssertionError where a value is not finite."""
+    """Raise an AssertionError if a value is not finite."""
     if not values.isfinite().all():
         raise AssertionError(f"{what} is not finite")

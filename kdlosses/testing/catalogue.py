@@ -1,4 +1,4 @@
-"""The named checks and which losses they apply to."""
+"""The named checks, and the losses to which they apply."""
 
 import inspect
 from collections.abc import Callable
@@ -19,10 +19,10 @@ class Check:
     """One named check.
 
     Attributes:
-        name: what ``expected_failures`` and reports call it.
-        description: what it demands, one line.
-        function: raises where a loss fails.
-        about: whether it looks at the mathematics of a loss or at its documentation.
+        name: name in ``expected_failures`` and reports.
+        description: the requirement, in one line.
+        function: raises if a loss fails.
+        about: whether it checks the mathematics of a loss or its documentation.
     """
 
     name: str
@@ -34,21 +34,21 @@ class Check:
         """Check a loss.
 
         Raises:
-            AssertionError: the loss fails; any other exception is a failure too.
+            AssertionError: the loss fails; any other exception is also a failure.
         """
         with torch.enable_grad():
             self.function(as_loss(loss))
 
 
 CHECKS: dict[str, tuple[Check, Callable[[Loss], bool]]] = {}
-"""Every check by name, with the losses it applies to; filled by the modules beside this one."""
+"""All checks by name, with the losses to which they apply; filled by the other modules."""
 
 
 def conformance(
     applies: Callable[[Loss], bool] = lambda loss: True,
     about: About = "mathematics",
 ) -> Callable[[Callable[[Loss], None]], Callable[[Loss], None]]:
-    """Enter a function as a check; its name without underscores is the check's name."""
+    """Register a function as a check, named like the function without underscores."""
 
     def register(function: Callable[[Loss], None]) -> Callable[[Loss], None]:
         name = function.__name__.lstrip("_")
@@ -59,7 +59,7 @@ def conformance(
 
 
 def as_loss(loss: LossLike) -> Loss:
-    """The loss that a spec, a class or an instance means.
+    """The loss given by a spec, a class or an instance.
 
     Raises:
         TypeError: none of the three.

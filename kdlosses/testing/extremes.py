@@ -1,4 +1,4 @@
-"""Impossible tokens, underflow, low precision, memory."""
+"""Checks of impossible tokens, underflow, low precision and memory."""
 
 import math
 import weakref
@@ -25,7 +25,7 @@ from kdlosses.testing.catalogue import conformance
 
 @conformance()
 def _impossible_tokens(loss: Loss) -> None:
-    """Logits of -inf on either side or both give no NaN in value or gradient."""
+    """Logits of -inf on one or both sides give no NaN in value or gradient."""
     for where in ("student", "teacher", "both"):
         teacher, student, labels = pair(6, 9, dtype=torch.float32)
         for side, logits in (("student", student), ("teacher", teacher)):
@@ -40,7 +40,7 @@ def _impossible_tokens(loss: Loss) -> None:
 
 @conformance()
 def _underflow(loss: Loss) -> None:
-    """Far logits at T = 0.05 give the value of float64 and finite gradients."""
+    """Distant logits at T = 0.05 give the float64 value and finite gradients."""
     teacher, student, labels = pair(8, 12, 10.0, torch.float32)
     for path, evaluate in paths(loss, temperature=0.05):
         exact = evaluate(student.double(), teacher.double(), labels, reduction="none")
@@ -52,13 +52,13 @@ def _underflow(loss: Loss) -> None:
 
 @conformance()
 def _bfloat16(loss: Loss) -> None:
-    """Logits in bfloat16 give the value of float64 on the same numbers."""
+    """Logits in bfloat16 give the float64 value of the same numbers."""
     _compare_precision(loss, torch.bfloat16)
 
 
 @conformance()
 def _float16(loss: Loss) -> None:
-    """Logits in float16 give the value of float64 on the same numbers."""
+    """Logits in float16 give the float64 value of the same numbers."""
     _compare_precision(loss, torch.float16)
 
 
@@ -81,7 +81,7 @@ def _compare_precision(loss: Loss, dtype: torch.dtype) -> None:
 
 @conformance()
 def _chunked_memory(loss: Loss) -> None:
-    """In chunks, a further row costs far less memory than its logits: nothing is [rows, V]."""
+    """In chunks, an additional row takes far less memory than its logits: nothing is [rows, V]."""
     width, few, many = 1024, 16, 64
 
     def peak(rows: int) -> int:
@@ -94,17 +94,17 @@ def _chunked_memory(loss: Loss) -> None:
         peak_bytes: int = live.peak
         return peak_bytes
 
-    peak(few)  # what a first call sets up is no matter of rows
+    peak(few)  # exclude the setup of the first call
     per_row = (peak(many) - peak(few)) / (many - few)
     if not per_row < width / 2:
         raise AssertionError(
-            f"a further row takes {per_row:.0f} bytes at V={width}: something of size [rows, V] "
-            "is made or kept"
+            f"each additional row takes {per_row:.0f} bytes at V={width}: a tensor of size "
+            "[rows, V] is allocated or kept"
         )
 
 
 class _LiveBytes(TorchDispatchMode):
-    """The largest number of bytes alive at once among the tensors made inside."""
+    """Records the peak memory of tensors created in this context."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The loss as it is written: docstring, parameters, traits."""
+"""Checks of docstring, parameters and traits."""
 
 import inspect
 import pickle
@@ -36,19 +36,19 @@ def _docstring(loss: Loss) -> None:
 
 @conformance()
 def _expected_failures(loss: Loss) -> None:
-    """Declared failures name existing checks and carry a reason."""
+    """Declared failures are names of existing checks with a reason."""
     for name, reason in loss.expected_failures.items():
         if name not in CHECKS:
-            raise AssertionError(f"no check is called {name!r}; there are {', '.join(CHECKS)}")
+            raise AssertionError(f"there is no check {name!r}; the checks are {', '.join(CHECKS)}")
         if not reason.strip():
-            raise AssertionError(f"{name} has no written reason")
+            raise AssertionError(f"{name} has no reason")
 
 
 @conformance()
 def _bounds(loss: Loss) -> None:
-    """Defaults exist, values beyond a declared bound are refused, values on one give no NaN."""
+    """Parameters have defaults, bounds are enforced, and values on a bound give no NaN."""
     kind = type(loss)
-    kind()  # every loss constructs without arguments
+    kind()  # fails if a parameter has no default
     given = loss.model_dump()
     _refused(kind, {**given, "no_such_parameter": 1}, "an unknown parameter")
     for name, field in kind.model_fields.items():
@@ -87,7 +87,7 @@ def _evaluates(kind: type[Loss], values: dict[str, Any], what: str) -> None:
     try:
         loss = _quiet(kind, values)
     except ValidationError:
-        return  # a validator of its own may exclude a bound
+        return  # a custom validator may exclude a bound
     teacher, student, labels = pair(5, 9, dtype=torch.float32)
     no_nan(f"the value at {what}", rows(loss, student, teacher, labels))
 
@@ -100,7 +100,7 @@ def _quiet(kind: type[Loss], values: dict[str, Any]) -> Loss:
 
 @conformance()
 def _serialization(loss: Loss) -> None:
-    """Pickle and JSON give back an equal loss with the same values."""
+    """Pickle and JSON restore an equal loss with the same values."""
     teacher, student, labels = pair(4, 9)
     expected = rows(loss, student, teacher, labels)
     copies = {
@@ -115,7 +115,7 @@ def _serialization(loss: Loss) -> None:
 
 @conformance(lambda loss: isinstance(loss, Divergence))
 def _elementwise(loss: Loss) -> None:
-    """A term of the integrand depends on its own entry only."""
+    """Each term of the integrand depends only on its own entry."""
     assert isinstance(loss, Divergence)
     teacher, student, _ = pair(4, 10)
     p, q = teacher.log_softmax(-1), student.log_softmax(-1)
@@ -132,7 +132,7 @@ def _elementwise(loss: Loss) -> None:
 
 @conformance(lambda loss: isinstance(loss, Divergence) and loss.linear_finish)
 def _linear_finish(loss: Loss) -> None:
-    """Finish is linear, as linear_finish says."""
+    """Finish is linear, as declared by linear_finish."""
     assert isinstance(loss, Divergence)
     a, b = normal(2, 6).abs() + 0.1
     combined = loss.finish(2 * a + 3 * b)

@@ -1,4 +1,4 @@
-"""What the gradient must be, and who receives one."""
+"""Checks of gradients."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,13 +15,13 @@ from kdlosses.testing.catalogue import conformance
 
 @conformance()
 def _finite_differences(loss: Loss) -> None:
-    """The gradient is that of the value at T = 1, declared detached quantities held fixed."""
+    """The gradient at T = 1 agrees with finite differences, with detached quantities fixed."""
     _compare_differences(loss, 1.0)
 
 
 @conformance()
 def _finite_differences_softened(loss: Loss) -> None:
-    """The gradient is that of the value at T = 2, declared detached quantities held fixed."""
+    """The gradient at T = 2 agrees with finite differences, with detached quantities fixed."""
     _compare_differences(loss, 2.0)
 
 
@@ -63,9 +63,9 @@ def _compare_differences(loss: Loss, temperature: float) -> None:
         difference = torch.where(smooth, gradient - fine, 0.0).abs().max().item()
         if not difference <= 2e-6 * (1 + fine.abs().max().item()):
             hint = (
-                "compute what is detached from .detach() tensors"
+                "compute the detached parts from .detach() tensors"
                 if loss.detached
-                else "does it detach something that its trait detached does not name?"
+                else "does the loss detach something that its trait detached does not name?"
             )
             raise AssertionError(
                 f"{path}: gradient and finite differences differ by {difference:.3g}; {hint}"
@@ -73,7 +73,7 @@ def _compare_differences(loss: Loss, temperature: float) -> None:
 
 
 class _Detached(TorchFunctionMode):
-    """Records what ``detach`` returns, then returns the same again: it stays fixed."""
+    """Records the results of ``detach`` and replays them, so that they stay fixed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class _Detached(TorchFunctionMode):
 
 @conformance()
 def _grad_output(loss: Loss) -> None:
-    """The gradient scales with what arrives from above."""
+    """The gradient scales with the incoming gradient."""
     teacher, student, labels = pair(6, 9)
     for path, evaluate in paths(loss):
         single, triple = (
@@ -121,7 +121,7 @@ def _teacher_gradient(loss: Loss) -> None:
 
 @conformance()
 def _frozen_head(loss: Loss) -> None:
-    """A frozen head receives no gradient, and the hidden states the same one as before."""
+    """A frozen head receives no gradient, and that of the hidden states is unchanged."""
     hidden, weight, teacher, labels = projected(6, 9)
     for path, evaluate in paths(loss):
         found = []

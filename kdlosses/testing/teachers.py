@@ -1,4 +1,4 @@
-"""Compressed teachers, where a loss works with them."""
+"""Checks of compressed teachers, for losses that support them."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def _takes_samples(loss: Loss) -> bool:
 
 @conformance(_takes_top_k)
 def _top_k(loss: Loss) -> None:
-    """All tokens kept is the full loss; fewer never exceed it where coarse-graining is monotone."""
+    """All tokens give the full loss; fewer never exceed it if coarse-graining is monotone."""
     teacher, student, labels = pair(_ROWS, _WIDTH)
     for path, evaluate in paths(loss):
         full = _both(evaluate, student, teacher, labels)
@@ -48,7 +48,7 @@ def _top_k(loss: Loss) -> None:
 
 @conformance(_takes_samples)
 def _sampled(loss: Loss) -> None:
-    """The expectation over drawn tokens is the full loss, in value and gradient."""
+    """The expectation over sampled tokens is the full loss, in value and gradient."""
     teacher, student, labels = pair(_ROWS, _WIDTH)
     log_probs = teacher.log_softmax(-1)
     for path, evaluate in paths(loss):

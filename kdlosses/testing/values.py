@@ -1,4 +1,4 @@
-"""What the value must be."""
+"""Checks of values."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from kdlosses.divergence import Divergence, Loss
 from kdlosses.testing.cases import WIDE, close, pair, rows
 from kdlosses.testing.catalogue import conformance
 
-_ROUNDING = 5e-7  # of the logarithm of a float32 sum near 1, which no author can avoid
+_ROUNDING = 5e-7  # of the logarithm of a float32 sum near 1, which is unavoidable
 
 
 @conformance(lambda loss: loss.nonnegative)
@@ -39,7 +39,7 @@ def _at_least_zero(loss: Loss, student: Tensor, teacher: Tensor, labels: Tensor)
 
 
 def _rounding(loss: Loss) -> float:
-    """What float32 leaves of 0 where the total is a logarithm: its rounding, through finish."""
+    """The rounding error of 0 in float32 if the total is a logarithm, after finish."""
     if not isinstance(loss, Divergence) or loss.reduction == "sum":
         return 0.0
     with torch.no_grad():
@@ -49,7 +49,7 @@ def _rounding(loss: Loss) -> float:
 
 @conformance(lambda loss: loss.zero_at_equality)
 def _zero_at_equality(loss: Loss) -> None:
-    """The value is 0 where the distributions are equal, and not where they differ."""
+    """The value is 0 if the distributions are equal, and not 0 if they differ."""
     tolerance = max(1e-6, _rounding(loss))
     for width in (20, WIDE):
         teacher, student, labels = pair(3, width, 3.0, torch.float32)
@@ -65,7 +65,7 @@ def _zero_at_equality(loss: Loss) -> None:
 
 @conformance(lambda loss: loss.coarse_graining_monotone)
 def _coarse_graining(loss: Loss) -> None:
-    """Merging tokens never raises the value."""
+    """Merging tokens never increases the value."""
     teacher, student, labels = pair(50, 12)
     logits = [teacher, student]
     fine = rows(loss, student, teacher, labels)
@@ -81,7 +81,7 @@ def _coarse_graining(loss: Loss) -> None:
 
 @conformance()
 def _temperature_power(loss: Loss) -> None:
-    """Near equality the value falls like T ** -temperature_power."""
+    """Near equality the value decreases like T ** -temperature_power."""
     teacher, noise, labels = pair(8, 30)
     excess = [
         _excess(loss, teacher + 0.1 * noise, teacher, labels, temperature).abs().mean()
@@ -102,27 +102,27 @@ def _curvature(loss: Loss) -> None:
         return
     teacher, noise, labels = pair(6, 20)
     measured = torch.zeros(6, dtype=torch.float64)
-    for sign in (1e-3, -1e-3):  # both sides, so that third orders cancel
+    for sign in (1e-3, -1e-3):  # both signs, so that third-order terms cancel
         student = teacher + sign * noise
         p, q = teacher.softmax(-1), student.softmax(-1)
         unit = ((p - q) ** 2 / p).sum(-1) / 2
         measured += _excess(loss, student, teacher, labels) / unit / 2
     worst = measured[(measured - stated).abs().argmax()].item()
     if not abs(worst - stated) < 2e-3:
-        raise AssertionError(f"measured {worst:.4g}, curvature() states {stated:g}")
+        raise AssertionError(f"measured {worst:.4g}, curvature() returns {stated:g}")
 
 
 def _excess(
     loss: Loss, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """What the value has beyond its value at equality."""
+    """The value minus the value at equality."""
     apart = rows(loss, student, teacher, labels, temperature=temperature)
     return apart - rows(loss, teacher, teacher, labels, temperature=temperature)
 
 
 @conformance()
 def _shift_invariance(loss: Loss) -> None:
-    """A constant added to all logits of a row changes nothing."""
+    """Adding a constant to all logits of a row has no effect."""
     teacher, student, labels = pair(5, 12)
     expected = rows(loss, student, teacher, labels)
     close("the student shifted by 30", rows(loss, student + 30, teacher, labels), expected)

@@ -1,1 +1,1 @@
-"""``kdrun bench``: time and memory of losses against the matrix products that none can avoid."""
+"""``kdrun bench``: time and memory of losses compared with their lower bound."""

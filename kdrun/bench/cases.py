@@ -1,4 +1,4 @@
-"""What a worker measures: sizes, an implementation, a loss. Plain data."""
+"""The cases for workers: sizes, an implementation and a loss."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ FLOOR, PLAIN, CHUNKED = "floor", "plain", "chunked"
 
 @dataclass(frozen=True)
 class Settings:
-    """What all measurements of one command have in common.
+    """The settings shared by all measurements of one command.
 
     Attributes:
-        student_width: length of the student's hidden states.
-        teacher_width: length of the teacher's.
-        dtype: of hidden states and heads, a name in torch.
+        student_width: width of the student's hidden states.
+        teacher_width: width of the teacher's hidden states.
+        dtype: data type of hidden states and heads, as a name in torch.
         device: ``cpu`` or ``cuda``.
-        threads: of the matrix products; None leaves torch's own number.
+        threads: threads of torch; None uses torch's default.
         rounds: timed steps of each implementation.
-        kd_ratio: weight of the loss beside cross-entropy.
-        chunk_size: rows a chunk; None chooses as training does.
-        plain: whether the plain evaluation is measured too, which takes most of the time.
+        kd_ratio: weight of the loss; cross-entropy has the rest.
+        chunk_size: rows per chunk; None chooses as in training.
+        plain: whether to measure the plain evaluation, which takes most of the time.
     """
 
     student_width: int
@@ -36,32 +36,32 @@ class Settings:
 
 @dataclass(frozen=True)
 class Point:
-    """One size of the batch and the vocabulary."""
+    """One combination of batch size and vocabulary size."""
 
     tokens: int
     vocab: int
 
     @property
     def masked(self) -> int:
-        """Rows without a label, a quarter, as prompts and padding are in training."""
+        """The number of masked rows, a quarter, like prompts and padding in training."""
         return self.tokens // 4
 
     @property
     def supervised(self) -> int:
-        """Rows that the loss is about."""
+        """The number of supervised rows."""
         return self.tokens - self.masked
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one worker measures.
+    """The case measured by one worker.
 
     Attributes:
         settings: see :class:`Settings`.
         point: see :class:`Point`.
         implementation: ``floor``, ``plain``, ``chunked`` or the name of a peer.
         loss: spec without the chunked suffix; empty for the floor.
-        beta: the generalised Jensen-Shannon divergence that a peer is asked for.
+        beta: parameter of the generalised Jensen-Shannon divergence for peers.
     """
 
     settings: Settings

@@ -1,4 +1,4 @@
-"""What ``kdrun bench`` does, from the plan to the plots."""
+"""``kdrun bench``: run a plan, and write table and plots."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from kdrun.bench.report import CSV, FAILED, MEASURED, Row, print_tables, rows_of
 
 
 def bench(plan: Plan) -> bool:
-    """Measure, print a table, and write it to the folder, with plots where matplotlib is there.
+    """Measure, print a table, and write it to the folder, with plots if matplotlib is installed.
 
-    The file is written anew after each loss, so that an interrupted benchmark keeps what it had.
+    The file is rewritten after each loss, so that an interrupted benchmark keeps its results.
 
     Returns:
         Whether no measurement failed.
@@ -25,7 +25,7 @@ def bench(plan: Plan) -> bool:
     progress = Console(stderr=True, highlight=False, soft_wrap=True)
     if plan.absent:
         names = ", ".join(plan.absent)
-        progress.print(f"not installed in this environment, so left out: {names}")
+        progress.print(f"not installed in this environment, skipped: {names}")
     rows: list[Row] = []
     with contextlib.closing(measure(plan, progress.print)) as measurements:
         for results in measurements:
@@ -38,7 +38,7 @@ def bench(plan: Plan) -> bool:
 
 
 def _in_order(rows: list[Row], plan: Plan) -> list[Row]:
-    """By point, the floor first; it is known last."""
+    """Sort rows by point, with the floor first, although it is finished last."""
     places = {(point.tokens, point.vocab): place for place, point in enumerate(plan.points)}
     return sorted(
         rows, key=lambda row: (places[row.tokens, row.vocab], row.implementation != FLOOR)
@@ -48,14 +48,14 @@ def _in_order(rows: list[Row], plan: Plan) -> list[Row]:
 def _draw(rows: list[Row], plan: Plan, console: Console) -> None:
     files = [CSV]
     if not any(row.status == MEASURED and row.implementation != FLOOR for row in rows):
-        reason = "plots left out: no loss was measured"
+        reason = "no plots: no loss was measured"
     else:
         try:
             draw(rows, plan.folder)
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] != "matplotlib":
                 raise
-            reason = "plots left out: they need matplotlib, pip install 'kdlosses[plot]'"
+            reason = "no plots: they need matplotlib, pip install 'kdlosses[plot]'"
         else:
             files += FILES
             reason = ""

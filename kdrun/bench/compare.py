@@ -1,4 +1,4 @@
-"""Whether two implementations computed the same thing: a fast wrong answer is no answer."""
+"""Compare the results of implementations, to detect wrong ones."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
 
 
 def reference_of(loss: Iterable[Measurement]) -> Measurement | None:
-    """What the others of a loss are held against: plain, or chunked where plain did not fit."""
+    """The reference for a loss: plain, or chunked if plain did not fit into memory."""
     done = {result.case.implementation: result for result in loss if result.measured}
     return done.get(PLAIN) or done.get(CHUNKED)
 
 
 def difference(result: Measurement, reference: Measurement) -> str | None:
-    """Where a result differs from the reference by more than its type allows; None where not."""
+    """Describe where a result differs from the reference beyond its precision, or return None."""
     if result.ready is None or reference.ready is None:
         return None
     pairs = {
@@ -36,7 +36,7 @@ def difference(result: Measurement, reference: Measurement) -> str | None:
 
 
 def _lacks_entropy(result: Measurement) -> bool:
-    """torchtune's forward KL is a cross-entropy: another value, the same gradients."""
+    """Whether a result is torchtune's forward KL, a cross-entropy with the same gradients."""
     return result.case.implementation == "torchtune" and result.case.beta == 0
 
 

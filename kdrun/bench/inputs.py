@@ -1,4 +1,4 @@
-"""Hidden states, heads and labels: the same numbers in every worker."""
+"""Hidden states, heads and labels, the same in every worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a step is given.
+    """The inputs of a step.
 
     Attributes:
         hidden: ``[tokens, student width]``, receives a gradient.
@@ -31,7 +31,7 @@ class Inputs:
     labels: Tensor
 
     def last(self, rows: int) -> Inputs:
-        """The last rows alone, with the same heads; they are supervised."""
+        """The last rows, which are supervised, with the same heads."""
         return replace(
             self,
             hidden=self.hidden.detach()[-rows:].requires_grad_(),
@@ -41,7 +41,7 @@ class Inputs:
 
 
 def make_inputs(settings: Settings, point: Point) -> Inputs:
-    """Random inputs from a fixed seed; logits have a standard deviation of about 1."""
+    """Create random inputs from a fixed seed; logits have a standard deviation of about 1."""
     torch.manual_seed(0)
     options = {"dtype": getattr(torch, settings.dtype), "device": settings.device}
 

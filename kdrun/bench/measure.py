@@ -1,4 +1,4 @@
-"""Runs the workers: starts them one by one, then asks each in turn for one step a round."""
+"""Run the workers: start them one by one, then run one step of each in turn per round."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _SECONDS_TO_END = 5
 
 @dataclass
 class Measurement:
-    """What came of a case.
+    """The result of a case.
 
     Attributes:
-        case: what was measured.
-        ready: figures of the warm-up; None where it did not come to that.
-        seconds: of each round.
-        floor_seconds: of the floor in the same rounds.
-        peak_mib: highest memory in a step, over the inputs; None where it cannot be measured.
-        skipped: why it was not tried.
-        failed: why it ended early.
+        case: the case.
+        ready: figures of the warm-up; None if it was not reached.
+        seconds: seconds of each round.
+        floor_seconds: seconds of the floor in the same rounds.
+        peak_mib: peak memory of a step beyond the inputs; None if it cannot be measured.
+        skipped: why it was skipped.
+        failed: why it failed.
     """
 
     case: Case
@@ -42,24 +42,24 @@ class Measurement:
 
     @property
     def measured(self) -> bool:
-        """Whether all rounds were done."""
+        """Whether all rounds are finished."""
         return self.ready is not None and self.failed is None
 
     @property
     def ratios(self) -> list[float]:
-        """Time over that of the floor, of each round."""
+        """Time divided by the floor's time, for each round."""
         pairs = zip(self.seconds, self.floor_seconds, strict=True)
         return [taken / floor for taken, floor in pairs]
 
 
 def measure(plan: Plan, announce: Callable[[str], None]) -> Generator[list[Measurement]]:
-    """Measure everything; yields the floor and each loss of a point as soon as they are done.
+    """Measure everything; yields the floor and each loss of a point as they finish.
 
-    Losses are taken one after the other, so that only the workers of one loss are in memory.
+    Losses are measured one after another, so that only the workers of one loss use memory.
 
     Args:
-        plan: what to measure.
-        announce: is told what comes next.
+        plan: the plan of measurements.
+        announce: called with the next measurement.
     """
     total = len(plan.points) * len(plan.losses)
     with tempfile.TemporaryDirectory(prefix="kdrun-bench-") as scratch:
@@ -87,7 +87,7 @@ def _measure_loss(
             worker = _Worker(case, scratch)
             stack.callback(worker.close)
             workers.append(worker)
-        # The plain one last: whether it fits depends on what the others hold.
+        # Plain is last, because whether it fits depends on the memory of the others.
         for worker in sorted(
             workers, key=lambda worker: worker.result.case.implementation == PLAIN
         ):
@@ -111,9 +111,9 @@ def _measure_loss(
 
 
 def _context() -> Any:
-    """Processes are forked from one that has imported torch and done nothing with it.
+    """Fork processes from one that has only imported torch.
 
-    That saves each of them seconds; where the system cannot fork, they start from nothing.
+    This saves seconds per process; if the system cannot fork, processes are spawned.
     """
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
@@ -123,7 +123,7 @@ def _context() -> Any:
 
 
 class _Worker:
-    """A process, and what it has measured."""
+    """A process and its measurements."""
 
     def __init__(self, case: Case, scratch: Path) -> None:
         self.result = Measurement(case)
@@ -133,13 +133,13 @@ class _Worker:
         self._folder = scratch
 
     def warm_up(self) -> None:
-        """Start the process and wait until it is ready; a failure is in the result."""
+        """Start the process and wait until it is ready; failures are recorded in the result."""
         context = _context()
         self._folder = Path(tempfile.mkdtemp(dir=self._scratch))
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, self.result.case, self._folder))
         self._process.start()
-        theirs.close()  # so that the end of the process shows as the end of the pipe
+        theirs.close()  # so that the pipe closes when the process ends
         answer = self._answer()
         if isinstance(answer, Ready):
             self.result.ready = answer
@@ -147,14 +147,14 @@ class _Worker:
             self.result.skipped = answer.reason
 
     def time(self) -> float | None:
-        """Time one step; None where that failed, now or earlier."""
+        """Time one step; None if it or an earlier one failed."""
         taken: float | None = self._ask(TIME)
         if taken is not None:
             self.result.seconds.append(taken)
         return taken
 
     def weigh(self) -> None:
-        """Measure the memory of a step."""
+        """Measure the peak memory of a step."""
         self.result.peak_mib = self._ask(PEAK)
 
     def close(self) -> None:
@@ -178,7 +178,7 @@ class _Worker:
         return self._answer()
 
     def _answer(self) -> Any:
-        """What the process says; None where it failed."""
+        """The answer of the process; None if it failed."""
         try:
             answer = self._connection.recv()
         except (EOFError, OSError):
@@ -190,13 +190,13 @@ class _Worker:
         return answer
 
     def _ending(self) -> str:
-        """How the process ended, and the last thing that it said."""
+        """How the process ended, and its last message."""
         self._process.join()
         code = self._process.exitcode
         if code < 0:
             how = f"killed by {signal.Signals(-code).name}"
             if -code == signal.SIGKILL:
-                how += ", probably for lack of memory"
+                how += ", probably out of memory"
         else:
             how = f"ended with exit code {code}"
         log = (self._folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n")

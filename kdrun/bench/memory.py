@@ -1,4 +1,4 @@
-"""How much memory a process has and a step needs, and whether there is as much."""
+"""Memory of processes and steps, and whether it is available."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HEADROOM = 256 * 2**20
 
 
 def resident() -> int | None:
-    """Bytes of this process in memory; None where the system does not tell."""
+    """Resident bytes of this process; None if unknown."""
     try:
         fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
     except OSError:
@@ -22,12 +22,12 @@ def resident() -> int | None:
 
 
 def head_gradient(case: Case) -> int:
-    """Bytes of the head's gradient, which every implementation must hand over."""
+    """Bytes of the head's gradient, which every implementation returns."""
     return case.point.vocab * case.settings.student_width * _item_size(case)
 
 
 def inputs_and_gradients(case: Case) -> int:
-    """Bytes that every implementation needs; of the floor also its logits, which bound a step's."""
+    """Bytes that every implementation needs; for the floor including its logits."""
     settings, point = case.settings, case.point
     width = settings.student_width + settings.teacher_width
     inputs = (point.tokens + point.vocab) * width * _item_size(case)
@@ -36,15 +36,15 @@ def inputs_and_gradients(case: Case) -> int:
 
 
 def lacking(needed: float, device: str) -> str | None:
-    """Why so many bytes more would not fit into the memory that is free now; None where they do."""
+    """Why a number of bytes does not fit into the free memory; None if it fits."""
     free = available(device)
     if free is None or needed + _HEADROOM <= free:
         return None
-    return f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    return f"needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
 
 
 def prefer_as_victim() -> None:
-    """Where memory runs out nevertheless, this process ends and not the one that reports."""
+    """If memory runs out, have the system end this process instead of its parent."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 

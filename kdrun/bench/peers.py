@@ -1,4 +1,4 @@
-"""The same step done by other tools, called as their own trainers and recipes call them."""
+"""The same step with other tools, called as in their own trainers and recipes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Peer:
     """Another tool.
 
     Attributes:
-        module: what is imported.
-        distribution: what is installed.
-        make: from beta and kd_ratio to a function of the inputs that returns the loss.
-        mixtures: whether it has the generalised JSD, not the two KL divergences alone.
-        stores_logits: whether it keeps the logits of all tokens.
+        module: module to import.
+        distribution: distribution to install.
+        make: creates, from beta and kd_ratio, a function of the inputs that returns the loss.
+        mixtures: whether it has the generalised JSD besides the two KL divergences.
+        stores_logits: whether it stores the logits of all tokens.
     """
 
     module: str
@@ -41,12 +41,12 @@ class Peer:
 
 
 def is_installed(name: str) -> bool:
-    """Whether a peer can be found; it is not imported."""
+    """Whether a peer is installed, without importing it."""
     return importlib.util.find_spec(PEERS[name].module) is not None
 
 
 def _torchtune(beta: float, kd_ratio: float) -> Step:
-    """Its recipe: hidden states in eight pieces, the logits of each, two chunked losses."""
+    """torchtune's recipe: hidden states in eight chunks, their logits, two chunked losses."""
     pieces = 8
     kd_losses = _torchtune_module("kd_losses")
     ce_losses = _torchtune_module("ce_chunked_output_loss")
@@ -71,7 +71,7 @@ def _torchtune(beta: float, kd_ratio: float) -> Step:
 
 
 def _torchtune_module(name: str) -> Any:
-    """A file of torchtune's by itself: the package demands torchao, its losses do not."""
+    """Load a single file of torchtune, whose package needs torchao, unlike its losses."""
     package = importlib.util.find_spec("torchtune")
     if package is None or package.origin is None:
         raise ImportError("torchtune is not installed")
@@ -85,7 +85,7 @@ def _torchtune_module(name: str) -> Any:
 
 
 def _liger(beta: float, kd_ratio: float) -> Step:
-    """Its fused linear JSD with its defaults: compiled, chunks of 1024 rows."""
+    """Liger's fused linear JSD with its defaults: compiled, chunks of 1024 rows."""
     liger = importlib.import_module("liger_kernel.chunked_loss")
     loss = liger.LigerFusedLinearJSDLoss(
         weight_hard_loss=1 - kd_ratio, weight_soft_loss=kd_ratio, beta=beta
@@ -105,9 +105,9 @@ def _liger(beta: float, kd_ratio: float) -> Step:
 
 
 def _trl(beta: float, kd_ratio: float) -> Step:
-    """The kernels of its trainers: the divergence, and the log-probability for cross-entropy.
+    """The functions of TRL's trainers: the divergence, and the log-probability for cross-entropy.
 
-    As in its trainer, masked rows are left out on CUDA and computed in vain on a CPU.
+    As in its trainer, masked rows are skipped on CUDA but computed on a CPU.
     """
     divergence = importlib.import_module("trl.kernels.chunked_divergence")
     logprob = importlib.import_module("trl.kernels")

@@ -1,4 +1,4 @@
-"""What is measured: the sizes, the implementations of each loss, and whether they make sense."""
+"""The plan of a benchmark: sizes and implementations of each loss, with their validation."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Plan:
 
     Attributes:
         settings: see :class:`Settings`.
-        points: the grid.
-        losses: specs without the chunked suffix, each with the peers that offer it.
+        points: the grid of sizes.
+        losses: specs without the chunked suffix, each with the peers that implement it.
         absent: peers that are not installed.
-        folder: where table and plots go.
+        folder: output folder of table and plots.
     """
 
     settings: Settings
@@ -37,7 +37,7 @@ class Plan:
     folder: Path
 
     def cases(self, point: Point, loss: str) -> list[Case]:
-        """What is measured of a loss: plain, chunked, then the peers."""
+        """The cases of a loss: plain, chunked, then the peers."""
         beta = _beta(loss) if self.losses[loss] else 0.0
         ours = (PLAIN, CHUNKED) if self.settings.plain else (CHUNKED,)
         return [
@@ -54,24 +54,24 @@ def make_plan(
     peers: Sequence[str],
     folder: Path,
 ) -> Plan:
-    """Check what the user asked for, before any work.
+    """Check the options and make the plan.
 
     Args:
-        settings: what all measurements have in common.
-        tokens: sizes of the batch.
-        vocabs: sizes of the vocabulary.
-        losses: specs, with or without the chunked suffix; empty for all that are registered.
-        peers: names of peers, or ``none``; empty for those that are installed.
-        folder: where table and plots go; created.
+        settings: settings shared by all measurements.
+        tokens: numbers of tokens.
+        vocabs: vocabulary sizes.
+        losses: specs, with or without the chunked suffix; empty for all registered losses.
+        peers: names of peers, or ``none``; empty for the installed peers.
+        folder: output folder of table and plots; created if it does not exist.
 
     Raises:
         InputError: a value that cannot be measured, or a folder that cannot be written.
-        LossSpecError: an unknown loss or a parameter that it does not take.
+        LossSpecError: an unknown loss or parameter.
     """
     _check_sizes(settings, tokens, vocabs)
     specs = _specs(losses)
     if NO_PEER in peers and len(set(peers)) > 1:
-        raise InputError(f"--peer {NO_PEER} excludes other peers")
+        raise InputError(f"--peer {NO_PEER} cannot be combined with other peers")
     absent = tuple(name for name in PEERS if not is_installed(name))
     for name in peers:
         if name in absent:
@@ -94,7 +94,7 @@ def make_plan(
 
 
 def respell(spec: str, *, chunked: bool) -> str:
-    """A spec of one loss or a sum, with or without the chunked suffix."""
+    """Rewrite a spec of a loss or sum with or without the chunked suffix."""
     texts = []
     for term in parse_spec(spec).terms:
         weight = "" if term.weight == 1 else f"{term.weight!r}*"
@@ -119,8 +119,8 @@ def _check_sizes(settings: Settings, tokens: Sequence[int], vocabs: Sequence[int
             raise InputError(f"{option} {value}: must be at least {least}")
     if not 0 < settings.kd_ratio <= 1:
         raise InputError(
-            f"--kd-ratio {settings.kd_ratio:g}: must lie above 0, where a loss is evaluated at "
-            "all, and not above 1"
+            f"--kd-ratio {settings.kd_ratio:g}: must be in (0, 1], because a loss with ratio 0 is "
+            "not evaluated"
         )
 
 
@@ -130,7 +130,7 @@ def _specs(losses: Sequence[str]) -> list[str]:
     specs = []
     for given in losses:
         spec = respell(given, chunked=False)
-        # A loss that cannot be imported becomes a row of its own; the others are measured.
+        # A loss that cannot be imported gets its own row, and the others are measured.
         with contextlib.suppress(BrokenLossError), _no_advice():
             get_loss(spec)
         specs.append(spec)
@@ -145,7 +145,7 @@ def _peers_of(spec: str, chosen: Sequence[str]) -> tuple[str, ...]:
 
 
 def _beta(spec: str) -> float | None:
-    """Which generalised JSD of the peers a loss is: 0 forward KL, 1 reverse KL; None for others."""
+    """The beta of the equivalent generalised JSD (0 forward KL, 1 reverse KL), or None."""
     [term, *others] = parse_spec(spec).terms
     if others or term.weight != 1:
         return None
@@ -158,7 +158,7 @@ def _beta(spec: str) -> float | None:
 
 @contextlib.contextmanager
 def _no_advice() -> Iterator[None]:
-    """Advice about the values of parameters is the worker's to report."""
+    """Hide warnings about parameter values, which the worker reports."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -178,4 +178,4 @@ def _make_writable(folder: Path) -> None:
             pass
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"--output {folder}: {reason}; name a writable folder") from error
+        raise InputError(f"--output {folder}: {reason}; choose a writable folder") from error

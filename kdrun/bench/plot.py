@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 FILES = ("bench.png", "bench.svg")
 
-# Colours that the colour-blind tell apart (Okabe and Ito); shapes for those who print in grey.
+# Colour-blind safe colours (Okabe and Ito), with markers for greyscale prints.
 _STYLES = {
     PLAIN: ("#6b6b6b", "o"),
     CHUNKED: ("#0072b2", "D"),
@@ -34,8 +34,8 @@ _SETTINGS: Any = {
     "axes.axisbelow": True,
     "ytick.major.size": 0,
     "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text: searchable, and small
-    "svg.hashsalt": "kdrun",  # the same rows give the same file
+    "svg.fonttype": "none",  # keep text as text: searchable and small
+    "svg.hashsalt": "kdrun",  # reproducible ids
 }
 _FLOOR: dict[str, Any] = {"color": "black", "linewidth": 0.9}
 _HEAD_GRADIENT: dict[str, Any] = {**_FLOOR, "linestyle": (0, (1, 1.5))}
@@ -45,13 +45,13 @@ _DODGE = 0.8
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
-    """Write the figure as PNG and SVG, whole or not at all.
+    """Write the figure as PNG and SVG, atomically.
 
-    One panel row for each size, or for a single loss one line for each size.
+    There is one row of panels per size, or, for a single loss, one line per size.
 
     Args:
-        rows: at least one of them measured.
-        folder: where the files go.
+        rows: rows, at least one of them measured.
+        folder: output folder.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -87,7 +87,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
         figure.legend(handles=[_marker(name) for name in used], loc="outside upper center", **look)
         references = [
             _line(_FLOOR, "floor: the four matrix products"),
-            _line(_HEAD_GRADIENT, "gradient of the head, which every implementation hands over"),
+            _line(_HEAD_GRADIENT, "gradient of the head, which every implementation returns"),
         ]
         figure.legend(handles=references, loc="outside lower center", **look | {"ncols": 2})
         for name in FILES:
@@ -100,12 +100,12 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
 
 
 def _panels(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
-    """Rows by title of the panel and label of the line."""
+    """Group rows by panel title and line label."""
     single = len({row.loss for row in rows}) == 1
     panels: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         size = f"{row.tokens:,} tokens, vocabulary {row.vocab:,}"
-        # Parameters and further terms on lines of their own.
+        # Parameters and further terms go on separate lines.
         loss = row.loss.replace(":", "\n").replace("+", "\n+ ")
         title, label = (row.loss, size) if single else (size, loss)
         panels.setdefault(title, {}).setdefault(label, []).append(row)
@@ -134,7 +134,7 @@ def _draw_panel(time: Axes, memory: Axes, title: str, lines: dict[str, list[Row]
     memory.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
     memory.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     memory.xaxis.set_minor_formatter(NullFormatter())
-    memory.set_xlabel("peak memory over the inputs, MiB")
+    memory.set_xlabel("peak memory beyond the inputs, MiB")
     for axis in (time, memory):
         axis.grid(axis="x", color="#e4e4e4", linewidth=0.6)
 
@@ -146,11 +146,11 @@ def _draw_row(time: Axes, memory: Axes, place: float, row: Row) -> None:
         "marker": marker,
         "markersize": 4.5,
         "markeredgewidth": 0.9,
-        # Hollow: computed something else than the plain evaluation.
+        # A hollow marker means that the result differs from the plain evaluation.
         "markerfacecolor": "white" if row.differs else colour,
         "linestyle": "none",
     }
-    # Rows that are measured have all three.
+    # Measured rows have all three values.
     ratios = cast("list[float]", [row.ratio_lowest, row.ratio_to_floor, row.ratio_highest])
     time.plot(ratios[::2], [place, place], color=colour, linewidth=1, alpha=0.6)
     time.plot(ratios[1:2], [place], **look)

@@ -1,4 +1,4 @@
-"""The rows of a benchmark: as a table on the screen and as a CSV file."""
+"""The rows of a benchmark, as a table on the screen and as a CSV file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MEASURED, SKIPPED, FAILED = "measured", "skipped", "failed"
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement; the fields are the columns of the file, None is left empty there."""
+    """One measurement; the fields are the columns of the file, where None is empty."""
 
     tokens: int
     supervised_tokens: int
@@ -78,7 +78,7 @@ def rows_of(results: Sequence[Measurement]) -> list[Row]:
 
 
 def write_csv(rows: Iterable[Row], folder: Path) -> None:
-    """Write all rows, whole or not at all."""
+    """Write all rows atomically."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
@@ -88,13 +88,13 @@ def write_csv(rows: Iterable[Row], folder: Path) -> None:
 
 
 def print_tables(rows: Sequence[Row], console: Console) -> None:
-    """A table for each point of the grid, with what is to be said of single rows below it."""
+    """Print a table for each point of the grid, followed by notes on single rows."""
     for tokens, vocab in dict.fromkeys((row.tokens, row.vocab) for row in rows):
         chosen = [row for row in rows if (row.tokens, row.vocab) == (tokens, vocab)]
         console.print()
         console.print(_heading(chosen))
         table = Table(box=None, pad_edge=False)
-        table.add_column("loss", overflow="fold")  # gives way where the screen is narrow
+        table.add_column("loss", overflow="fold")  # wraps on narrow screens
         table.add_column("implementation", no_wrap=True)
         for heading in (
             "time\n/ floor",
@@ -217,7 +217,7 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def _distribution(result: Measurement) -> str:
-    """Whose code was measured."""
+    """The distribution and version of the measured code."""
     name = result.case.implementation
     if name == FLOOR:
         return "torch"
@@ -226,7 +226,7 @@ def _distribution(result: Measurement) -> str:
     try:
         terms = parse_spec(result.case.loss).terms
         return "+".join(dict.fromkeys(find_loss(term.name).distribution for term in terms))
-    except LossSpecError:  # a name that two distributions claim
+    except LossSpecError:  # a name registered by two distributions
         return ""
 
 

@@ -1,7 +1,7 @@
-"""The measured process: one implementation at one size, asked for one step at a time.
+"""The measured process: one implementation at one size, run one step at a time.
 
-It answers over a pipe and waits blocked in between, so that what is timed has the machine to
-itself; nothing it allocates can be seen in another implementation's memory.
+It communicates over a pipe and blocks between steps, so that the timed implementation has the
+machine to itself, and memory of one implementation does not affect another.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 LOG = "log.txt"
 TIME, PEAK = "time", "peak"
-"""What a worker is asked for: seconds of a step, or its highest memory."""
+"""A request to a worker: the time or the peak memory of a step."""
 
 _M_MMAP_THRESHOLD, _BLOCK_HANDED_BACK = -3, 64 * 2**10
 _SAMPLE_SECONDS = 0.002
@@ -45,14 +45,14 @@ class Ready:
     """The worker has warmed up.
 
     Attributes:
-        first_call_s: of the first step, which compiles with an empty cache.
+        first_call_s: seconds of the first step, which compiles with an empty cache.
         loss: value of the step.
         hidden_grad_norm: L2 norm of the gradient of the hidden states.
         weight_grad_norm: L2 norm of the gradient of the head.
-        chunk_size: rows a chunk, of the chunked evaluation.
-        threads: of torch.
+        chunk_size: rows per chunk of the chunked evaluation.
+        threads: threads of torch.
         device: name of the accelerator; None on a CPU.
-        warnings: what the library warned about, first lines.
+        warnings: first lines of the library's warnings.
     """
 
     first_call_s: float
@@ -74,19 +74,19 @@ class Refused:
 
 @dataclass(frozen=True)
 class Broken:
-    """The worker raised."""
+    """The worker raised an exception."""
 
     reason: str
 
 
 def serve(connection: Connection, case: Case, folder: Path) -> None:
-    """Body of the process: warm up, then do one step for each request.
+    """Run the process: warm up, then run one step for each request.
 
     Args:
-        connection: sends :class:`Ready`, then an answer to each request received; or
-            :class:`Refused` or :class:`Broken`, after which the process ends.
-        case: what to measure.
-        folder: of this process alone: compiler caches, and what is printed.
+        connection: sends :class:`Ready`, then an answer to each request; or :class:`Refused` or
+            :class:`Broken`, after which the process ends.
+        case: the case to measure.
+        folder: folder of this process, for compiler caches and output.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     _isolate(folder)
@@ -104,14 +104,14 @@ def serve(connection: Connection, case: Case, folder: Path) -> None:
             request = connection.recv()
             connection.send(bench.seconds() if request == TIME else bench.peak())
     except EOFError:
-        return  # the parent has seen enough
+        return  # the parent closed the pipe
     except Exception as error:
         text = " ".join(str(error).split("\n\n", 1)[0].split())
         connection.send(Broken(f"{type(error).__name__}: {text}"))
 
 
 def _isolate(folder: Path) -> None:
-    """Compile with an empty cache, and keep what libraries print off the user's screen."""
+    """Use an empty compiler cache, and redirect the output of libraries."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     sys.stdout.flush()
@@ -122,7 +122,7 @@ def _isolate(folder: Path) -> None:
 
 
 class _Bench:
-    """The step of a case and how it is timed."""
+    """The step of a case and its measurement."""
 
     def __init__(self, case: Case) -> None:
         import torch
@@ -136,16 +136,16 @@ class _Bench:
         self._cuda = settings.device == "cuda"
         self._inputs = make_inputs(settings, case.point)
         self._chunk_size = _chunk_size(case)
-        # Kept for the report: advice about parameters here, a missing compiler in the first step.
+        # Warnings for the report: about parameters here, about the compiler in the first step.
         with warnings.catch_warnings(record=True) as self._caught:
             warnings.simplefilter("default")
             self._step = _make_step(case, self._inputs, self._chunk_size)
 
     def lacking(self) -> str | None:
-        """Why a step that keeps the logits of all rows would not fit; None where it does.
+        """Why a step that keeps the logits of all rows does not fit; None if it fits.
 
-        How many tensors of their size autograd keeps depends on the loss (12 to 50), so that it
-        is measured on a few rows. Others need little in comparison, and are tried.
+        The number of logit-sized tensors that autograd keeps depends on the loss (12 to 50), so it
+        is measured on a few rows. Other implementations need little memory and are not checked.
         """
         peer = PEERS.get(self._case.implementation)
         stores_logits = self._case.implementation == PLAIN or (peer and peer.stores_logits)
@@ -161,7 +161,7 @@ class _Bench:
         return memory.lacking(needed, self._case.settings.device)
 
     def warm_up(self) -> Ready:
-        """The first step, which compiles, and one more for its results."""
+        """Run the first step, which compiles, and a second one for the results."""
         import torch
 
         with warnings.catch_warnings(record=True) as caught:
@@ -205,14 +205,14 @@ class _Bench:
         return float(begin.elapsed_time(end)) / 1000
 
     def peak(self) -> float | None:
-        """Highest memory in a step over that before it, MiB; None where the system hides it."""
+        """Peak memory of a step beyond the memory before it, in MiB; None if unknown."""
         if not self._cuda:
             _return_freed_memory()
         peak = self._peak_of(self._step)
         return None if peak is None else peak / 2**20
 
     def _peak_of(self, step: Callable[[], Tensor]) -> int | None:
-        """Highest memory in a step over that before it, bytes."""
+        """Peak memory of a step beyond the memory before it, in bytes."""
         self._clear()
         if not self._cuda:
             return _resident_peak(step)
@@ -240,12 +240,12 @@ def _norm(gradient: Tensor | None) -> float:
 
 
 def _loss_scale(case: Case) -> float:
-    """Float16 gradients of a mean underflow; they are scaled as training scales them."""
+    """The loss scale; float16 gradients of a mean underflow and are scaled as in training."""
     return float(case.point.supervised) if case.settings.dtype == "float16" else 1.0
 
 
 def _chunk_size(case: Case) -> int | None:
-    """Rows a chunk of the chunked evaluation: given, or as training chooses them."""
+    """Rows per chunk of the chunked evaluation, given or chosen as in training."""
     if case.implementation != CHUNKED:
         return None
     import torch
@@ -259,7 +259,7 @@ def _chunk_size(case: Case) -> int | None:
 
 
 def _make_step(case: Case, inputs: Inputs, chunk_size: int | None) -> Callable[[], Tensor]:
-    """Forward and backward of a case; returns the loss."""
+    """Create the forward and backward step of a case, which returns the loss."""
     if case.implementation == FLOOR:
         return _floor(inputs)
     if case.implementation in PEERS:
@@ -294,7 +294,7 @@ def _ours(case: Case, chunk_size: int | None) -> Callable[[Inputs], Tensor]:
 
 
 def _floor(inputs: Inputs) -> Callable[[], Tensor]:
-    """Both projections and both gradients on the supervised rows, and nothing else."""
+    """Compute only both projections and both gradients on the supervised rows."""
     import torch
 
     from kdrun.bench.inputs import IGNORED
@@ -313,7 +313,7 @@ def _floor(inputs: Inputs) -> Callable[[], Tensor]:
 
 
 def _resident_peak(step: Callable[[], Any]) -> int | None:
-    """Highest resident memory in a step over that before it, bytes; sampled by a thread."""
+    """Peak resident memory of a step beyond the memory before it, sampled by a thread."""
     base = memory.resident()
     if base is None:
         return None
@@ -336,13 +336,13 @@ def _resident_peak(step: Callable[[], Any]) -> int | None:
 
 
 def _return_freed_memory() -> None:
-    """Let resident memory be what is in use, now and from here on.
+    """Return freed memory to the system, now and from here on.
 
-    Freed memory that glibc keeps for itself would hide some of the next step's, and the gaps in
-    it would count as used (61 in place of 46 times the logits for a plain alpha_beta).
+    Freed memory that glibc keeps would hide some memory of the next step, and its gaps would count
+    as used (61 instead of 46 times the logits for a plain alpha_beta).
     """
     library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):  # glibc alone has it
+    if hasattr(library, "malloc_trim"):  # only glibc has it
         library.mallopt(_M_MMAP_THRESHOLD, _BLOCK_HANDED_BACK)
         library.malloc_trim(0)
 

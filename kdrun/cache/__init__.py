@@ -1,1 +1,1 @@
-"""Teacher caches: what a teacher says about rows, kept on disk, in place of the teacher."""
+"""Teacher caches: the outputs of a teacher, stored on disk and used instead of the teacher."""

@@ -1,4 +1,4 @@
-"""Building a cache: each different row through the teacher once."""
+"""Build a cache by running each distinct row through the teacher once."""
 
 from __future__ import annotations
 
@@ -33,35 +33,35 @@ _LOGITS_AT_ONCE = 2**25  # elements: 128 MiB in float32
 
 
 class SpaceError(InputError):
-    """The cache would not fit the disk; nothing was computed.
+    """The cache does not fit on the disk; nothing was computed.
 
     Args:
-        folder: of the cache.
-        needed: bytes of the cache.
-        free: bytes that are free.
+        folder: folder of the cache.
+        needed: size of the cache in bytes.
+        free: free bytes on the disk.
     """
 
     def __init__(self, folder: Path, needed: int, free: int) -> None:
-        self.shortage = f"it needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
+        self.shortage = f"it needs {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
         super().__init__(
-            f"--output {folder}: the cache does not fit: {self.shortage}; free some space, name "
+            f"--output {folder}: the cache does not fit: {self.shortage}; free some space, use "
             "another disk, or use --kind top-k"
         )
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is kept of the teacher, and of which rows.
+    """What a cache stores of the teacher, and for which rows.
 
     Attributes:
         kind: ``hidden`` (exact), ``top_k`` or ``sampled``.
-        entries: k, or the number of draws; without meaning for ``hidden``.
-        temperature: that compressed kinds are softened by.
-        seed: of the draws.
-        vocab_size: tokens that teacher and tokenizer share.
-        max_length: that the rows were cut at.
-        date: the day that the chat template wrote into the rows.
-        batch_size: rows that run through the teacher at once.
+        entries: k, or the number of draws; not used for ``hidden``.
+        temperature: temperature of the compressed kinds.
+        seed: seed of the draws.
+        vocab_size: number of tokens that teacher and tokenizer share.
+        max_length: maximum length of the rows.
+        date: the date in the rows, from the chat template.
+        batch_size: rows per batch of the teacher.
     """
 
     kind: Kind
@@ -97,30 +97,31 @@ def build_cache(
     shard_bytes: int = SHARD_BYTES,
     spare_bytes: int = 0,
 ) -> Manifest:
-    """Run rows through a teacher and keep what a loss needs of it.
+    """Run rows through a teacher and store what losses need of its output.
 
     Args:
-        folder: a new or empty folder, or what an interrupted build left.
+        folder: a new or empty folder, or the folder of an interrupted build.
         teacher: the teacher, on its device.
-        teacher_name: as it was given.
-        tokenizer: that encoded the rows.
-        examples: rows with ``input_ids`` and ``labels`` (not shifted); equal ones are kept once.
-        recipe: what is kept.
-        report: told rows done, rows in all and supervised tokens done after each batch.
-        shard_bytes: about how large a file becomes.
-        spare_bytes: what must stay free on the disk.
+        teacher_name: name of the teacher, as given by the user.
+        tokenizer: the tokenizer that encoded the rows.
+        examples: rows with ``input_ids`` and ``labels`` (not shifted); duplicates are stored once.
+        recipe: what to store.
+        report: called after each batch with the finished rows, the total number of rows and the
+            finished supervised tokens.
+        shard_bytes: approximate size of a file.
+        spare_bytes: space that must remain free on the disk.
 
     Returns:
-        The manifest, which was written last.
+        The manifest, which is written last.
 
     Raises:
         SpaceError: too little space.
-        InputError: an unfit folder or recipe.
+        InputError: an invalid folder or recipe.
         TrainingError: the disk fails.
     """
     if recipe.kind == "hidden" and teacher.split.reason is not None:
         raise InputError(
-            f"{teacher_name}: its hidden states cannot be cached, since {teacher.split.reason}; "
+            f"{teacher_name}: its hidden states cannot be cached, because {teacher.split.reason}; "
             "use --kind top-k or --kind sampled"
         )
     if recipe.kind == "top_k" and recipe.entries > recipe.vocab_size:
@@ -128,7 +129,7 @@ def build_cache(
     prepare_folder(folder)
     wanted = sorted(_different(examples), key=lambda row: -row.length)
     if not wanted:
-        raise InputError("no row has a supervised token; there is nothing to cache")
+        raise InputError("no row has a supervised token, so there is nothing to cache")
     head = teacher.model.get_output_embeddings()
     width = int(head.weight.shape[1])
     _check_space(folder, wanted, recipe, width, head.weight, spare_bytes)
@@ -160,7 +161,7 @@ def build_cache(
 
 
 def dtype_name(dtype: torch.dtype) -> DType:
-    """A type as the configuration names it."""
+    """The name of a data type in the configuration."""
     import torch
 
     names: dict[torch.dtype, DType] = {
@@ -172,7 +173,7 @@ def dtype_name(dtype: torch.dtype) -> DType:
 
 
 def _different(examples: Iterable[Mapping[str, Sequence[int]]]) -> list[_Wanted]:
-    """The rows that have supervised tokens, each once."""
+    """The distinct rows with supervised tokens."""
     found: dict[bytes, _Wanted] = {}
     alone = Collator()
     for example in examples:
@@ -214,7 +215,7 @@ def _run(
     shards: ShardWriter,
     report: Report,
 ) -> float | None:
-    """Fill the shards; the mean kept mass of top-k."""
+    """Write the shards; returns the mean kept mass of top-k."""
     import torch
 
     device = teacher.model.device
@@ -244,7 +245,7 @@ def _kept(
     recipe: Recipe,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """What is stored of one row of a batch."""
+    """The tensors to store for one row of a batch."""
     import torch
 
     values = source.tensors[0][number].index_select(0, positions)

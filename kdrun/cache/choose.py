@@ -1,4 +1,4 @@
-"""Which teacher a run trains with and measures against: a live one, a cache, or both."""
+"""Choose the teacher of a run for training and evaluation: a live teacher, a cache, or both."""
 
 from __future__ import annotations
 
@@ -32,11 +32,10 @@ class ChosenTeacher:
     """The teacher of a run.
 
     Attributes:
-        training: what is distilled; None trains on the data alone.
-        evaluation: what held-out rows are compared with; None where nothing gives full
-            distributions of them.
-        widths: by ``"teacher"`` the entries of its head, for the note on padded heads.
-        notes: what is to be said about it, a line each.
+        training: the teacher for training; None trains on the data alone.
+        evaluation: the teacher for held-out rows; None if no full distributions are available.
+        widths: under ``"teacher"``, the size of its head, for the note on padded heads.
+        notes: lines to print.
     """
 
     training: Teacher | None = None
@@ -46,49 +45,49 @@ class ChosenTeacher:
 
 
 def check_cached_rows(cache: str | None, shift_windows: bool, rows: RawRows) -> None:
-    """Refuse a cache that is not whole, or rows that change from epoch to epoch; loads nothing.
+    """Refuse an incomplete cache, or rows that change between epochs, without loading anything.
 
     Args:
-        cache: its folder; None checks nothing.
-        shift_windows: whether windows of plain text move.
-        rows: of the run.
+        cache: folder of the cache; None checks nothing.
+        shift_windows: whether windows of plain text differ between epochs.
+        rows: rows of the run.
 
     Raises:
-        InputError: with the cure.
+        InputError: states the problem and the cure.
     """
     if cache is None:
         return
     read_manifest(expand_home(cache))
     if isinstance(rows.train[0], TextRow) and shift_windows:
         raise InputError(
-            "model.teacher_cache: plain text is cut at other places in each epoch, which no cache "
-            "can follow; add --set data.shift_windows=false"
+            "model.teacher_cache: plain text is cut at different places in each epoch, which a "
+            "cache does not support; add --set data.shift_windows=false"
         )
 
 
 def settle_date(
     data: DataConfig, cache: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> DataConfig:
-    """Write down the day that the chat template writes into rows, where it writes one.
+    """Set the date of the rows, if the chat template includes the date.
 
     Args:
-        data: may state the day.
-        cache: of the teacher; rows are found in it by the tokens of its day.
-        tokenizer: has the template.
+        data: section of the data, which may set the date.
+        cache: teacher cache, whose rows contain its date.
+        tokenizer: the tokenizer with the template.
 
     Returns:
-        The section with the day of the cache, or else today's.
+        The section with the date of the cache, or today's date.
 
     Raises:
-        InputError: the cache is not whole, or was made for another day than the stated one.
+        InputError: the cache is incomplete, or its date differs from the given one.
     """
     if not uses_date(tokenizer):
         return data
     cached = None if cache is None else read_manifest(expand_home(cache)).date
     if cached is not None and data.date not in (None, cached):
         raise InputError(
-            f"{cache}: its rows were rendered on {cached}, and data.date={data.date}; leave the "
-            "date out, or build the cache again"
+            f"{cache}: its rows were rendered with the date {cached}, but data.date={data.date}; "
+            "remove data.date, or build the cache again"
         )
     day = data.date or cached or date.today().isoformat()
     return data.model_copy(update={"date": day})
@@ -97,18 +96,18 @@ def settle_date(
 def choose_teacher(
     model: ModelConfig, distilled: LossConfig, pair: Pair, examples: Examples, loss: TokenLoss
 ) -> ChosenTeacher:
-    """Load the teacher of a run, or open its cache and check that it is the right one.
+    """Load the teacher of a run, or open its cache and check that it fits the run.
 
     Args:
-        model: names the teacher, its cache, or both.
-        distilled: what the teacher is needed for.
-        pair: the run's models.
-        examples: its rows.
-        loss: the run's loss, unchunked.
+        model: section with the teacher, its cache, or both.
+        distilled: section of the loss.
+        pair: the models of the run.
+        examples: the rows of the run.
+        loss: the loss of the run, unchunked.
 
     Raises:
-        InputError: a cache of another tokenizer or teacher, one that lacks a training row, or one
-            that the loss has no meaning with.
+        InputError: the cache is for another tokenizer or teacher, lacks a training row, or does
+            not support the loss.
     """
     if model.teacher_cache is None:
         notes: list[str] = []
@@ -129,18 +128,16 @@ def _choose_cached(
     live = _named_teacher(cached, model, pair, notes.append)
     evaluation: Teacher | None = live
     reason = (
-        cached.missing(examples_in(examples.held_out))
-        if cached.exact
-        else "only part of it was kept"
+        cached.missing(examples_in(examples.held_out)) if cached.exact else "the cache is not exact"
     )
     if reason is None:
-        evaluation, note = cached, "held-out rows are measured against it too"
+        evaluation, note = cached, "held-out rows are also evaluated against it"
     elif live is not None:
-        note = f"held-out rows are measured against {pair.teacher}"
+        note = f"held-out rows are evaluated against {pair.teacher}"
     else:
         note = (
-            "held-out rows are measured without the teacher, whose measures are null "
-            f"({reason}); name it with --teacher to have them"
+            "held-out rows are evaluated without the teacher, so measures that need it are null "
+            f"({reason}); pass --teacher to include them"
         )
     return ChosenTeacher(
         cached,
@@ -153,13 +150,13 @@ def _choose_cached(
 def check_cache(
     model: ModelConfig, distilled: LossConfig, pair: Pair, examples: Examples, loss: TokenLoss
 ) -> str:
-    """Open a run's cache and check that it is the right one; no model is loaded.
+    """Open the cache of a run and check that it fits the run, without loading a model.
 
     Returns:
-        What it holds, in one line.
+        A one-line description of the cache.
 
     Raises:
-        InputError: as :func:`choose_teacher`, a live teacher's weights excepted.
+        InputError: as in :func:`choose_teacher`, except for the weights of a live teacher.
     """
     return describe_cache(_open(model, distilled, pair, examples, loss))
 
@@ -170,7 +167,7 @@ def _open(
     from kdrun.cache.read import Cache
     from kdrun.cache.teacher import CachedTeacher
 
-    assert model.teacher_cache is not None, "a cache is named"
+    assert model.teacher_cache is not None, "a cache is given"
     cached = CachedTeacher(Cache(model.teacher_cache), pair.tokenizer, model.dtype)
     if distilled.kd_ratio > 0 or KD_RATIO in distilled.schedules:
         _check_training(cached, distilled, examples, loss)
@@ -178,12 +175,12 @@ def _open(
 
 
 def describe_cache(cached: CachedTeacher) -> str:
-    """What a cache holds, in one line."""
+    """A one-line description of a cache."""
     manifest = cached.cache.manifest
     kept = {
         "hidden": "hidden states",
-        "top_k": f"top {manifest.entries} and a tail",
-        "sampled": f"{manifest.entries} draws a token",
+        "top_k": f"top {manifest.entries} and a tail bucket",
+        "sampled": f"{manifest.entries} draws per token",
     }[manifest.kind]
     return (
         f"{cached.cache.folder}, {kept} of {manifest.teacher_name} for {manifest.rows} rows, "
@@ -196,8 +193,8 @@ def _check_training(
 ) -> None:
     if not cached.exact and "temperature" in distilled.schedules:
         raise InputError(
-            f"{cached.cache.folder} was compressed at one temperature, and loss.schedules moves "
-            "it; build a cache of --kind hidden, which serves every temperature"
+            f"{cached.cache.folder} was compressed at one temperature, but loss.schedules changes "
+            "it; build a cache with --kind hidden, which works for every temperature"
         )
     cached.check_loss(loss)
     reason = cached.missing(examples_in(examples.train))
@@ -208,7 +205,7 @@ def _check_training(
 def _named_teacher(
     cached: CachedTeacher, named: ModelConfig, pair: Pair, say: Callable[[str], None]
 ) -> FrozenTeacher | None:
-    """The live teacher, where one is named as well, once it has proved to be the cached one."""
+    """Load the live teacher, if one is given, and check that it is the cached teacher."""
     import torch
 
     from kdrun.cache.fingerprint import print_teacher

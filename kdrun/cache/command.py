@@ -1,4 +1,4 @@
-"""``kdrun cache-teacher``: from a run's configuration to a cache of its teacher."""
+"""``kdrun cache-teacher``: build the teacher cache for the configuration of a run."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ def cache_teacher(
     """Cache the teacher of a run on its training and held-out rows.
 
     Args:
-        model: names the teacher and its type, and the student, whose tokenizer encodes.
-        data: names the rows and their length.
-        temperature: softens what ``top_k`` and ``sampled`` keep.
-        seed: of the draws.
-        batch_size: rows that run through the teacher at once.
-        folder: of the cache.
-        kind: what is kept.
-        entries: k, or draws.
+        model: section with the teacher, its data type, and the student, whose tokenizer is used.
+        data: section with the rows and their maximum length.
+        temperature: temperature of ``top_k`` and ``sampled``.
+        seed: seed of the draws.
+        batch_size: rows per batch of the teacher.
+        folder: folder of the cache.
+        kind: what to store.
+        entries: k, or the number of draws.
 
     Raises:
         InputError: wrong input; no cache is written.
         TrainingError: the disk fails.
     """
     if model.teacher is None:
-        raise InputError("--teacher: name the teacher to cache")
+        raise InputError("--teacher: pass the teacher to cache")
     if model.teacher_quantization is not None:
         raise InputError(
-            "model.teacher_quantization: a cache takes the teacher as it is; leave it out"
+            "model.teacher_quantization: a cache cannot store a quantised teacher; remove it"
         )
     locate_pair(model)
     rows = read_rows(data)
@@ -98,7 +98,7 @@ def cache_teacher(
     size = sum(file.bytes for file in manifest.files) + (folder / MANIFEST).stat().st_size
     if manifest.kept_mass is not None:
         console.print(
-            f"the {manifest.entries} kept tokens hold {manifest.kept_mass:.4f} of the teacher's "
+            f"the {manifest.entries} stored tokens cover {manifest.kept_mass:.4f} of the teacher's "
             f"probability at temperature {manifest.temperature:g}, on average"
         )
     console.print(
@@ -110,7 +110,7 @@ def cache_teacher(
 
 @contextmanager
 def show_progress(console: Console) -> Iterator[Report]:
-    """A bar on a terminal, a few plain lines elsewhere."""
+    """Show a progress bar on a terminal; otherwise print a few lines."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""Hashes that tell whether a teacher, a tokenizer or a row is the one that was cached."""
+"""Hashes that identify a cached teacher, tokenizer or row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Of a configuration, what does not change the numbers: where it came from, and how it is stored.
+# Keys of a configuration that do not affect the outputs: origin and storage of the model.
 _NOT_THE_MODEL = frozenset(
     {
         "_name_or_path",
@@ -36,7 +36,7 @@ class TokenizerPrint(BaseModel):
 
     Attributes:
         vocabulary: hash of all tokens and their ids, added tokens included.
-        chat_template: hash of the chat template; of an empty one where there is none.
+        chat_template: hash of the chat template, or of an empty one if there is none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,7 +68,7 @@ def print_tokenizer(tokenizer: PreTrainedTokenizerBase) -> TokenizerPrint:
 
 
 def print_teacher(model: PreTrainedModel) -> TeacherPrint:
-    """The fingerprint of a teacher, from its content alone; every weight is read once."""
+    """The fingerprint of a teacher, computed from its content; reads every weight once."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_THE_MODEL}
     everything = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -86,10 +86,10 @@ class BatchRow:
     """A row of a batch without its padding.
 
     Attributes:
-        number: which row of the batch.
-        positions: where in the padded row the supervised positions are, ascending.
-        ids: the row's tokens.
-        key: hash of the tokens and of which positions among them are supervised.
+        number: index of the row in the batch.
+        positions: supervised positions in the padded row, ascending.
+        ids: tokens of the row.
+        key: hash of the tokens and of the supervised positions among them.
     """
 
     number: int
@@ -104,30 +104,30 @@ def rows_of(
     shift_labels: Tensor,
     position_ids: Tensor | None = None,
 ) -> Iterator[BatchRow]:
-    """The rows of a batch that have supervised positions; padding on either side is taken off.
+    """The rows of a batch with supervised positions, without padding on either side.
 
-    A packed row is taken apart into its examples, which are the rows that were cached.
+    A packed row is split into its examples, which are the cached rows.
 
     Args:
         input_ids: ``[rows, length]``.
-        attention_mask: likewise; 0 is padding. None where no position is.
-        shift_labels: likewise, aligned with the logits.
-        position_ids: likewise, of packed rows: 0 where an example begins.
+        attention_mask: same shape; 0 is padding. None if there is no padding.
+        shift_labels: same shape, aligned with the logits.
+        position_ids: same shape, for packed rows: 0 at the start of each example.
 
     Raises:
         InputError: a padded position is supervised.
     """
     import torch
 
-    # Looked up on the CPU: a key is bytes.
+    # Keys are bytes, so they are computed on the CPU.
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     columns = (input_ids, mask.bool(), shift_labels != IGNORE_INDEX)
     ids, kept, supervised = (tensor.cpu() for tensor in columns)
     for number in range(len(ids)):
         if (supervised[number] & ~kept[number]).any():
             raise InputError(
-                f"row {number + 1} of a batch supervises a padded position; with padding on the "
-                "left the first token of a row must not be a target (label -100)"
+                f"row {number + 1} of a batch supervises a padded position; with left padding, "
+                "the first token of a row must not be a target (label -100)"
             )
         for part in _parts(len(ids[number]), position_ids, number):
             if not supervised[number, part].any():
@@ -141,7 +141,7 @@ def rows_of(
 
 
 def _parts(length: int, position_ids: Tensor | None, number: int) -> list[slice]:
-    """Where the examples of a row stand."""
+    """The slices of the examples in a row."""
     starts = [0] if position_ids is None else (position_ids[number] == 0).nonzero()[:, 0].tolist()
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], length], strict=True)]
 

@@ -1,4 +1,4 @@
-"""What a cache says of itself, and whether it is whole."""
+"""The manifest of a cache, and the check that the cache is complete."""
 
 from __future__ import annotations
 
@@ -28,40 +28,41 @@ class StoredFile(_Data):
     """A file of the cache.
 
     Attributes:
-        name: in the cache's folder.
-        bytes: its size, by which a truncated file is found out.
-        rows: how many rows it holds; 0 for the head.
+        name: name in the cache's folder.
+        bytes: size of the file, to detect truncation.
+        rows: number of rows in the file; 0 for the head.
     """
 
-    name: str = Field(pattern=r"^\w[\w.-]*$")  # it cannot leave the folder
+    name: str = Field(pattern=r"^\w[\w.-]*$")  # no path outside the folder
     bytes: int
     rows: int = 0
 
 
 class Manifest(_Data):
-    """What a cache holds; written last, so that a cache without it is known to be incomplete.
+    """The content of a cache. It is written last, so a cache without a manifest is incomplete.
 
     Attributes:
         format: version of the layout.
         kind: ``hidden`` (last hidden states; exact), ``top_k`` or ``sampled``.
-        teacher_name: as it was given, for messages.
-        teacher: its fingerprint.
+        teacher_name: name of the teacher as given by the user, for messages.
+        teacher: fingerprint of the teacher.
         tokenizer: fingerprint of the tokenizer that encoded the rows.
-        dtype: type that the teacher ran in, and of hidden states and head on disk;
+        dtype: data type of the teacher and of the stored hidden states and head;
             log-probabilities are always float32.
         logit_scale: factor on the logits (``hidden``).
-        softcap: their bound, or None (``hidden``).
-        vocab_size: tokens that teacher and tokenizer share; compressed kinds are cut to it.
-        entries: what is kept of each token: width of the hidden states, k, or draws.
-        temperature: that log-probabilities were softened by (compressed kinds).
-        kept_mass: mean share of the teacher's probability that the k tokens hold (``top_k``).
-        seed: of the draws (``sampled``).
-        max_length: that rows were cut at.
-        date: the day that the chat template wrote into the rows, where it writes one.
-        rows: different rows.
-        tokens: supervised positions.
-        head: the file of the output head (``hidden``).
-        shards: the files of the rows.
+        softcap: bound of the logits, or None (``hidden``).
+        vocab_size: number of tokens that teacher and tokenizer share; compressed kinds are cut to
+            it.
+        entries: stored entries per token: width of the hidden states, k, or number of draws.
+        temperature: temperature of the log-probabilities (compressed kinds).
+        kept_mass: mean share of the teacher's probability that the k tokens cover (``top_k``).
+        seed: seed of the draws (``sampled``).
+        max_length: maximum length of the rows.
+        date: the date in the rows, if the chat template includes one.
+        rows: number of distinct rows.
+        tokens: number of supervised positions.
+        head: file of the output head (``hidden``).
+        shards: files of the rows.
     """
 
     format: int = FORMAT
@@ -86,26 +87,26 @@ class Manifest(_Data):
 
     @property
     def exact(self) -> bool:
-        """Whether the teacher's full distributions can be had from the cache."""
+        """Whether the cache gives the teacher's full distributions."""
         return self.kind == "hidden"
 
     @property
     def files(self) -> tuple[StoredFile, ...]:
-        """All files but the manifest."""
+        """All files except the manifest."""
         return self.shards if self.head is None else (self.head, *self.shards)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a cache and check that its files are there, whole.
+    """Read the manifest of a cache and check that all its files are complete.
 
     Raises:
-        InputError: no cache, an incomplete or damaged one, or one of another version.
+        InputError: the cache is missing, incomplete, damaged or from another version.
     """
     path = folder / MANIFEST
     if not folder.is_dir():
         raise InputError(f"{folder}: no such cache{did_you_mean(folder)}")
     if not path.is_file():
-        found = "is incomplete" if is_unfinished(folder) else "is no teacher cache"
+        found = "is incomplete" if is_unfinished(folder) else "is not a teacher cache"
         raise InputError(
             f"{folder} {found} (it has no {MANIFEST}); build one with kdrun cache-teacher"
         )
@@ -118,7 +119,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(f"{path}: unreadable ({reason}); build the cache again") from error
     if manifest.format != FORMAT:
         raise InputError(
-            f"{path}: format {manifest.format}, this version reads {FORMAT}; build the cache again"
+            f"{path}: has format {manifest.format}, but this version reads {FORMAT}; build the "
+            "cache again"
         )
     for file in manifest.files:
         _check_size(folder / file.name, file.bytes)
@@ -126,13 +128,13 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a folder holds what an interrupted build leaves, and nothing else."""
+    """Whether a folder contains only files of an interrupted build."""
     names = [entry.name for entry in folder.iterdir() if entry.name != LOCK]
     return bool(names) and all(_is_ours(name) for name in names) and MANIFEST not in names
 
 
 def shard_name(number: int) -> str:
-    """The file name of a shard; they count from 1."""
+    """The file name of a shard, numbered from 1."""
     return f"rows-{number:05d}.safetensors"
 
 
@@ -150,5 +152,5 @@ def _check_size(path: Path, expected: int) -> None:
     if size != expected:
         what = "truncated" if size < expected else "changed"
         raise InputError(
-            f"{path} is {what} ({size} bytes, written were {expected}); build the cache again"
+            f"{path} is {what} ({size} bytes instead of {expected}); build the cache again"
         )

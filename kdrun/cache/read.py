@@ -1,4 +1,4 @@
-"""Reading a cache: rows by the hash of their content, from files that stay on disk."""
+"""Read a cache: rows by the hash of their content, from memory-mapped files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _TENSORS = {
 
 
 class Cache:
-    """A complete cache. Shards are mapped, not loaded: a row is read when it is asked for.
+    """A complete cache. Shards are memory-mapped, and rows are read on demand.
 
     Args:
-        folder: that ``kdrun cache-teacher`` wrote.
+        folder: folder written by ``kdrun cache-teacher``.
 
     Raises:
-        InputError: no cache, an incomplete or a damaged one.
+        InputError: the cache is missing, incomplete or damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -44,7 +44,7 @@ class Cache:
                 start = stop
         if len(self._places) != self.manifest.rows:
             raise InputError(
-                f"{self.folder} holds {len(self._places)} rows, its manifest says "
+                f"{self.folder} contains {len(self._places)} rows, but its manifest says "
                 f"{self.manifest.rows}; build the cache again"
             )
 
@@ -52,7 +52,7 @@ class Cache:
         return key in self._places
 
     def read(self, key: bytes) -> tuple[Tensor, ...]:
-        """What is kept of a row, first axis: its supervised positions.
+        """Read the tensors of a row; the first axis is its supervised positions.
 
         Returns:
             Hidden states; or log-probabilities, indices and, for ``top_k``, the tail.
@@ -62,12 +62,12 @@ class Cache:
         return tuple(shard.get_slice(name)[start:stop] for name in _TENSORS[self.manifest.kind])
 
     def head(self) -> dict[str, Tensor]:
-        """``weight`` and, where the head has one, ``bias``; only of a cache of hidden states."""
+        """``weight`` and, if present, ``bias`` of the head; only for a cache of hidden states."""
         file = self._open(StoredFile(name=HEAD, bytes=0))
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
 
     def check_tokenizer(self, given: TokenizerPrint) -> None:
-        """Refuse a tokenizer that is not the one that encoded the rows.
+        """Refuse a tokenizer that differs from the one that encoded the rows.
 
         Raises:
             InputError: vocabulary or chat template differ.
@@ -77,11 +77,11 @@ class Cache:
             if getattr(given, name) != getattr(kept, name):
                 raise InputError(
                     f"{self.folder} was built with another tokenizer: the {what} differs from the "
-                    "student's; build the cache again with --student naming this student"
+                    "student's; build the cache again with this student as --student"
                 )
 
     def check_teacher(self, given: TeacherPrint, name: str) -> None:
-        """Refuse a teacher that is not the one that was cached.
+        """Refuse a teacher that differs from the cached one.
 
         Raises:
             InputError: configuration or weights differ.
@@ -96,7 +96,7 @@ class Cache:
                 raise InputError(
                     f"{self.folder} was built from another teacher "
                     f"({self.manifest.teacher_name}) than {name}: the {what}; build the "
-                    "cache again, or leave out --teacher"
+                    "cache again, or remove --teacher"
                 )
 
     def _open(self, file: StoredFile) -> Any:

@@ -1,4 +1,4 @@
-"""A teacher that is read from a cache, in the place of a live one."""
+"""A teacher read from a cache instead of a live one."""
 
 from __future__ import annotations
 
@@ -25,21 +25,20 @@ _SHOWN_TOKENS = 16
 class CachedTeacher:
     """A cache with the interface of :class:`kdrun.models.heads.FrozenTeacher`.
 
-    Rows are found by their tokens and supervised positions, so their order, the batches and the
-    padding have no say. Only supervised positions are filled; the others are zeros, which no loss
-    looks at.
+    Rows are found by their tokens and supervised positions, independent of order, batches and
+    padding. Only supervised positions are filled; the others are zeros, which losses ignore.
 
     Args:
         cache: a complete cache.
-        tokenizer: that encodes the rows; shows refused rows as text.
-        dtype: type of hidden states and head in training; log-probabilities are float32.
+        tokenizer: tokenizer of the rows; decodes refused rows for messages.
+        dtype: data type of hidden states and head in training; log-probabilities are float32.
 
     Attributes:
         cache: the cache.
-        split: how logits are made.
+        split: how logits are computed.
 
     Raises:
-        InputError: another tokenizer than the one that encoded the rows.
+        InputError: the tokenizer differs from the one that encoded the rows.
     """
 
     def __init__(
@@ -60,23 +59,23 @@ class CachedTeacher:
 
     @property
     def exact(self) -> bool:
-        """Whether full distributions can be had, which measures need."""
+        """Whether full distributions are available, which measures need."""
         return self.cache.manifest.exact
 
     @property
     def width(self) -> int:
-        """Entries of the output head, or of the vocabulary that was compressed."""
+        """Size of the output head, or of the compressed vocabulary."""
         if self.exact:
             return len(self._head["weight"])
         return self.cache.manifest.vocab_size
 
     def to(self, device: torch.device) -> None:
-        """Where sources are made; the head moves there."""
+        """Set the device of sources, and move the head to it."""
         self._device = device
         self._head = {name: tensor.to(device) for name, tensor in self._head.items()}
 
     def missing(self, examples: Iterable[Mapping[str, Sequence[int]]]) -> str | None:
-        """Why the cache does not serve some rows: the first one it lacks; None where it has all.
+        """Describe the first row that the cache lacks; None if it contains all rows.
 
         Args:
             examples: rows with ``input_ids`` and ``labels``, as the trainer collates them.
@@ -99,14 +98,14 @@ class CachedTeacher:
         position_ids: Tensor | None = None,
         **inputs: Any,
     ) -> Projected | TopK | Sampled:
-        """What was kept of a batch.
+        """The source of logits for a batch.
 
         Args:
             input_ids: ``[rows, length]``.
-            attention_mask: likewise; 0 is padding, on either side.
-            shift_labels: likewise, aligned with the logits; they tell the supervised positions.
-            position_ids: of packed rows, whose examples were cached as rows.
-            **inputs: what else a live teacher would be given.
+            attention_mask: same shape; 0 is padding, on either side.
+            shift_labels: same shape, aligned with the logits; define the supervised positions.
+            position_ids: positions of packed rows, whose examples were cached as rows.
+            **inputs: further inputs of a live teacher, ignored.
 
         Raises:
             InputError: a row is not in the cache.
@@ -130,13 +129,13 @@ class CachedTeacher:
         return self._source_of(columns)
 
     def check_loss(self, loss: TokenLoss) -> None:
-        """Refuse a loss that has no meaning with what was kept; a full teacher serves every loss.
+        """Refuse a loss that the cache does not support; an exact cache supports every loss.
 
         Args:
-            loss: unchunked, so that nothing is compiled for a look.
+            loss: the loss, unchunked to avoid compilation.
 
         Raises:
-            InputError: another temperature, or a loss that needs the teacher's whole row.
+            InputError: another temperature, or a loss that needs the teacher's full distribution.
         """
         import torch
 
@@ -190,6 +189,6 @@ class CachedTeacher:
         return (
             f"{self.cache.folder} lacks the row that begins {text!r} ({len(row.ids)} tokens, "
             f"{len(row.positions)} supervised): it was edited, is cut at another --max-length "
-            f"(the cache's is {self.cache.manifest.max_length}), or was never cached; build the "
+            f"(the cache has {self.cache.manifest.max_length}), or was never cached; build the "
             "cache again from this data"
         )

@@ -1,4 +1,4 @@
-"""Writing a cache: shards of rows, each whole or not there, and the manifest last."""
+"""Write a cache: shards of rows, each written atomically, and finally the manifest."""
 
 from __future__ import annotations
 
@@ -16,32 +16,36 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 256 * 2**20
 KEYS, STOPS = "keys", "stops"
-"""In a shard: the keys of its rows ``[rows, 32]``, and where each row's tokens end ``[rows]``."""
+"""Names in a shard: the keys of its rows ``[rows, 32]`` and the end of each row ``[rows]``."""
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of a new cache; nothing in it is touched.
+    """Create the folder of a new cache without changing its content.
 
     Raises:
-        InputError: it holds a cache, is a file, or cannot be written.
+        InputError: the folder contains a cache, is a file, or cannot be written.
     """
     if folder.is_file():
-        raise InputError(f"--output {folder} is a file; name a folder")
+        raise InputError(f"--output {folder} is a file; choose a folder")
     if (folder / MANIFEST).is_file():
-        raise InputError(f"--output {folder} holds a cache; remove it, or name another folder")
+        raise InputError(
+            f"--output {folder} already contains a cache; remove it, or choose another folder"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output {folder}: {error.strerror}; name a writable folder") from error
+        raise InputError(
+            f"--output {folder}: {error.strerror}; choose a writable folder"
+        ) from error
     if not os.access(folder, os.W_OK):
-        raise InputError(f"--output {folder} cannot be written; name another folder")
+        raise InputError(f"--output {folder} cannot be written; choose another folder")
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder of a new cache; what an interrupted build left in it is removed.
+    """Create the folder of a new cache, and remove the files of an interrupted build.
 
     Raises:
-        InputError: it holds a cache or something else, or cannot be written.
+        InputError: the folder contains a cache or other files, or cannot be written.
     """
     make_folder(folder)
     try:
@@ -49,22 +53,24 @@ def prepare_folder(folder: Path) -> None:
             for entry in _entries(folder):
                 entry.unlink()
     except OSError as error:
-        raise InputError(f"--output {folder}: {error.strerror}; name a writable folder") from error
+        raise InputError(
+            f"--output {folder}: {error.strerror}; choose a writable folder"
+        ) from error
     if _entries(folder):
-        raise InputError(f"--output {folder} is not empty; name another folder")
+        raise InputError(f"--output {folder} is not empty; choose another folder")
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What is in a folder beside the lock of the process that builds in it."""
+    """The content of a folder, except the lock of the building process."""
     return [entry for entry in folder.iterdir() if not entry.name.startswith(LOCK)]
 
 
 class ShardWriter:
-    """Collects rows and writes them in shards.
+    """Collect rows and write them in shards.
 
     Args:
-        folder: of the cache.
-        shard_bytes: about how large a shard becomes.
+        folder: folder of the cache.
+        shard_bytes: approximate size of a shard.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -75,14 +81,14 @@ class ShardWriter:
         self.shards: list[StoredFile] = []
 
     def add(self, key: bytes, tensors: Mapping[str, Tensor]) -> None:
-        """Add a row: tensors whose first axis is its supervised positions."""
+        """Add a row, as tensors whose first axis is its supervised positions."""
         self._rows.append((key, {name: tensor.cpu() for name, tensor in tensors.items()}))
         self._collected += sum(tensor.nbytes for tensor in tensors.values())
         if self._collected >= self._shard_bytes:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has been collected."""
+        """Write the collected rows."""
         import torch
 
         if not self._rows:
@@ -100,10 +106,10 @@ class ShardWriter:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
-    """Write a safetensors file whole or not at all.
+    """Write a safetensors file atomically.
 
     Returns:
-        Its size.
+        The size of the file.
 
     Raises:
         TrainingError: the disk is full or fails.
@@ -119,7 +125,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Declare the cache complete.
+    """Write the manifest, which marks the cache as complete.
 
     Raises:
         TrainingError: the disk is full or fails.
@@ -131,12 +137,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def stored_bytes(rows: Sequence[int], bytes_per_token: int, head_bytes: int) -> int:
-    """About how large a cache becomes.
+    """The approximate size of a cache.
 
     Args:
-        rows: the supervised positions of each row.
-        bytes_per_token: of what is kept of each.
-        head_bytes: of the output head.
+        rows: number of supervised positions of each row.
+        bytes_per_token: stored bytes per position.
+        head_bytes: size of the output head.
     """
     return sum(rows) * bytes_per_token + len(rows) * (32 + 8) + head_bytes
 
@@ -144,5 +150,5 @@ def stored_bytes(rows: Sequence[int], bytes_per_token: int, head_bytes: int) -> 
 def _failure(path: Path, error: OSError) -> TrainingError:
     return TrainingError(
         f"{path} could not be written ({error.strerror}); the cache is incomplete: free some space "
-        "and build it again into the same folder"
+        "and build it again in the same folder"
     )

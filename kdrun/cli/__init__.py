@@ -1,4 +1,4 @@
-"""The command line: one module for each group of commands, options and one call each."""
+"""The command line: one module per group of commands, each with its options and one call."""
 
 from kdrun.cli.main import cli, main
 

@@ -11,8 +11,10 @@ from kdrun.paths import expand_home
 
 
 @click.command("cache-teacher")
-@click.option("--teacher", metavar="MODEL", help="By default the built-in teacher.")
-@click.option("--student", metavar="MODEL", help="Whose tokenizer encodes; by default TEACHER's.")
+@click.option("--teacher", metavar="MODEL", help="Teacher; by default the built-in one.")
+@click.option(
+    "--student", metavar="MODEL", help="Student whose tokenizer is used; by default TEACHER."
+)
 @click.option("--data", metavar="FILE", help="Training rows; by default the built-in text.")
 @click.option("--eval-data", metavar="FILE", help="Held-out rows.")
 @click.option(
@@ -20,20 +22,34 @@ from kdrun.paths import expand_home
     default="hidden",
     show_default=True,
     type=click.Choice(("hidden", "top-k", "sampled")),
-    help="hidden is exact.",
+    help="What to store; only hidden is exact.",
 )
-@click.option("--k", type=click.IntRange(1), metavar="K", help="Tokens kept; 50.")
-@click.option("--draws", type=click.IntRange(1), metavar="N", help="Tokens drawn; 50.")
-@click.option("--temperature", metavar="T", help="Softens what top-k and sampled keep.")
+@click.option(
+    "--k",
+    type=click.IntRange(1),
+    metavar="K",
+    help="Most likely tokens to store per position with top-k; 50.",
+)
+@click.option(
+    "--draws",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Tokens to draw per position with sampled; 50.",
+)
+@click.option(
+    "--temperature", metavar="T", help="Temperature of the stored top-k or sampled probabilities."
+)
 @click.option(
     "--dtype",
     type=click.Choice(("float32", "bfloat16")),
-    help="Of the teacher and the stored states.",
+    help="Data type of the teacher and the stored states.",
 )
-@click.option("--max-length", metavar="L", help="Tokens a row.")
-@click.option("--batch-size", metavar="B", help="Rows that run through the teacher at once.")
+@click.option("--max-length", metavar="L", help="Maximum number of tokens in a row.")
+@click.option("--batch-size", metavar="B", help="Rows per batch.")
 @click.option(
-    "--config", type=click.Path(path_type=Path), help="YAML file of the run to cache for."
+    "--config",
+    type=click.Path(path_type=Path),
+    help="Configuration (YAML) of the run that will use the cache.",
 )
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set section.key; repeatable."
@@ -50,12 +66,14 @@ def cache_teacher(
     student: str | None,
     **flags: str | None,
 ) -> None:
-    """Keep what a teacher says about rows, so that training does without the teacher."""
+    """Store a teacher's outputs for all rows, so that training does not run the teacher."""
     for option, value, right in (("--k", k, "top-k"), ("--draws", draws, "sampled")):
         if value is not None and kind != right:
-            raise click.UsageError(f"{option} goes with --kind {right}")
+            raise click.UsageError(f"{option} requires --kind {right}")
     if kind == "hidden" and flags["temperature"] is not None:
-        raise click.UsageError("--temperature: hidden states serve every temperature")
+        raise click.UsageError(
+            "--temperature has no effect on --kind hidden, which works for every temperature"
+        )
     from kdrun.cache.command import cache_teacher as run
     from kdrun.config.load import load_config
 

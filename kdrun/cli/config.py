@@ -7,7 +7,7 @@ import click
 
 @click.command("config")
 def config_command() -> None:
-    """Print the full default configuration as YAML, each key with its meaning."""
+    """Print the full default configuration as YAML, with the meaning of each key."""
     from kdrun.config.show import default_yaml
 
     click.echo(default_yaml(), nl=False)

@@ -11,28 +11,40 @@ from kdrun.cli.options import overrides_of
 
 @click.command("evaluate")
 @click.argument("students", nargs=-1, required=True, metavar="STUDENT...")
-@click.option("--teacher", metavar="MODEL", help="Measure it too, and the distance to it.")
-@click.option("--data", metavar="FILE", help="Rows to measure on, or 'builtin'.")
-@click.option("--max-length", metavar="L", help="Tokens a row.")
-@click.option("--batch-size", metavar="B", help="Rows at once.")
-@click.option("--answers", metavar="N", help="Prompts to answer and score.")
-@click.option("--max-new-tokens", metavar="N", help="Where an answer is cut.")
-@click.option("--answer-pattern", metavar="REGEX", help="Its group is the final answer.")
-@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Task of lm-eval; repeatable.")
 @click.option(
-    "--task-folder", type=click.Path(path_type=Path), metavar="DIR", help="With task files."
+    "--teacher", metavar="MODEL", help="Also evaluate this teacher, and the distance to it."
+)
+@click.option("--data", metavar="FILE", help="Rows to evaluate on, or 'builtin'.")
+@click.option("--max-length", metavar="L", help="Maximum number of tokens in a row.")
+@click.option("--batch-size", metavar="B", help="Rows per batch.")
+@click.option("--answers", metavar="N", help="Number of prompts to answer and score.")
+@click.option("--max-new-tokens", metavar="N", help="Maximum length of an answer.")
+@click.option("--answer-pattern", metavar="REGEX", help="Its first group is the final answer.")
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="lm-eval task; repeatable.")
+@click.option(
+    "--task-folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder with further task files.",
 )
 @click.option(
-    "--task-data", type=click.Path(path_type=Path), metavar="FILE", help="Read by such a task."
+    "--task-data", type=click.Path(path_type=Path), metavar="FILE", help="Data file of such a task."
 )
 @click.option(
-    "--task-limit", type=click.IntRange(1), metavar="N", help="Questions of each task; all."
+    "--task-limit", type=click.IntRange(1), metavar="N", help="Questions per task; by default all."
 )
-@click.option("--config", type=click.Path(path_type=Path), help="YAML file of a run.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="YAML file with the configuration of a run."
+)
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set section.key; repeatable."
 )
-@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Results as JSON.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="File for the results, as JSON.",
+)
 def evaluate(
     students: tuple[str, ...],
     teacher: str | None,
@@ -50,9 +62,9 @@ def evaluate(
     settings: tuple[str, ...],
     output: Path | None,
 ) -> None:
-    """Measure models on the same rows: STUDENT is a folder, a run's folder or a hub id.
+    """Evaluate models on the same rows; STUDENT is a model folder, a run folder or a hub id.
 
-    With --task they also answer tasks of lm-eval, such as truthfulqa_mc2 or hellaswag.
+    With --task the models are also evaluated on lm-eval tasks, such as truthfulqa_mc2 or hellaswag.
     """
     for option, value in (
         ("--task-folder", task_folder),
@@ -60,7 +72,7 @@ def evaluate(
         ("--task-limit", task_limit),
     ):
         if value is not None and not tasks:
-            raise click.UsageError(f"{option} goes with --task")
+            raise click.UsageError(f"{option} requires --task")
     from kdrun.config.load import load_config
     from kdrun.config.sections import BUILT_IN
     from kdrun.evaluation.tasks import TaskChoice
@@ -71,7 +83,7 @@ def evaluate(
         ("model.teacher", teacher),
         ("model.student", students[0]),
         ("loss.kd_ratio", "0" if teacher is None else None),
-        ("data.train", data or BUILT_IN),  # a student without training rows would be refused
+        ("data.train", data or BUILT_IN),  # a student without training rows is refused
         ("data.eval", data),
         ("data.max_length", max_length),
         ("training.batch_size", batch_size),

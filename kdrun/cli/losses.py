@@ -14,9 +14,11 @@ def losses() -> None:
 
 
 @losses.command("list")
-@click.option("--details", is_flag=True, help="Import each loss; show parameters and reference.")
+@click.option(
+    "--details", is_flag=True, help="Import each loss and show its parameters and reference."
+)
 def list_losses(details: bool) -> None:
-    """List the registered losses; each also exists with the suffix _chunked."""
+    """List the registered losses; each name also works with the suffix _chunked."""
     from kdrun.losses.show import print_list
 
     print_list(details)
@@ -38,7 +40,7 @@ def show_loss(name: str, plot: Path | None) -> None:
 @click.argument("name", required=False)
 @click.option("--all", "everything", is_flag=True, help="Check every registered loss.")
 def check_losses(name: str | None, everything: bool) -> None:
-    """Run the conformance checks of a loss; exit code 1 when one fails."""
+    """Run the conformance checks of a loss; the exit code is 1 if one fails."""
     if everything == (name is not None):
         raise click.UsageError("give the name of a loss, or --all")
     from kdrun.losses.check import check_all, check_one
@@ -50,9 +52,9 @@ def check_losses(name: str | None, everything: bool) -> None:
 
 @losses.command("new")
 @click.argument("name")
-@click.option("--output", metavar="DIR", help="Folder to write; by default kdlosses-NAME here.")
+@click.option("--output", metavar="DIR", help="Folder of the package; by default ./kdlosses-NAME.")
 def new_loss(name: str, output: str | None) -> None:
-    """Write a complete distribution with an example loss, its tests and a README."""
+    """Create a complete package with an example loss, its tests and a README."""
     from kdrun.losses.new import new_loss as write
 
     folder = write(name, output)

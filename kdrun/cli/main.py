@@ -1,4 +1,4 @@
-"""The command line as a whole, and its exit codes; nothing heavy is imported before its use."""
+"""The entry point of the command line, and its exit codes. Heavy modules are imported on use."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def _stop(signum: int, frame: Any) -> None:
 
 
 def main() -> None:
-    """Run the command line with the project's exit codes."""
+    """Run the command line and exit with the documented codes."""
     from kdlosses import BrokenLossError, LossSpecError
     from kdrun.quiet import quiet_environment
 
     quiet_environment()
     for signum in STOPPING:
-        # Python raises KeyboardInterrupt by itself; under nohup a closed terminal is no reason.
+        # Python itself raises KeyboardInterrupt; nohup ignores SIGHUP, which must stay ignored.
         if signum != signal.SIGINT and signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, _stop)
     try:

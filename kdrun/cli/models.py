@@ -9,7 +9,12 @@ import click
 @click.argument("student")
 @click.option("--prompt", required=True, metavar="TEXT", help="The user's message.")
 @click.option(
-    "--max-new-tokens", default=128, show_default=True, metavar="N", type=click.IntRange(1)
+    "--max-new-tokens",
+    default=128,
+    show_default=True,
+    metavar="N",
+    type=click.IntRange(1),
+    help="Maximum length of the answer.",
 )
 @click.option(
     "--sampling-temperature",
@@ -17,10 +22,12 @@ import click
     show_default=True,
     metavar="T",
     type=click.FloatRange(0),
-    help="0 takes the most likely token.",
+    help="0 selects the most likely token.",
 )
-@click.option("--seed", default=0, show_default=True, metavar="SEED")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option("--seed", default=0, show_default=True, metavar="SEED", help="Seed of the sampling.")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Run the Python code that comes with the model."
+)
 def generate(
     student: str,
     prompt: str,
@@ -29,7 +36,7 @@ def generate(
     seed: int,
     trust_remote_code: bool,
 ) -> None:
-    """Let a model answer a prompt; STUDENT is a folder, a run's folder or a hub id."""
+    """Generate an answer to a prompt; STUDENT is a model folder, a run folder or a hub id."""
     from kdrun.models.generation import answer
 
     for piece in answer(
@@ -41,11 +48,19 @@ def generate(
 
 @click.command("init-student")
 @click.argument("teacher")
-@click.option("--keep-layers", required=True, type=click.IntRange(1), metavar="N")
+@click.option(
+    "--keep-layers",
+    required=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of layers to keep.",
+)
 @click.option("--output", required=True, metavar="DIR", help="Folder of the student.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Run the Python code that comes with the model."
+)
 def init_student(teacher: str, keep_layers: int, output: str, trust_remote_code: bool) -> None:
-    """Make a student of evenly spaced layers of TEACHER, first and last kept."""
+    """Create a student from evenly spaced layers of TEACHER, including the first and last."""
     from kdrun.models.init_student import init_student as make
     from kdrun.quiet import quiet_libraries
 

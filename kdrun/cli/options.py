@@ -1,4 +1,4 @@
-"""Options that several commands share, and the keys of the configuration that they set."""
+"""Options shared by several commands, and the configuration keys that they set."""
 
 from __future__ import annotations
 
@@ -9,30 +9,40 @@ import click
 
 from kdrun.errors import InputError
 
-# Flag, configuration key, placeholder, help. Every flag is a short name for one key.
+# Flag, configuration key, placeholder, help text. Each flag is a short name for one key.
 FLAGS: tuple[tuple[str, str, str, str], ...] = (
     ("--teacher", "model.teacher", "MODEL", "Folder, hub id or GGUF file of the teacher."),
-    ("--teacher-cache", "model.teacher_cache", "DIR", "What 'kdrun cache-teacher' wrote."),
+    ("--teacher-cache", "model.teacher_cache", "DIR", "Folder written by 'kdrun cache-teacher'."),
     ("--student", "model.student", "MODEL", "Folder or hub id of the student."),
     ("--data", "data.train", "FILE", "Training rows: a file or a hub id."),
     ("--eval-data", "data.eval", "FILE", "Held-out rows; by default 5 % of the training rows."),
     ("--loss", "loss.spec", "SPEC", "Loss, such as generalized_jsd_chunked:beta=0.1."),
-    ("--kd-ratio", "loss.kd_ratio", "R", "Weight of the loss; 1 - R weighs cross-entropy."),
-    ("--temperature", "loss.temperature", "T", "Softens both sides of the loss."),
-    ("--procedure", "procedure.spec", "SPEC", "Whose text is learned from: gkd:lambda=0.5, ..."),
+    ("--kd-ratio", "loss.kd_ratio", "R", "Weight of the loss; cross-entropy has weight 1 - R."),
+    ("--temperature", "loss.temperature", "T", "Softens both distributions."),
+    (
+        "--procedure",
+        "procedure.spec",
+        "SPEC",
+        "The source of the training text, such as gkd:lambda=0.5.",
+    ),
     ("--max-steps", "training.max_steps", "N", "Optimiser steps."),
-    ("--batch-size", "training.batch_size", "B", "Rows per process and micro-batch."),
-    ("--max-length", "data.max_length", "L", "Tokens a row."),
-    ("--lr", "optimizer.lr", "LR", "Highest learning rate."),
+    ("--batch-size", "training.batch_size", "B", "Rows per micro-batch in each process."),
+    ("--max-length", "data.max_length", "L", "Maximum number of tokens in a row."),
+    ("--lr", "optimizer.lr", "LR", "Peak learning rate."),
     ("--lora-rank", "lora.rank", "N", "Train adapters of this rank instead of all weights."),
     ("--seed", "training.seed", "SEED", "Initial weights, order of rows and dropout."),
-    ("--report-to", "training.report_to", "NAME", "Tracker, such as tensorboard; none."),
+    (
+        "--report-to",
+        "training.report_to",
+        "NAME",
+        "Experiment tracker, such as tensorboard; none by default.",
+    ),
     ("--output", "output.dir", "DIR", "Folder of the run; by default runs/<time>-<loss>."),
 )
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the flags that stand for keys of a run."""
+    """Add the flags that set configuration keys of a run."""
     for flag, key, placeholder, text in reversed(FLAGS):
         name = key.replace(".", "__")
         command = click.option(flag, name, metavar=placeholder, help=text)(command)
@@ -42,7 +52,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def overrides_of(
     settings: Sequence[str], given: Sequence[tuple[str, str | None]]
 ) -> list[tuple[str, Any]]:
-    """Keys and values of ``--set`` and of the flags that were given, which win."""
+    """Keys and values from ``--set`` and from the flags; the flags come last and win."""
     from kdrun.config.load import parse_value
 
     overrides: list[tuple[str, Any]] = []

@@ -9,7 +9,7 @@ import click
 
 @click.group()
 def procedures() -> None:
-    """List, show and check procedures: whose text is learned from."""
+    """List, show and check procedures, which select the training text."""
 
 
 @procedures.command("list")
@@ -23,7 +23,7 @@ def list_procedures() -> None:
 @procedures.command("show")
 @click.argument("name")
 def show_procedure(name: str) -> None:
-    """Show what a procedure does, its parameters and defaults."""
+    """Show the description, parameters and defaults of a procedure."""
     from kdrun.procedures.show import print_procedure
 
     print_procedure(name)
@@ -32,7 +32,7 @@ def show_procedure(name: str) -> None:
 @procedures.command("check")
 @click.argument("name")
 def check_procedures(name: str) -> None:
-    """Run the conformance checks of a procedure; exit code 1 when one fails."""
+    """Run the conformance checks of a procedure; the exit code is 1 if one fails."""
     from kdrun.procedures.show import print_checks
 
     if not print_checks(name):

@@ -1,4 +1,4 @@
-"""``kdrun`` itself: train, resume, dry run."""
+"""``kdrun`` without a command: train, resume, dry run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kdrun.paths import expand_home
 
 
 class _Group(click.Group):
-    """Shows commands in the order of their definition and suggests close names."""
+    """List commands in the order of their definition, and suggest similar names."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -47,10 +47,19 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -
 )
 @click.option("--overwrite", is_flag=True, help="Replace the run in --output.")
 @click.option("--resume", is_flag=True, help="Continue the run in --output.")
-@click.option("--dry-run", is_flag=True, help="Check the input; show steps and memory; train not.")
-@click.option("--device", metavar="NAME", help="Of --dry-run: cpu, cuda, h100, 24GiB, ...")
 @click.option(
-    "--processes", type=click.IntRange(1), metavar="N", help="Of --dry-run: as many as torchrun's."
+    "--dry-run", is_flag=True, help="Check the input and report steps and memory without training."
+)
+@click.option(
+    "--device",
+    metavar="NAME",
+    help="With --dry-run: the target device, such as cpu, cuda, h100 or 24GiB.",
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    metavar="N",
+    help="With --dry-run: the number of processes.",
 )
 @click.option(
     "--version",
@@ -75,16 +84,16 @@ def cli(
 ) -> None:
     """Distil a teacher into a student with any registered loss.
 
-    Without a command it trains: "kdrun --loss forward_kl_chunked --kd-ratio 0.5" distils the
-    built-in pair, and --teacher, --student and --data name another. Exit codes: 0 done, 1 failure
-    in training, 2 wrong input, 130 interrupted after saving.
+    Without a command, kdrun trains: "kdrun --loss forward_kl_chunked --kd-ratio 0.5" distils the
+    built-in pair; use --teacher, --student and --data for your own models and data. Exit codes:
+    0 done, 1 failure in training, 2 wrong input, 130 interrupted after saving.
     """
     given = [(key.replace("__", "."), text) for key, text in flags.items() if text is not None]
     if ctx.invoked_subcommand is not None:
         if given or config or settings or overwrite or resume or dry_run or device or processes:
             raise click.UsageError(
-                f"options of a run stand before the command {ctx.invoked_subcommand!r}, where they "
-                "have no effect; see its own --help"
+                f"options before the command {ctx.invoked_subcommand!r} have no effect; "
+                f"see kdrun {ctx.invoked_subcommand} --help"
             )
         return
     from kdrun.config.load import load_config
@@ -92,17 +101,17 @@ def cli(
 
     overrides = overrides_of(settings, given)
     if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other")
+        raise InputError("--resume and --overwrite cannot be combined")
     folder = dict(overrides).get("output.dir")
     if resume and config is None and folder is not None:
-        # A run goes on as it was; flags change it.
+        # A resumed run keeps its configuration unless flags change it.
         config = _config_in(expand_home(str(folder)))
     run_config = load_config(config, overrides)
     if resume and run_config.output.dir is None:
         raise InputError("--resume needs --output, the folder of the run to continue")
     for option, value in (("--device", device), ("--processes", processes)):
         if value is not None and not dry_run:
-            raise click.UsageError(f"{option} goes with --dry-run")
+            raise click.UsageError(f"{option} requires --dry-run")
     if dry_run:
         _show_dry_run(run_config, device, processes)
         return
@@ -118,9 +127,9 @@ def _show_dry_run(config: Any, device: str | None, processes: int | None) -> Non
 
 
 def _config_in(folder: Path) -> Path:
-    """The configuration that a run wrote, so that ``--resume --output DIR`` is enough."""
+    """The configuration saved by a run, so that ``--resume --output DIR`` is enough."""
     from kdrun.run.folder import CONFIG
 
     if not (folder / CONFIG).is_file():
-        raise InputError(f"--resume: {folder} holds no run to continue")
+        raise InputError(f"--resume: {folder} contains no run to continue")
     return folder / CONFIG

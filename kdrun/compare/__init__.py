@@ -1,1 +1,1 @@
-"""Fair comparisons of losses: plan, ledger, trials, statistics, report."""
+"""Comparisons of losses: plan, ledger, trials, statistics and report."""

@@ -1,4 +1,4 @@
-"""A comparison on a Ray cluster: each trial is a task, on whatever node has room for it."""
+"""A comparison on a Ray cluster: each trial is one task on any node with enough resources."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kdrun.errors import InputError
 from kdrun.quiet import quiet_environment, quiet_libraries
 
 _RETRIES = 3
-"""A trial whose worker is lost runs again so many times before it counts as failed."""
+"""Number of times that a trial is retried after losing its worker, before it counts as failed."""
 
 _POLL_SECONDS = 1.0
 _CONNECT_SECONDS = 10.0
@@ -27,13 +27,13 @@ _CONNECT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where trials run, and what each takes.
+    """Where trials run, and the resources of each.
 
     Attributes:
-        cpus: cores of a trial.
-        gpus: accelerators of a trial; None takes one where the cluster has any.
-        address: of a running cluster; None starts one on this machine for the comparison, unless
-            ``RAY_ADDRESS`` names another.
+        cpus: number of cores per trial.
+        gpus: number of accelerators per trial; None uses one if the cluster has any.
+        address: address of a running cluster; None starts one on this machine for the comparison,
+            unless ``RAY_ADDRESS`` is set.
     """
 
     cpus: float = 1.0
@@ -42,10 +42,10 @@ class Cluster:
 
 
 def import_ray() -> Any:
-    """Ray, without its statistics on usage.
+    """Import Ray, with its usage statistics disabled.
 
     Raises:
-        InputError: it is not installed.
+        InputError: Ray is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -62,11 +62,11 @@ def import_ray() -> Any:
 def run_on_ray(
     comparison: Comparison, ledger: Ledger, caches: Caches, cluster: Cluster, watch: Watch
 ) -> list[Record]:
-    """Run all trials that have no record as tasks, in the same way as one process would.
+    """Run all trials without a record as tasks, with the same results as in one process.
 
     Raises:
-        InputError: no such cluster, no node with room for a trial, or a node that does not share
-            the comparison's folder; or as a trial raises it.
+        InputError: the cluster does not exist, no node has enough resources for a trial, or a node
+            does not share the comparison's folder; or an error raised by a trial.
     """
     ray = import_ray()
     with _connected(ray, cluster.address):
@@ -91,7 +91,7 @@ def run_on_ray(
                 ended, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
                 held = [_collect(ray, comparison, ledger, ref, running.pop(ref)) for ref in ended]
                 if held and not any(held):
-                    time.sleep(_POLL_SECONDS)  # other processes hold what is left
+                    time.sleep(_POLL_SECONDS)  # other processes run the remaining trials
         finally:
             for ref in running:
                 ray.cancel(ref, force=True)
@@ -100,21 +100,21 @@ def run_on_ray(
 def _run_there(
     comparison: Comparison, caches: Caches, trial: Trial, folder: str, directory: str
 ) -> bool:
-    """What a worker does; false where another process held the trial or had ended it."""
+    """Run a trial in a worker; return False if another process holds or has finished it."""
     quiet_environment()
     try:
-        os.chdir(directory)  # paths of models, rows and folder are as they were given
+        os.chdir(directory)  # paths may be relative
     except OSError as error:
         raise InputError(
             f"--launcher ray: the node {socket.gethostname()} has no {directory}; all nodes must "
-            "share the folder that kdrun is started in"
+            "share the folder in which kdrun is started"
         ) from error
     with quiet_libraries():
         return try_trial(comparison, Ledger.of(Path(folder)), caches, trial, watch_nothing)
 
 
 def _collect(ray: Any, comparison: Comparison, ledger: Ledger, ref: Any, trial: Trial) -> bool:
-    """The end of a task: whether it ran its trial; a trial that keeps losing workers has failed."""
+    """Whether a task ran its trial. A trial that keeps losing workers is recorded as failed."""
     lost = (
         ray.exceptions.WorkerCrashedError,
         ray.exceptions.OutOfMemoryError,
@@ -126,7 +126,7 @@ def _collect(ray: Any, comparison: Comparison, ledger: Ledger, ref: Any, trial: 
         raise error.cause from error
     except lost as error:
         identity = comparison.plan.identity(trial)
-        reason = f"its worker was lost {_RETRIES + 1} times: {str(error).splitlines()[0]}"
+        reason = f"the worker was lost {_RETRIES + 1} times: {str(error).splitlines()[0]}"
         with ledger.claim(identity) as mine:
             if mine:
                 ledger.add(Record(id=identity, trial=trial, status="failed", reason=reason))
@@ -135,7 +135,7 @@ def _collect(ray: Any, comparison: Comparison, ledger: Ledger, ref: Any, trial: 
 
 @contextmanager
 def _connected(ray: Any, address: str | None) -> Iterator[None]:
-    """Ray as the calling program has set it up, or connected here and let go of at the end."""
+    """Use Ray if it is initialised; otherwise connect, and shut the connection down at the end."""
     if ray.is_initialized():
         yield
         return
@@ -159,38 +159,37 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
 
 
 def check_address(address: str) -> None:
-    """Refuse a ``HOST:PORT`` that nothing answers at, where Ray would try for minutes.
+    """Refuse a ``HOST:PORT`` without a server, for which Ray would retry for minutes.
 
     Raises:
         InputError: naming the address.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        return  # "auto" and the like, which Ray itself understands or refuses
+        return  # Ray handles values such as "auto"
     try:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise InputError(
-            f"--ray-address {address}: nothing answers there ({error}); start one with ray start "
-            "--head"
+            f"--ray-address {address}: no connection ({error}); start one with ray start --head"
         ) from error
 
 
 def check_room(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float) -> None:
-    """Refuse what no node can ever run, where Ray would wait.
+    """Refuse resources that no node has, for which Ray would wait forever.
 
     Args:
-        nodes: what each has, by Ray's names.
-        cpus: that a trial takes.
-        gpus: likewise.
+        nodes: resources of each node, by Ray's names.
+        cpus: number of cores per trial.
+        gpus: number of accelerators per trial.
 
     Raises:
-        InputError: naming what the nodes have.
+        InputError: names the resources of the nodes.
     """
     have = [(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes]
     if not any(node[0] >= cpus and node[1] >= gpus for node in have):
         shown = ", ".join(f"{node[0]:g} and {node[1]:g}" for node in have)
         raise InputError(
-            f"--trial-cpus {cpus:g} --trial-gpus {gpus:g}: no node of the cluster has so many "
+            f"--trial-cpus {cpus:g} --trial-gpus {gpus:g}: no node of the cluster is that large "
             f"(CPUs and GPUs by node: {shown})"
         )

@@ -1,4 +1,4 @@
-"""``kdrun compare-losses``: from its options to trials, table and report."""
+"""``kdrun compare-losses``: turn its options into trials, a table and a report."""
 
 from __future__ import annotations
 
@@ -45,24 +45,24 @@ from kdrun.procedures.registry import get_procedure
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Short enough that the default comparison ends in a quarter of an hour on two cores.
+# The default comparison then takes at most a quarter of an hour on two cores.
 _BUILT_IN_STEPS = 400
 _ANSWERS = 50
 _NEVER = 10**9
 _LENGTH = {"training.max_steps", "training.num_epochs"}
 _CURES = {
-    "loss.spec": "give --loss instead",
-    "procedure.spec": "give --procedure instead",
-    "training.seed": "give --seeds instead",
-    "output.dir": "give --output instead",
-    "data.part": "leave it out",
+    "loss.spec": "use --loss instead",
+    "procedure.spec": "use --procedure instead",
+    "training.seed": "use --seeds instead",
+    "output.dir": "use --output instead",
+    "data.part": "remove it",
 }
-"""Keys that trials vary and ``--set`` refuses, with the cure."""
+"""Keys that trials vary, which ``--set`` refuses, and what to do instead."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line gives; empty tuples and None where nothing was given.
+    """The options of the command line; empty tuples and None for options that were not given.
 
     Attributes:
         losses: ``--loss``.
@@ -70,7 +70,7 @@ class Options:
         lrs: ``--lr``.
         teachers: ``--teacher``.
         students: ``--student``.
-        procedures: ``--procedure``, at the end.
+        procedures: ``--procedure``; last, because it has a default.
         seeds: ``--seeds``.
         tuning_seeds: ``--tuning-seeds``.
         yardstick: ``--yardstick``.
@@ -81,7 +81,7 @@ class Options:
         keep_students: ``--keep-students``.
         teacher_cache: ``--teacher-cache / --no-teacher-cache``.
         jobs: ``--jobs``.
-        cluster: ``--launcher ray`` with its options; None runs here.
+        cluster: ``--launcher ray`` with its options; None runs the trials on this machine.
         dry_run: ``--dry-run``.
     """
 
@@ -106,22 +106,22 @@ class Options:
 
 
 def comparison_of(options: Options) -> Comparison:
-    """What is to be compared; nothing is written.
+    """Build a comparison from its options; nothing is written.
 
     Raises:
-        InputError: wrong options, unknown losses, models that are not there.
+        InputError: wrong options, unknown losses or missing models.
     """
     given = dict(options.overrides)
     for key, cure in _CURES.items():
         if key in given:
-            raise InputError(f"--set {key}: is varied in a comparison; {cure}")
+            raise InputError(f"--set {key}: trials of a comparison vary this key; {cure}")
     if "none" in options.teachers:
-        raise InputError("--teacher none: a comparison has a teacher; name one")
+        raise InputError("--teacher none: a comparison needs a teacher")
     if options.students:
         given.setdefault("model.student", options.students[0])
     if options.teachers:
         given.setdefault("model.teacher", options.teachers[0])
-    # How answers are sampled is the same for all procedures; which of them run is an axis.
+    # The sampling settings are shared by all procedures; the procedure itself is an axis.
     sampled = {key: given.pop(key) for key in list(given) if key.startswith("procedure.")}
     base = load_config(options.config, list(given.items()))
     _check_varied(base, str(options.config))
@@ -132,18 +132,19 @@ def comparison_of(options: Options) -> Comparison:
     base = base.model_copy(update={"procedure": _sampling(base, sampled, procedures)})
     if base.model.teacher_cache is not None and not options.teacher_cache:
         raise InputError(
-            f"--no-teacher-cache, but model.teacher_cache={base.model.teacher_cache}: leave out one"
+            f"--no-teacher-cache conflicts with model.teacher_cache={base.model.teacher_cache}; "
+            "remove one of them"
         )
     if base.model.teacher is None:
-        raise InputError("compare-losses needs a --teacher: there is nothing to distil without one")
-    training: dict[str, Any] = {"save_steps": _NEVER}  # a trial that is cut off runs again
+        raise InputError("compare-losses needs a --teacher")
+    training: dict[str, Any] = {"save_steps": _NEVER}  # an interrupted trial starts again
     if base.model.student == BUILT_IN and not _LENGTH & {*given, *stated}:
         training["max_steps"] = _BUILT_IN_STEPS
-    # A cache that the user names serves as it is.
+    # A cache given by the user is used unchanged.
     cached = options.teacher_cache and base.model.teacher_cache is None
     data = base.data
     if options.teacher_cache and "shift_windows" not in data.model_fields_set:
-        data = data.model_copy(update={"shift_windows": False})  # as a cache needs it
+        data = data.model_copy(update={"shift_windows": False})  # as a cache requires
     evaluation = {} if _sets_answers(base) else {"answers": _ANSWERS}
     base = base.model_copy(
         update={
@@ -171,46 +172,48 @@ def comparison_of(options: Options) -> Comparison:
     yardstick = find_yardstick(options.yardstick)
     difference = yardstick.difference if options.difference is None else options.difference
     if not 0 < difference < math.inf:
-        raise InputError(f"--difference {difference:g}: must be above 0, and finite")
+        raise InputError(f"--difference {difference:g}: must be above 0 and finite")
     shared = setting(shared_settings(base))
     plan = Plan(axes, yardstick, difference, shared, base.data.test is not None)
     return Comparison(plan, base, options.keep_students, cached)
 
 
 def _check_varied(base: RunConfig, file: str) -> None:
-    """Refuse what trials vary and no axis can take over.
+    """Refuse keys that trials vary and that are not the value of an axis.
 
-    The defaults pass: they are what a run's own ``config.yaml`` states.
+    Default values are accepted, because the ``config.yaml`` of a run contains them.
 
     Raises:
-        InputError: naming the key and the cure.
+        InputError: names the key and the cure.
     """
     for key in ("training.seed", "data.part"):
         section, _, name = key.partition(".")
         value = getattr(getattr(base, section), name)
         if value != default_of(section, name):
-            raise InputError(f"{file}: {key}={value}: is varied in a comparison; {_CURES[key]}")
+            raise InputError(
+                f"{file}: {key}={value}: trials of a comparison vary this key; {_CURES[key]}"
+            )
     if KD_RATIO in base.loss.schedules:
         raise InputError(
-            "loss.schedules: kd_ratio is varied in a comparison, and a schedule would take the "
-            "place of every arm's; give --kd-ratio instead"
+            "loss.schedules: a schedule of kd_ratio would replace the kd_ratio of every arm; use "
+            "--kd-ratio instead"
         )
 
 
 def _sampling(
     base: RunConfig, sampled: Mapping[str, Any], procedures: Sequence[str | None]
 ) -> ProcedureConfig:
-    """The settings of all procedures, checked; each trial puts in its own spec.
+    """Check the sampling settings shared by all procedures; each trial adds its own spec.
 
     Raises:
-        InputError: a wrong value, or settings that no procedure would look at.
+        InputError: a wrong value, or settings that no procedure would use.
     """
     overrides = [(key, value) for key, value in sampled.items() if key != "procedure.spec"]
     first = next((spec for spec in procedures if spec is not None), None)
     if first is None:
-        load_config(None, overrides)  # refuses them by name
+        load_config(None, overrides)  # refuses each key by name
         return base.procedure
-    # What the first procedure would fill in is no part of it: the keys that were given are.
+    # Only keys that were given are kept, not the defaults that the first procedure fills in.
     checked = load_config(None, [("procedure.spec", first), *overrides]).procedure
     given = {key.partition(".")[2]: getattr(checked, key.partition(".")[2]) for key, _ in overrides}
     kept = base.procedure.model_dump(exclude_unset=True)
@@ -218,41 +221,41 @@ def _sampling(
 
 
 def _check_rows(comparison: Comparison) -> None:
-    """Refuse rows that trials cannot be trained or measured on.
+    """Refuse rows on which trials cannot be trained or evaluated.
 
     Raises:
-        InputError: naming the file, or what the primary yardstick lacks.
+        InputError: names the file, or what the primary yardstick needs.
     """
     plan, base = comparison.plan, comparison.base
     asks, evaluation = plan.yardstick.asks, base.evaluation
     name = f"--yardstick {plan.yardstick.name}"
     if asks and evaluation.answers == 0:
-        raise InputError(f"{name}: scores answers, and evaluation.answers is 0; raise it")
+        raise InputError(f"{name}: scores answers, but evaluation.answers is 0; raise it")
     if plan.yardstick.name == "exact_match" and evaluation.answer_pattern is None:
         raise InputError(
-            f"{name}: set evaluation.answer_pattern, which finds the final answer, such as "
+            f"{name}: needs evaluation.answer_pattern to find the final answer, such as "
             "'#### *(.+)'"
         )
     for part in plan.parts:
         rows = read_rows(base.data.model_copy(update={"part": part})).held_out
         if asks and all(isinstance(row, TextRow) for row in rows):
             raise InputError(
-                f"{name}: the held-out rows are plain text, which asks nothing; take another "
-                "yardstick, or rows of prompts and answers"
+                f"{name}: the held-out rows are plain text without prompts; choose another "
+                "yardstick, or rows with prompts and answers"
             )
 
 
 def _sets_answers(base: RunConfig) -> bool:
-    """Whether the user said how many prompts are answered, 0 included."""
+    """Whether the user set the number of prompts to answer, possibly to 0."""
     return "answers" in base.evaluation.model_fields_set
 
 
 def compare_losses(options: Options, console: Console) -> None:
-    """Run what the comparison lacks, and report.
+    """Run the missing trials of a comparison, and report.
 
     Raises:
-        InputError: wrong input, before anything starts.
-        Interrupted: by Ctrl-C; the trial that ran is not recorded.
+        InputError: wrong input, detected before any trial starts.
+        Interrupted: interrupted by Ctrl-C; the running trial is not recorded.
     """
     from kdrun.quiet import quiet_libraries
 
@@ -273,20 +276,20 @@ def compare_losses(options: Options, console: Console) -> None:
             _run(comparison, ledger, options, console)
         except (Interrupted, KeyboardInterrupt) as error:
             raise Interrupted(
-                f"interrupted; the same command with --output {ledger.folder} goes on with the "
-                "trials that are missing",
+                f"interrupted; run the same command with --output {ledger.folder} to run the "
+                "missing trials",
                 signal_of(error),
             ) from error
 
 
 def _folder_of(options: Options, comparison: Comparison) -> Path:
-    """The folder of a comparison: the option's, that of the file, or a new one."""
+    """The folder of a comparison: from the option, from the file, or a new one."""
     given = options.output or comparison.base.output.dir
     return expand_home(given or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-comparison")
 
 
 def _run(comparison: Comparison, ledger: Ledger, options: Options, console: Console) -> None:
-    if os.environ.get(WORKER):  # the process that started it has declared what is run
+    if os.environ.get(WORKER):  # the parent process has declared the comparison
         caches = _cache_teachers(comparison, ledger, quiet_console())
         run_comparison(comparison, ledger, caches, watch_nothing)
         return
@@ -301,7 +304,7 @@ def _run(comparison: Comparison, ledger: Ledger, options: Options, console: Cons
             run_comparison(comparison, ledger, caches, display.update)
         else:
             run_jobs(comparison, ledger, options.jobs, display.update)
-    # Not the plan that was declared above: other commands may have added to it since.
+    # Read again, since other commands may have extended the plan in the meantime.
     report_again(ledger.folder, console)
 
 
@@ -311,10 +314,10 @@ def _cache_teachers(comparison: Comparison, ledger: Ledger, console: Console) ->
 
 
 def report_again(folder: Path, console: Console) -> None:
-    """Print and write the report of a folder from what it holds; nothing is run.
+    """Print and write the report of a folder from its records, without running trials.
 
     Raises:
-        InputError: it holds no comparison, or a file of it was edited, naming it.
+        InputError: the folder contains no comparison, or a file was edited (the message names it).
     """
     ledger = Ledger.of(folder)
     declared = read_declaration(ledger)
@@ -334,8 +337,8 @@ def _show_declaration(comparison: Comparison, folder: Path, console: Console) ->
     questions = comparison.base.evaluation
     if questions.answers and comparison.base.data.train != BUILT_IN:
         console.print(
-            f"answers: of every trial to at most {questions.answers} held-out prompts "
-            f"(evaluation.answers), {questions.max_new_tokens} tokens each"
+            f"answers: every trial answers up to {questions.answers} held-out prompts "
+            f"(evaluation.answers), at most {questions.max_new_tokens} tokens each"
         )
     for spec in trained_on(yardstick, axes):
         console.print(
@@ -344,12 +347,12 @@ def _show_declaration(comparison: Comparison, folder: Path, console: Console) ->
             markup=False,
         )
     if axes.seeds < 2:
-        console.print("note: one seed allows no interval and no verdict; use --seeds 2 or more")
-    console.print(f"folder: {folder} (the same command resumes there)", markup=False)
+        console.print("note: one seed gives no interval and no verdict; use --seeds 2 or more")
+    console.print(f"folder: {folder} (the same command resumes the comparison)", markup=False)
 
 
 def _show_plan(comparison: Comparison, records: Sequence[Record], console: Console) -> None:
-    """The trials, and about how long they take."""
+    """Print the planned trials and their approximate duration."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -368,7 +371,7 @@ def _show_plan(comparison: Comparison, records: Sequence[Record], console: Conso
     total = list(planned)
     if axes.tuned:
         chosen = [method.arms(axes)[0] for method in methods(axes) for _ in range(axes.seeds)]
-        console.print(f"and {len(chosen)} final trials of the arms that tuning chooses")
+        console.print(f"and {len(chosen)} final trials of the arms that tuning selects")
         total += [Trial(arm=arm, seed=0) for arm in chosen]
     times = {
         arm: trial_seconds(comparison.base, trial, comparison.cached)
@@ -376,10 +379,10 @@ def _show_plan(comparison: Comparison, records: Sequence[Record], console: Conso
     }
     seconds = [times[trial.arm] for trial in total]
     if None in seconds:
-        console.print("time: give --max-steps for an estimate")
+        console.print("time: pass --max-steps for an estimate")
         return
-    once = ", and each teacher once over all rows" if comparison.cached else ""
+    once = ", plus one pass of each teacher over all rows" if comparison.cached else ""
     procedures = [get_procedure(spec) for spec in axes.procedures if spec is not None]
     if any(procedure.cost(comparison.base).teacher_answers_once for procedure in procedures):
-        once += ", and the teacher's answers to all prompts once"
+        once += ", plus the teacher's answers to all prompts once"
     console.print(f"time: about {sum(s or 0 for s in seconds) / 60:.0f} min (rough){once}")

@@ -1,4 +1,4 @@
-"""What a comparison's folder declares of itself before its first trial: enough to report on it."""
+"""The declaration of a comparison, written before its first trial and sufficient for a report."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Declaration(BaseModel):
     """The content of ``comparison.yaml``.
 
     Attributes:
-        axes: of all commands on the folder so far.
-        yardstick: name of the primary one.
+        axes: the axes of all commands on the folder so far.
+        yardstick: name of the primary yardstick.
         difference: the smallest difference of interest on it.
         rows: hash of the training and held-out rows.
         shared: the configuration that all trials share.
-        models: fingerprints of teachers and students, by their names; folders of earlier versions
-            have none.
+        models: fingerprints of teachers and students, by name; empty in folders of earlier
+            versions.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,11 +63,11 @@ class Declaration(BaseModel):
 
 
 def settle_day(comparison: Comparison, ledger: Ledger) -> Comparison:
-    """Let all trials write one day into their rows, where the chat template writes one.
+    """Fix the date for all trials, if the chat template includes the date.
 
     Args:
-        comparison: may state the day.
-        ledger: a folder that has begun on another day states that one.
+        comparison: the comparison, which may set the date.
+        ledger: the folder; a comparison that began on another day keeps its date.
     """
     base = comparison.base
     if base.data.date is not None:
@@ -85,14 +85,14 @@ def settle_day(comparison: Comparison, ledger: Ledger) -> Comparison:
 
 
 def declare(comparison: Comparison, ledger: Ledger) -> Plan:
-    """Add a comparison to a folder, or make it the folder's first.
+    """Add a comparison to a folder, or declare the first one.
 
     Returns:
-        The plan of the folder, which may hold the trials of earlier commands too.
+        The plan of the folder, which may include the trials of earlier commands.
 
     Raises:
-        InputError: the folder holds a comparison with other shared settings, naming the first one
-            that differs, or of models that were changed since.
+        InputError: the folder contains a comparison with other shared settings (the message names
+            the first difference), or with models that were changed since.
     """
     plan = comparison.plan
     given = Declaration(
@@ -118,10 +118,10 @@ def declare(comparison: Comparison, ledger: Ledger) -> Plan:
 
 
 def read_declaration(ledger: Ledger) -> Declaration | None:
-    """What a folder declares; None for a new one.
+    """Read the declaration of a folder; None for a new folder.
 
     Raises:
-        InputError: the file was edited into something else.
+        InputError: the file was edited and is not valid.
     """
     settings = ledger.settings()
     if settings is None:
@@ -136,8 +136,8 @@ def read_declaration(ledger: Ledger) -> Declaration | None:
             first = error.errors()[0]
             reason = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
         raise InputError(
-            f"{ledger.folder / COMPARISON}: not the settings of a comparison ({reason}); was it "
-            "edited?"
+            f"{ledger.folder / COMPARISON}: not the settings of a comparison ({reason}); was the "
+            "file edited?"
         ) from error
     return found
 
@@ -145,24 +145,24 @@ def read_declaration(ledger: Ledger) -> Declaration | None:
 def _check_equal(found: Declaration, given: Declaration, place: str) -> None:
     for section, values in given.shared.items():
         for key, value in values.items():
-            # A key that the folder lacks is younger than the folder.
+            # A key missing from the folder was added in a later version.
             before = found.shared.get(section, {}).get(key, default_of(section, key))
             if before != value:
                 raise InputError(
-                    f"{place} holds a comparison with {section}.{key}={before!r}, now {value!r}; "
-                    "name another folder, or set it as it was"
+                    f"{place} contains a comparison with {section}.{key}={before!r}, now "
+                    f"{value!r}; choose another folder, or restore the value"
                 )
     for name in ("yardstick", "difference"):
         before, now = getattr(found, name), getattr(given, name)
         if before != now:
             raise InputError(
-                f"{place} was declared with {name} {before!r}, now {now!r}: both are settled "
-                "before the first trial; name another folder"
+                f"{place} was declared with {name} {before!r}, now {now!r}: both are fixed "
+                "before the first trial; choose another folder"
             )
     if found.rows != given.rows:
         raise InputError(
             f"{place}: data.train={given.shared['data']['train']} or the held-out rows were edited "
-            "since the first trial; restore them, or name another folder"
+            "after the first trial; restore them, or choose another folder"
         )
 
 
@@ -170,15 +170,15 @@ def _check_models(before: Mapping[str, str], now: Mapping[str, str], place: str)
     for name, found in now.items():
         if before.get(name, found) != found:
             raise InputError(
-                f"{place}: the model {name} was changed since the first trial; restore it, or name "
-                "another folder"
+                f"{place}: the model {name} was changed after the first trial; restore it, or "
+                "choose another folder"
             )
 
 
 def print_models(comparison: Comparison) -> dict[str, str]:
     """Fingerprints of weights, configuration and tokenizer of all teachers and students.
 
-    A student that is made from a seed has no weights yet, and none is given for it.
+    A student initialised from a seed has no weights yet and gets no fingerprint.
 
     Raises:
         InputError: a model cannot be loaded.
@@ -208,7 +208,7 @@ def print_models(comparison: Comparison) -> dict[str, str]:
 
 
 def _hash_rows(data: DataConfig) -> str:
-    """A hash of all rows that trials train and are measured on, whatever their files are called."""
+    """A hash of the content of all rows for training and evaluation, independent of file names."""
     every = read_rows(data.model_copy(update={"part": "all"}))
     parts: Mapping[str, Any] = {"train": every.train, "held_out": every.held_out}
     if data.test is not None:

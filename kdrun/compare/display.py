@@ -1,4 +1,4 @@
-"""What a comparison shows while it runs."""
+"""The progress display of a comparison."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _SHORT = {"diverged": "[red]diverged[/red]", "failed": "[red]failed[/red]", "don
 
 
 class Display:
-    """A live table on a terminal, a line for each trial elsewhere.
+    """A live table on a terminal; otherwise one line per trial.
 
     Args:
-        console: where it is shown.
-        yardstick: the primary one, whose mean is shown.
+        console: the console to print to.
+        yardstick: the primary yardstick, whose mean is shown.
     """
 
     def __init__(self, console: Console, yardstick: Yardstick) -> None:
@@ -48,12 +48,12 @@ class Display:
     def update(
         self, planned: Sequence[Trial], records: Sequence[Record], running: Trial | None
     ) -> None:
-        """Show where the comparison stands.
+        """Show the progress of the comparison.
 
         Args:
-            planned: all trials so far.
-            records: those that have ended.
-            running: the trial that begins now, if one does.
+            planned: all trials planned so far.
+            records: records of finished trials.
+            running: the trial that starts now, if any.
         """
         self._running = (running, time.monotonic()) if running is not None else None
         if self._live is not None:
@@ -68,7 +68,7 @@ class Display:
             count = f"{len(records) + 1}/{len(planned)}"
             self._console.print(
                 f"[{count}] {labels[running.arm]}, seed {running.seed}, {running.stage}: "
-                f"begins; {self._left(planned, records)}",
+                f"started; {self._left(planned, records)}",
                 markup=False,
             )
 

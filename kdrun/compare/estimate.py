@@ -1,4 +1,4 @@
-"""How long a comparison will take, roughly: from sizes, and the speed of a matrix product."""
+"""A rough estimate of the duration of a comparison, from model sizes and matrix product speed."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from kdrun.procedures.base import Cost
 from kdrun.procedures.sampling import Sampling
 from kdrun.run.check import procedure_of
 
-_SHARE_OF_PRODUCTS = 0.35  # of the rate of a bare product, reached by a whole step (measured)
+_SHARE_OF_PRODUCTS = 0.35  # measured rate of a whole step, relative to a bare matrix product
 _START_SECONDS = 15.0  # imports, loading, two evaluations
-# Of one more token to a batch of answers, whatever the width (measured on small models).
+# Time per additional token of a batch of answers, for any width (measured on small models).
 _TOKEN_SECONDS, _LAYER_SECONDS = 2e-3, 1e-3
 
 
 def trial_seconds(base: RunConfig, trial: Trial, cached: bool) -> float | None:
-    """Seconds of a trial, or None where the number of steps follows from the data only.
+    """Seconds per trial, or None if the number of steps depends on the data.
 
     Args:
-        base: what all trials share.
+        base: the configuration shared by all trials.
         trial: the trial.
-        cached: whether a cache of the teacher serves trials that learn from the data.
+        cached: whether trials that train on the data use a teacher cache.
     """
     steps = base.training.max_steps
     if steps is None:
@@ -60,7 +60,7 @@ def trial_seconds(base: RunConfig, trial: Trial, cached: bool) -> float | None:
 
 @lru_cache
 def _size(source: ModelSource, trust_remote_code: bool) -> tuple[int, int]:
-    """Parameters and layers of a model; no weights are read."""
+    """Number of parameters and layers of a model, without reading weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -72,7 +72,7 @@ def _size(source: ModelSource, trust_remote_code: bool) -> tuple[int, int]:
 
 @lru_cache
 def _product_rate() -> float:
-    """Floating-point operations a second of a matrix product here."""
+    """Floating-point operations per second of a matrix product on this machine."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Packages that only comparisons need, from the extra ``compare``."""
+"""Packages of the extra ``compare``, which only comparisons need."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKAGES = ("jinja2", "matplotlib", "scipy")
 
 @contextlib.contextmanager
 def compare_extra() -> Iterator[None]:
-    """Around imports: a missing package of the extra becomes one clear line.
+    """Context for imports that turns a missing package of the extra into a one-line error.
 
     Raises:
         InputError: a package of the extra is not installed.
@@ -28,7 +28,7 @@ def compare_extra() -> Iterator[None]:
 
 
 def check_extra() -> None:
-    """See that the extra is installed; nothing of it is imported.
+    """Check that the extra is installed, without importing it.
 
     Raises:
         InputError: a package of the extra is not installed.

@@ -1,4 +1,4 @@
-"""A comparison in several processes, which share its trials by their locks."""
+"""A comparison in several processes, which divide the trials among themselves by locks."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from kdrun.compare.run import Comparison, Watch
 from kdrun.errors import TrainingError
 
 WORKER = "KDRUN_COMPARISON_WORKER"
-"""Set in the environment of a worker: it runs trials and shows nothing."""
+"""Environment variable of a worker, which runs trials and prints nothing."""
 
 _POLL_SECONDS = 1.0
 
 
 def run_jobs(comparison: Comparison, ledger: Ledger, jobs: int, watch: Watch) -> list[Record]:
-    """Run the present command as so many workers until no trial is left.
+    """Run the current command in several worker processes until no trial is left.
 
     Raises:
-        TrainingError: the workers ended and trials are missing; with what one of them said last.
+        TrainingError: the workers ended but trials are missing; includes a worker's last message.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = os.environ | {WORKER: "1", "OMP_NUM_THREADS": str(threads)}
@@ -51,7 +51,9 @@ def run_jobs(comparison: Comparison, ledger: Ledger, jobs: int, watch: Watch) ->
         lines = [log.read_text(encoding="utf-8", errors="replace").split("\n") for log in logs]
         said = [line for text in lines for line in text if line.startswith("kdrun: ")]
         reason = said[-1].removeprefix("kdrun: ") if said else "a worker was killed"
-        raise TrainingError(f"trials are missing: {reason}; the same command goes on with them")
+        raise TrainingError(
+            f"trials are missing: {reason}; run the same command to continue with them"
+        )
     return records
 
 

@@ -1,4 +1,4 @@
-"""What arms are called, on screen and in reports."""
+"""Names of arms on screen and in reports."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from kdrun.compare.record import Arm
 
 
 def label_arms(arms: Iterable[Arm]) -> dict[Arm, str]:
-    """Names that tell arms apart: the method, and whatever else is not the same for all."""
+    """Unique names of arms: the method, and every setting that differs between arms."""
     listed = list(arms)
 
     def varies(name: str, among: Sequence[Arm]) -> bool:
         return len({getattr(arm, name) for arm in among}) > 1
 
-    # The ratio of cross-entropy alone is always 0 and tells nothing.
+    # The ratio of cross-entropy alone is always 0 and is omitted.
     ratios = varies("kd_ratio", [arm for arm in listed if arm.loss is not None])
     labels = {}
     for arm in listed:
@@ -35,5 +35,5 @@ def label_arms(arms: Iterable[Arm]) -> dict[Arm, str]:
 
 
 def printable(name: str) -> str:
-    """Line breaks and control characters, which have no place in a table, become spaces."""
+    """Replace line breaks and control characters by spaces, for tables."""
     return "".join(letter if letter.isprintable() else " " for letter in name)

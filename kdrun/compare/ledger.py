@@ -1,4 +1,4 @@
-"""The folder of a comparison: one atomic record a trial, and a lock while it runs."""
+"""The folder of a comparison: an atomic record per trial, and a lock while the trial runs."""
 
 from __future__ import annotations
 
@@ -21,52 +21,52 @@ COMPARISON, RECORDS, TRIALS, LOCKS = "comparison.yaml", "records", "trials", "lo
 
 
 class Ledger:
-    """What is known of a comparison's trials.
+    """The records of a comparison's trials.
 
     Args:
-        folder: of the comparison; made where it is not there.
+        folder: folder of the comparison; created if it does not exist.
 
     Raises:
-        InputError: it cannot be written, or holds something else.
+        InputError: the folder cannot be written, or contains something else.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if folder.is_file():
-            raise InputError(f"--output {folder} is a file; name a folder")
+            raise InputError(f"--output {folder} is a file; choose a folder")
         if folder.is_dir() and not (folder / COMPARISON).is_file() and _holds_more(folder):
             raise InputError(
-                f"--output {folder} is not empty and holds no comparison; name another folder"
+                f"--output {folder} is not empty and contains no comparison; choose another folder"
             )
         try:
             for name in (RECORDS, TRIALS, LOCKS):
                 (folder / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"--output {folder}: {error.strerror}; name a writable folder"
+                f"--output {folder}: {error.strerror}; choose a writable folder"
             ) from error
 
     @classmethod
     def of(cls, folder: Path) -> Ledger:
-        """The ledger of a folder that holds a comparison.
+        """The ledger of a folder that contains a comparison.
 
         Raises:
-            InputError: it holds none.
+            InputError: the folder contains no comparison.
         """
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder{did_you_mean(folder)}")
         if not (folder / COMPARISON).is_file():
-            what = "is the folder of a run and" if (folder / CONFIG).is_file() else "holds none: it"
+            what = "is the folder of a run:" if (folder / CONFIG).is_file() else "is no comparison:"
             raise InputError(
-                f"{folder} {what} has no {COMPARISON}; name the --output of kdrun compare-losses"
+                f"{folder} {what} it has no {COMPARISON}; pass the --output of kdrun compare-losses"
             )
         return cls(folder)
 
     def settings(self) -> dict[str, Any] | None:
-        """What :meth:`declare` wrote, or None for a new comparison.
+        """The settings written by :meth:`declare`, or None for a new comparison.
 
         Raises:
-            InputError: the file was edited into something else.
+            InputError: the file was edited and is not valid.
         """
         path = self.folder / COMPARISON
         if not path.is_file():
@@ -76,11 +76,11 @@ class Ledger:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(found, dict):
-            raise InputError(f"{path}: expected the settings of a comparison; was it edited?")
+            raise InputError(f"{path}: expected the settings of a comparison; was the file edited?")
         return found
 
     def declare(self, settings: dict[str, Any]) -> None:
-        """Write the settings of the comparison, whole or not at all."""
+        """Write the settings of the comparison atomically."""
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         write_text(self.folder / COMPARISON, text)
 
@@ -88,28 +88,28 @@ class Ledger:
         """All records, in the order of their names.
 
         Raises:
-            InputError: a record was edited, or belongs to another trial than its name says.
+            InputError: a record was edited, or does not belong to the trial in its name.
         """
         return [self._read(path) for path in sorted((self.folder / RECORDS).glob("*.json"))]
 
     def has(self, identity: str) -> bool:
-        """Whether a trial has ended."""
+        """Whether a trial has a record."""
         return self._path(identity).is_file()
 
     def add(self, record: Record) -> None:
-        """Write a record with its checksum, whole or not at all."""
+        """Write a record with its checksum atomically."""
         sealed = record.model_copy(update={"checksum": record.digest()})
         write_text(self._path(record.id), sealed.model_dump_json(indent=1) + "\n")
 
     def trial_folder(self, identity: str) -> Path:
-        """Where a trial's run goes."""
+        """The run folder of a trial."""
         return self.folder / TRIALS / identity
 
     @contextmanager
     def claim(self, identity: str) -> Iterator[bool]:
-        """Hold a trial while it runs; False where another process holds it or it has ended.
+        """Lock a trial while it runs; yields False if another process holds it or it has a record.
 
-        The lock goes with its process, so a killed one leaves nothing behind.
+        The lock is released when its process ends, even if the process is killed.
         """
         with open(self.folder / LOCKS / identity, "w", encoding="utf-8") as stream:
             if not lock_file(stream):
@@ -119,7 +119,7 @@ class Ledger:
 
     @contextmanager
     def hold(self, name: str) -> Iterator[None]:
-        """Wait for a lock of the folder, and hold it."""
+        """Wait for a lock of the folder and hold it."""
         with open(self.folder / LOCKS / name, "w", encoding="utf-8") as stream:
             lock_file(stream, wait=True)
             yield
@@ -133,24 +133,24 @@ class Ledger:
         except (ValidationError, ValueError) as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise InputError(
-                f"{path}: not the record of a trial ({reason}); restore it, or delete it to have "
-                "the trial run again"
+                f"{path}: not the record of a trial ({reason}); restore it, or delete it to run "
+                "the trial again"
             ) from error
         if record.id != path.stem:
             raise InputError(
-                f"{path}: holds the record of {record.id}; restore it, or delete it to have the "
-                "trial run again"
+                f"{path}: contains the record of {record.id}; restore it, or delete it to run the "
+                "trial again"
             )
         if record.checksum not in (None, record.digest()):
             raise InputError(
-                f"{path}: was edited: its checksum is that of other content; restore it, or delete "
-                "it to have the trial run again"
+                f"{path}: was edited, because its checksum does not match; restore it, or delete "
+                "it to run the trial again"
             )
         return record
 
 
 def _holds_more(folder: Path) -> bool:
-    """Whether there is more in a folder than a killed start of a comparison leaves."""
+    """Whether a folder contains more than a comparison that was killed at its start leaves."""
     ours = (RECORDS, TRIALS, LOCKS, f".{COMPARISON}.partial")
     if any(entry.name not in ours for entry in folder.iterdir()):
         return True

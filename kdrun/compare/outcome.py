@@ -1,4 +1,4 @@
-"""The report of a comparison as it stands: one for each pair of teacher and student."""
+"""The report of a comparison in its current state, for each pair of teacher and student."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def report(plan: Plan, ledger: Ledger, console: Console) -> None:
-    """Print the tables and write the pages.
+    """Print the tables and write the report pages.
 
-    The arms of a pair are compared with the baseline of that pair, and are one family of tests.
-    With several pairs each has a folder of its own.
+    The arms of a pair are compared with the baseline of that pair and form one family of tests.
+    If there are several pairs, each has its own folder.
 
     Raises:
         InputError: the extra ``compare`` is not installed, or a record was edited.
@@ -30,15 +30,15 @@ def report(plan: Plan, ledger: Ledger, console: Console) -> None:
 
 
 def inputs(plan: Plan, ledger: Ledger) -> list[ReportInput]:
-    """What each pair's report is made from."""
+    """The input of the report of each pair."""
     every = ledger.records()
     records = plan.own(every)
     planned = plan.planned(records)
     notes = []
     if len(every) > len(records):
         notes.append(
-            f"The folder holds {len(every) - len(records)} more trials, of earlier commands with "
-            "other learning rates, ratios or tuning seeds; this report leaves them out."
+            f"The folder contains {len(every) - len(records)} more trials from earlier commands "
+            "with other learning rates, ratios or tuning seeds; this report excludes them."
         )
     found = []
     for method in methods(plan.axes):
@@ -47,7 +47,7 @@ def inputs(plan: Plan, ledger: Ledger) -> list[ReportInput]:
         pair = (method.teacher, method.student)
         own = [record for record in records if record.trial.arm.pair == pair]
         trials = [trial for trial in planned if trial.arm.pair == pair]
-        # Before the tuning has chosen a baseline its first arm stands for it; nothing is judged.
+        # Until tuning has selected a baseline, its first arm is used and there are no verdicts.
         chosen = [t.arm for t in trials if t.stage == "final" and t.arm.plain]
         found.append(
             ReportInput(

@@ -1,4 +1,4 @@
-"""From the axes of a comparison to its trials."""
+"""Turn the axes of a comparison into trials."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kdrun.evaluation.yardsticks import YARDSTICKS, Yardstick
 Part = Literal["all", "validation", "test"]
 
 TUNING_FROM = 10**6
-"""The first tuning seed, beyond every final one: more final seeds change nothing in the tuning."""
+"""The first tuning seed, above all final seeds, so that more final seeds do not affect tuning."""
 DEFAULT_LOSSES = ("forward_kl_chunked", "reverse_kl_chunked", "generalized_jsd_chunked")
 _DEFAULTS = RunConfig().model_dump(mode="json")
 _VARIED = {
@@ -34,19 +34,19 @@ _VARIED = {
 
 @dataclass(frozen=True)
 class Axes:
-    """What is varied.
+    """The settings that a comparison varies.
 
     Attributes:
-        losses: specs.
+        losses: specs of the losses.
         kd_ratios: weights of the losses, above 0; the baseline has 0.
         lrs: learning rates.
         teachers: folders, hub ids or ``"builtin"``.
-        students: likewise; the initial students.
-        seeds: of the trials that are reported.
-        tuning_seeds: of the trials that choose learning rate and ratio.
-        procedures: specs; None learns from the data.
-        alone: those of them that are tried with cross-entropy alone too, since they change the
-            data rather than the training.
+        students: initial students, given in the same way.
+        seeds: number of final trials per arm.
+        tuning_seeds: number of tuning trials per combination of learning rate and ratio.
+        procedures: specs of the procedures; None trains on the data.
+        alone: procedures that are also used with cross-entropy alone, since they change the data
+            rather than the training.
     """
 
     losses: tuple[str, ...]
@@ -61,14 +61,14 @@ class Axes:
 
     @property
     def tuned(self) -> bool:
-        """Whether a learning rate or a ratio has to be chosen first."""
+        """Whether a learning rate or a ratio must be selected first."""
         return len(self.lrs) > 1 or len(self.kd_ratios) > 1
 
     def check(self) -> None:
-        """Refuse axes without meaning, before anything starts.
+        """Refuse invalid axes before any trial starts.
 
         Raises:
-            InputError: naming the option and the cure.
+            InputError: names the option and the cure.
         """
         for option, values in (
             ("--loss", self.losses),
@@ -84,22 +84,22 @@ class Axes:
         for ratio in self.kd_ratios:
             if not 0 < ratio <= 1:
                 raise InputError(
-                    f"--kd-ratio {ratio:g}: must lie in (0, 1]; the baseline at 0 is always there"
+                    f"--kd-ratio {ratio:g}: must be in (0, 1]; the baseline at 0 is always included"
                 )
         for lr in self.lrs:
             if not 0 < lr < math.inf:
-                raise InputError(f"--lr {lr:g}: must be above 0, and finite")
+                raise InputError(f"--lr {lr:g}: must be above 0 and finite")
         if self.seeds < 1:
-            raise InputError("--seeds: at least one is needed, two for any verdict")
+            raise InputError("--seeds: at least one is needed, and two for a verdict")
         if self.tuned and self.tuning_seeds < 1:
-            raise InputError("--tuning-seeds: at least one is needed to choose --lr or --kd-ratio")
+            raise InputError("--tuning-seeds: at least one is needed to select --lr or --kd-ratio")
 
 
 def merge(before: Axes, now: Axes) -> Axes:
-    """The axes of a folder after another command on it.
+    """The axes of a folder after another command.
 
-    Losses, procedures, models and seeds add up. Other learning rates, ratios or tuning seeds make
-    another comparison, which takes the place of the first.
+    Losses, procedures, models and seeds are merged. Different learning rates, ratios or tuning
+    seeds define another comparison, which replaces the first.
     """
 
     def grid(axes: Axes) -> object:
@@ -123,14 +123,14 @@ def merge(before: Axes, now: Axes) -> Axes:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a comparison consists of, whatever of it has run.
+    """The trials of a comparison, finished or not.
 
     Attributes:
-        axes: what is varied.
-        yardstick: the primary one.
+        axes: the varied settings.
+        yardstick: the primary yardstick.
         difference: the smallest difference of interest on it.
-        setting: hash of what all trials share.
-        test_rows: whether rows are given to report on (``data.test``).
+        setting: hash of the settings that all trials share.
+        test_rows: whether separate test rows are given (``data.test``).
     """
 
     axes: Axes
@@ -141,16 +141,16 @@ class Plan:
 
     @property
     def reported(self) -> Part:
-        """The held-out rows that final trials are measured on: they had no say in the tuning."""
+        """The held-out rows for final trials, which are not used for tuning."""
         return "test" if self.axes.tuned or self.test_rows else "all"
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The held-out rows that trials are measured on."""
+        """All parts of the held-out rows on which trials are evaluated."""
         return ("validation", "test") if self.axes.tuned else (self.reported,)
 
     def part_of(self, trial: Trial) -> Part:
-        """The held-out rows that a trial is measured on."""
+        """The part of the held-out rows on which a trial is evaluated."""
         return "validation" if trial.stage == "tuning" else self.reported
 
     def identity(self, trial: Trial) -> str:
@@ -158,38 +158,38 @@ class Plan:
         return trial.identity(f"{self.setting} {self.part_of(trial)}")
 
     def _names(self, trial: Trial) -> set[str]:
-        """Those that a trial can have in this folder."""
+        """The record names that a trial can have in this folder."""
         parts = ("validation",) if trial.stage == "tuning" else ("all", "test")
         return {trial.identity(f"{self.setting} {part}") for part in parts}
 
     def planned(self, records: Sequence[Record]) -> list[Trial]:
-        """All trials that can be named so far; the final ones follow from the tuning."""
+        """All trials known so far; the final trials depend on the tuning."""
         return [
             *tuning_trials(self.axes),
             *final_trials(self.axes, records, self.yardstick),
         ]
 
     def open(self, records: Sequence[Record]) -> list[Trial]:
-        """The trials that have no record, of those that can be named so far."""
+        """The trials known so far that have no record."""
         ended = {record.id for record in records}
         return [trial for trial in self.planned(records) if self.identity(trial) not in ended]
 
     def own(self, records: Sequence[Record]) -> list[Record]:
-        """The records of this plan; a folder may hold more.
+        """The records of this plan; the folder may contain more.
 
         Raises:
-            InputError: a record is of a trial that its name does not belong to.
+            InputError: the name of a record does not match its trial.
         """
         strange = [record for record in records if record.id not in self._names(record.trial)]
         if len(strange) > 1 and len(strange) == len(records):
             raise InputError(
-                "comparison.yaml: was edited: no record is of a trial with its shared settings; "
-                "restore it"
+                "comparison.yaml: was edited: no record belongs to a trial with its shared "
+                "settings; restore it"
             )
         if strange:
             raise InputError(
-                f"records/{strange[0].id}.json: was edited: its trial is another than the one "
-                "that was run; restore it, or delete it to have the trial run again"
+                f"records/{strange[0].id}.json: was edited: its trial is not the one that "
+                "was run; restore it, or delete it to run the trial again"
             )
         known = [record for record in records if self.identity(record.trial) == record.id]
         wanted = {self.identity(trial) for trial in self.planned(known)}
@@ -198,13 +198,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Method:
-    """What gets one column of the result: a loss (or none) on a pair, whatever is tuned.
+    """One entry of the result: a loss (or none) on a pair, before tuning.
 
     Attributes:
-        loss: the spec, None for cross-entropy alone.
-        teacher: of the pair.
-        student: of the pair.
-        procedure: the spec, None where the data are learned from.
+        loss: spec of the loss; None for cross-entropy alone.
+        teacher: the teacher of the pair.
+        student: the student of the pair.
+        procedure: spec of the procedure; None trains on the data.
     """
 
     loss: str | None
@@ -213,7 +213,7 @@ class Method:
     procedure: str | None = None
 
     def arms(self, axes: Axes) -> list[Arm]:
-        """All ratios and learning rates of the method."""
+        """The arms of the method, for all ratios and learning rates."""
         ratios = (0.0,) if self.loss is None else axes.kd_ratios
         return [
             Arm(
@@ -229,7 +229,7 @@ class Method:
 
 
 def methods(axes: Axes) -> list[Method]:
-    """The baseline of each pair first, then its losses with each procedure."""
+    """All methods: for each pair the baseline, then its losses with each procedure."""
     kinds: list[tuple[str | None, str | None]] = [(None, None)]
     for procedure in axes.procedures:
         kinds += [(None, procedure)] if procedure in axes.alone else []
@@ -242,7 +242,7 @@ def methods(axes: Axes) -> list[Method]:
 
 
 def tuning_trials(axes: Axes) -> list[Trial]:
-    """The trials that choose, on seeds that no final trial has."""
+    """The tuning trials, with seeds that no final trial uses."""
     if not axes.tuned:
         return []
     seeds = range(TUNING_FROM, TUNING_FROM + axes.tuning_seeds)
@@ -252,9 +252,10 @@ def tuning_trials(axes: Axes) -> list[Trial]:
 
 
 def final_trials(axes: Axes, records: Sequence[Record], yardstick: Yardstick) -> list[Trial]:
-    """The trials that are reported: of each method its only arm, or the one that tuning chose.
+    """The reported trials: the only arm of each method, or the arm selected by tuning.
 
-    A method whose tuning is not finished has none yet; one all of whose arms failed has its first.
+    A method whose tuning is unfinished has no final trials yet. If all arms failed, the first one
+    is used.
     """
     chosen = []
     for method in methods(axes):
@@ -269,9 +270,9 @@ def final_trials(axes: Axes, records: Sequence[Record], yardstick: Yardstick) ->
 def choose(
     arms: Sequence[Arm], axes: Axes, records: Sequence[Record], yardstick: Yardstick
 ) -> Arm | None:
-    """The arm with the best mean of a yardstick over the tuning seeds; None while some are missing.
+    """The arm with the best mean yardstick over the tuning seeds; None while trials are missing.
 
-    An arm with a trial that diverged or failed is chosen only where all have one.
+    An arm with a diverged or failed trial is chosen only if every arm has one.
     """
     sign = 1.0 if yardstick.lower_is_better else -1.0
     best: tuple[float, int] | None = None
@@ -289,10 +290,10 @@ def choose(
 
 
 def find_yardstick(name: str) -> Yardstick:
-    """A yardstick by name.
+    """Find a yardstick by name.
 
     Raises:
-        InputError: there is none, naming those there are.
+        InputError: an unknown name; the message lists the known ones.
     """
     for yardstick in YARDSTICKS:
         if yardstick.name == name:
@@ -302,7 +303,7 @@ def find_yardstick(name: str) -> Yardstick:
 
 
 def trained_on(yardstick: Yardstick, axes: Axes) -> list[str]:
-    """The losses of the comparison that train on the yardstick itself."""
+    """The losses of the comparison whose training objective is the yardstick."""
     from kdlosses import parse_spec
 
     return [
@@ -313,9 +314,9 @@ def trained_on(yardstick: Yardstick, axes: Axes) -> list[str]:
 
 
 def setting(shared: Mapping[str, Any]) -> str:
-    """A hash of all that the trials of a comparison share, from :func:`shared_settings`.
+    """A hash of the settings from :func:`shared_settings`.
 
-    Keys at their defaults are left out, so that a key of a later version renames no earlier trial.
+    Keys with default values are omitted, so that new keys in later versions rename no trials.
     """
     changed = {
         section: {key: v for key, v in content.items() if v != default_of(section, key)}
@@ -326,12 +327,12 @@ def setting(shared: Mapping[str, Any]) -> str:
 
 
 def default_of(section: str, key: str) -> Any:
-    """What a key is where nobody sets it."""
+    """The default value of a key."""
     return _DEFAULTS.get(section, {}).get(key)
 
 
 def shared_settings(base: RunConfig) -> dict[str, dict[str, Any]]:
-    """The configuration without what trials vary."""
+    """The configuration without the keys that trials vary."""
     values = base.model_dump(mode="json")
     return {
         section: {key: v for key, v in content.items() if key not in _VARIED.get(section, ())}
@@ -340,5 +341,5 @@ def shared_settings(base: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def _seed_by_seed(arms: Sequence[Arm], seeds: range, stage: Stage) -> list[Trial]:
-    """All arms of one seed before the next: an early end leaves whole pairs."""
+    """Order trials seed by seed, so that an interrupted comparison has complete seeds."""
     return [Trial(arm=arm, seed=seed, stage=stage) for seed in seeds for arm in arms]

@@ -1,4 +1,4 @@
-"""What trials are seen against: each teacher and each untrained student, measured once."""
+"""Reference measures of each teacher and each untrained student, evaluated once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ References = dict[str, dict[str, float | None]]
 
 
 class _Entry(BaseModel):
-    """What ``references.json`` holds of one model, on one part of the held-out rows."""
+    """An entry of ``references.json``: one model on one part of the held-out rows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     teacher: str
@@ -42,15 +42,15 @@ _ENTRIES = TypeAdapter(list[_Entry])
 
 
 def read_references(ledger: Ledger, pair: Pair, part: Part) -> References:
-    """The measures of a pair's teacher and untrained student, as far as they are known.
+    """Read the known measures of a pair's teacher and untrained student.
 
     Args:
-        ledger: of the comparison.
+        ledger: ledger of the comparison.
         pair: teacher and student.
-        part: the held-out rows that they were measured on.
+        part: the part of the held-out rows.
 
     Raises:
-        InputError: the file was edited into something else.
+        InputError: the file was edited and is not valid.
     """
     found = {
         entry["role"]: entry["measures"]
@@ -61,10 +61,10 @@ def read_references(ledger: Ledger, pair: Pair, part: Part) -> References:
 
 
 def measure_references(comparison: Comparison, ledger: Ledger, console: Console) -> None:
-    """Measure what is not measured yet, on the rows that final trials are measured on.
+    """Evaluate the models without measures, on the rows used for final trials.
 
     Raises:
-        InputError: the file was edited into something else.
+        InputError: the file was edited and is not valid.
     """
     path = ledger.folder / FILE
     known = _read(path)
@@ -73,7 +73,7 @@ def measure_references(comparison: Comparison, ledger: Ledger, console: Console)
     pairs = product(axes.teachers, axes.students)
     open_pairs = [pair for pair in pairs if (*pair, part) not in measured]
     for teacher, student in open_pairs:
-        console.print(f"measuring {teacher} and the untrained {student}", markup=False)
+        console.print(f"evaluating {teacher} and the untrained {student}", markup=False)
         arm = Arm(loss=None, kd_ratio=0.0, lr=1.0, teacher=teacher, student=student)
         trial = Trial(arm=arm, seed=0)
         config = trial_config(comparison.base, trial, ledger.folder, part, cache=None)
@@ -115,6 +115,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
         entries = _ENTRIES.validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path}: not the file that was written; delete it to have it measured again"
+            f"{path}: was edited or damaged; delete it to evaluate the models again"
         ) from error
     return [entry.model_dump() for entry in entries]

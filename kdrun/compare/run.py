@@ -1,4 +1,4 @@
-"""Runs what a comparison lacks, trial by trial, and resumes where it stopped."""
+"""Run the missing trials of a comparison; an interrupted comparison resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Comparison:
     """A declared comparison.
 
     Attributes:
-        plan: its trials.
-        base: what all of them share.
-        keep_students: keep the weights of every trial.
-        cached: run each teacher once, where that can be done, and let the trials read a cache.
+        plan: the trials.
+        base: the configuration shared by all trials.
+        keep_students: whether to keep the weights of every trial.
+        cached: whether to cache each teacher for all trials, if possible.
     """
 
     plan: Plan
@@ -39,7 +39,7 @@ Watch = Callable[[Sequence[Trial], Sequence[Record], Trial | None], None]
 def watch_nothing(
     planned: Sequence[Trial], records: Sequence[Record], running: Trial | None
 ) -> None:
-    """A worker shows nothing: the process that started it does."""
+    """Show nothing; the parent process shows the progress of its workers."""
 
 
 Caches = Mapping[Pair, Path]
@@ -48,15 +48,15 @@ Caches = Mapping[Pair, Path]
 def run_comparison(
     comparison: Comparison, ledger: Ledger, caches: Caches, watch: Watch
 ) -> list[Record]:
-    """Run all trials that have no record.
+    """Run all trials without a record.
 
-    Several processes may do this on one folder: each trial is held by one of them.
+    Several processes may run on the same folder, because each trial is locked by one process.
 
     Args:
-        comparison: what to run.
-        ledger: where records are.
-        caches: of teachers, by pair; without one a trial runs its teacher.
-        watch: called with the planned trials, the records and the trial that begins.
+        comparison: the comparison to run.
+        ledger: the ledger with the records.
+        caches: teacher caches by pair; a trial without a cache runs its teacher.
+        watch: called with the planned trials, the records and the trial that starts.
 
     Returns:
         The comparison's records.
@@ -68,13 +68,13 @@ def run_comparison(
         if not open_trials:
             return records
         if not any(try_trial(comparison, ledger, caches, trial, watch) for trial in open_trials):
-            time.sleep(_WAIT)  # other processes hold what is left
+            time.sleep(_WAIT)  # other processes run the remaining trials
 
 
 def try_trial(
     comparison: Comparison, ledger: Ledger, caches: Caches, trial: Trial, watch: Watch
 ) -> bool:
-    """Run a trial, unless another process holds it or has ended it."""
+    """Run a trial, unless another process holds or has finished it."""
     identity = comparison.plan.identity(trial)
     with ledger.claim(identity) as mine:
         if not mine:
@@ -83,7 +83,7 @@ def try_trial(
         watch(comparison.plan.planned(records), records, trial)
         folder = ledger.trial_folder(identity)
         part = comparison.plan.part_of(trial)
-        # No cache knows what is written in a run.
+        # A cache does not contain text generated in a run.
         cache = None if trial.arm.procedure is not None else caches.get(trial.arm.pair)
         config = trial_config(comparison.base, trial, folder, part, cache)
         ledger.add(run_trial(trial, identity, config, comparison.keep_students))
@@ -91,10 +91,10 @@ def try_trial(
 
 
 def check_pairs(comparison: Comparison) -> None:
-    """Refuse losses, procedures and pairs that cannot work, before anything starts.
+    """Refuse losses, procedures and pairs that cannot work, before any trial starts.
 
     Raises:
-        InputError: naming the loss, the procedure or the model.
+        InputError: names the loss, the procedure or the model.
     """
     from kdrun.losses.build import build_loss, check_name
     from kdrun.models.pairs import check_context, find_pair, locate_pair

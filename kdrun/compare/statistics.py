@@ -1,28 +1,29 @@
-"""What a comparison may claim: paired t tests over seeds, corrected for the number of arms.
+"""The tests of a comparison: paired t tests over seeds, corrected for the number of arms.
 
-The unit is the seed. Rows of one checkpoint share its weights, so however many there are, they say
-nothing about the next seed; each trial enters as one number, its mean over rows. An arm is compared
-with the baseline on the seeds that both finished, by the differences ``d = arm - baseline``, which
-share initial student and order of rows. With n seeds, m arms, level a = 5 %:
+The unit of analysis is the seed. All rows of one checkpoint share its weights and give no
+information about the next seed, so each trial contributes one number, its mean over rows. An arm is
+compared with the baseline on the seeds that both finished, by the differences
+``d = arm - baseline``, which share initial student and order of rows. With n seeds, m arms and
+level a = 5 %:
 
 - **Difference.** Two-sided paired t test with n - 1 degrees of freedom; p values adjusted by Holm
-  (1979) over the m arms. The chance of calling any arm better or worse that does not differ from
-  the baseline is at most a.
+  (1979) over the m arms. The probability of calling any arm better or worse although it does not
+  differ from the baseline is at most a.
 - **Equivalence.** Two one-sided t tests (Schuirmann 1987, doi:10.1007/BF01068419) of
-  ``|mean| >= delta``, each at a / m (Bonferroni). The chance of calling any arm equivalent that
-  differs by delta or more is at most a.
-- **Intervals.** ``mean -+ t(1 - a / 2m) s / sqrt(n)``: all m at once hold the true differences with
-  probability 1 - a (Bonferroni; it needs no assumption on how arms depend on each other, which a
-  shared baseline makes them do). Holm's later steps can find a difference whose Bonferroni interval
-  still holds 0; such an interval ends at 0, so that no interval contradicts a verdict. No
-  two-sided intervals of this width exist that fit Holm's test exactly (Strassburger and Bretz 2008,
-  doi:10.1002/sim.3338): where arms with and without a difference are mixed, intervals and cuts
-  together hold with at least 1 - 2a (simulated, 3 arms: 0.92).
-  The two one-sided tests belong to the shorter interval with t(1 - a / m).
+  ``|mean| >= delta``, each at a / m (Bonferroni). The probability of calling any arm equivalent
+  although it differs by delta or more is at most a.
+- **Intervals.** ``mean -+ t(1 - a / 2m) s / sqrt(n)``: all m contain the true differences
+  simultaneously with probability 1 - a (Bonferroni, which requires no assumption on the dependence
+  between arms that the shared baseline causes). Holm's later steps can find a difference whose
+  Bonferroni interval still contains 0; such an interval is cut at 0, so that no interval
+  contradicts a verdict. No two-sided intervals of this width match Holm's test exactly
+  (Strassburger and Bretz 2008, doi:10.1002/sim.3338): if only some arms differ, the joint coverage
+  of intervals and cuts is at least 1 - 2a (simulated, 3 arms: 0.92).
+  The two one-sided tests correspond to the shorter interval with t(1 - a / m).
 
-The number of arms m counts every arm that was planned, also those that diverged or wait, so that a
-verdict does not change its level as trials come in. It is valid for the seeds that were planned:
-who adds seeds until a verdict appears tests more than once.
+The number of arms m includes every planned arm, even if it diverged or has not run, so that the
+level of a verdict does not change as trials finish. The level holds for the planned seeds: adding
+seeds until a verdict appears performs more than one test.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ Bools = NDArray[np.bool_]
 LEVEL = 0.05
 POWER = 0.8
 SD_CONFIDENCE = 0.8
-"""Of the upper bound of the standard deviation from which needed seeds are computed."""
+"""Confidence of the upper bound of the standard deviation, for the needed seeds."""
 MOST_SEEDS = 10_000
-"""More needed seeds than this are not counted out."""
+"""The largest number of needed seeds that is reported."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,14 @@ class Family:
     """Tests of m arms against one baseline; arrays ``[..., m]``.
 
     Attributes:
-        t: mean over its standard error.
-        p: two-sided.
-        p_adjusted: by Holm; a difference was found where at most :data:`LEVEL`.
-        low: end of the simultaneous interval.
-        high: its other end.
+        t: mean divided by its standard error.
+        p: two-sided p value.
+        p_adjusted: p value adjusted by Holm; a difference is found if it is at most :data:`LEVEL`.
+        low: lower end of the simultaneous interval.
+        high: upper end of the simultaneous interval.
         equivalence_p: the larger of the two one-sided p values, times m.
-        equivalence_low: end of the interval that lies within -+ delta where equivalent.
-        equivalence_high: its other end.
+        equivalence_low: lower end of the interval that lies within -+ delta if equivalent.
+        equivalence_high: upper end of that interval.
     """
 
     t: Floats
@@ -74,12 +75,12 @@ class Family:
 
     @property
     def differs(self) -> Bools:
-        """Where a difference was found."""
+        """Whether a difference was found, per arm."""
         return self.p_adjusted <= LEVEL
 
     @property
     def equivalent(self) -> Bools:
-        """Where a difference of delta or more was ruled out."""
+        """Whether a difference of delta or more was ruled out, per arm."""
         return self.equivalence_p <= LEVEL
 
 
@@ -107,11 +108,11 @@ def family_tests(
     """Test arms against their baseline.
 
     Args:
-        mean: of the differences of each arm over seeds, ``[..., k]``.
-        standard_deviation: of the differences, with n - 1; positive.
+        mean: mean difference of each arm over seeds, ``[..., k]``.
+        standard_deviation: standard deviation of the differences, with n - 1; positive.
         seeds: n of each arm, at least 2.
         difference: delta.
-        arms: m, at least k: arms that could not be tested count as not rejected.
+        arms: m, at least k; arms that could not be tested count as not rejected.
     """
     center = np.asarray(mean, dtype=np.float64)
     count = np.asarray(seeds)
@@ -142,8 +143,8 @@ def family_tests(
 def upper_standard_deviation(standard_deviation: float, seeds: int) -> float:
     """An upper bound with 80 % confidence: ``s sqrt((n - 1) / chi2(0.2; n - 1))``, normal errors.
 
-    A standard deviation over three seeds is below the true one more often than not; plans made
-    from it come out too small (Browne 1995, doi:10.1002/sim.4780141709).
+    A standard deviation over three seeds is below the true value more often than not, so a plan
+    based on it is too small (Browne 1995, doi:10.1002/sim.4780141709).
     """
     freedom = seeds - 1
     quantile = float(stats.chi2.ppf(1 - SD_CONFIDENCE, freedom))
@@ -151,15 +152,15 @@ def upper_standard_deviation(standard_deviation: float, seeds: int) -> float:
 
 
 def power(seeds: int, standard_deviation: float, difference: float, arms: int) -> float:
-    """Chance of finding a true difference among m arms, whatever the others are.
+    """Probability of finding a true difference among m arms, whatever the other arms are.
 
     ``P(|T| > t(1 - a / 2m; n - 1))`` where T is noncentral t with n - 1 degrees of freedom and
-    noncentrality ``delta sqrt(n) / sigma``: the first step of Holm, the hardest.
+    noncentrality ``delta sqrt(n) / sigma``: the first and strictest step of Holm.
     """
     freedom = seeds - 1
     critical = stats.t.isf(LEVEL / arms / 2, freedom)
     center = difference * np.sqrt(seeds) / standard_deviation
-    # The far tail adds nothing wherever the power is of interest, and scipy's is unstable there.
+    # The far tail is negligible for relevant powers, and scipy is unstable there.
     return float(stats.nct.sf(critical, freedom, center))
 
 
@@ -167,7 +168,7 @@ def needed_seeds(standard_deviation: float, difference: float, arms: int) -> int
     """The fewest seeds that give 80 % power at a true difference, or None for too many.
 
     Args:
-        standard_deviation: of the differences, such as its upper bound.
+        standard_deviation: standard deviation of the differences, such as its upper bound.
         difference: delta.
         arms: m.
     """
@@ -177,7 +178,7 @@ def needed_seeds(standard_deviation: float, difference: float, arms: int) -> int
 
     if not enough(MOST_SEEDS):
         return None
-    low, high = 1, MOST_SEEDS  # never enough, always enough
+    low, high = 1, MOST_SEEDS  # never enough, assumed enough
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)

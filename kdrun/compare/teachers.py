@@ -1,4 +1,4 @@
-"""The teachers of a comparison: each runs once, and every trial reads what it said."""
+"""The teacher caches of a comparison: each teacher runs once, and every trial reads its cache."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 
 CACHES = "teacher-cache"
 SPARE_BYTES = 2**30
-"""Left free beside a cache: for records, logs, and the student that a trial writes."""
+"""Free space to keep besides a cache: for records, logs, and the student of a trial."""
 
 
 def cache_teachers(
     comparison: Comparison, ledger: Ledger, trials: Iterable[Trial], console: Console
 ) -> Mapping[Pair, Path]:
-    """See that there is an exact cache for each pair that has something to run.
+    """Find or build an exact cache for each pair that has trials to run.
 
-    A cache lies in the comparison's folder under a name that follows from the teacher, the
-    tokenizer and the rows, so it is found again, also where the folder was moved. Processes that
-    start together build it once. A killed build leaves no manifest and is begun anew.
+    A cache is stored in the comparison's folder under a name derived from the teacher, the
+    tokenizer and the rows, so it is found again even if the folder was moved. Processes that start
+    together build it once. A killed build leaves no manifest and starts again.
 
     Args:
-        comparison: what is compared.
-        ledger: its folder.
-        trials: those that have not run.
-        console: told what is built, and where the live teacher has to do.
+        comparison: the comparison.
+        ledger: the ledger of its folder.
+        trials: trials that have not run.
+        console: prints which caches are built, and which pairs use the live teacher.
 
     Returns:
         The caches; a pair without one runs its teacher in every trial.
@@ -61,13 +61,13 @@ def cache_teachers(
     if isinstance(rows[0], TextRow):
         if comparison.base.data.shift_windows:
             console.print(
-                "no teacher cache: data.shift_windows=true cuts plain text at other places in each "
-                "epoch; every trial runs its teacher"
+                "no teacher cache, because data.shift_windows=true cuts plain text at different "
+                "places in each epoch; every trial runs its teacher"
             )
             return {}
         console.print(
             "data.shift_windows=false: plain text is cut at the same places in every epoch, as a "
-            "teacher cache needs"
+            "teacher cache requires"
         )
     found = {}
     for pair in pairs:
@@ -78,10 +78,10 @@ def cache_teachers(
 
 
 def check_named_cache(comparison: Comparison) -> None:
-    """Refuse a cache that the user names where it cannot serve every trial.
+    """Refuse a cache given by the user that does not work for every trial.
 
     Raises:
-        InputError: naming the loss, the row or the teacher that it is not made for.
+        InputError: names the loss, the row or the teacher that the cache does not support.
     """
     from kdrun.losses.build import build_loss, unchunked
 
@@ -90,8 +90,8 @@ def check_named_cache(comparison: Comparison) -> None:
         return
     if len(axes.teachers) > 1:
         raise InputError(
-            f"model.teacher_cache={base.model.teacher_cache}: holds one teacher, and --teacher is "
-            "given several times; leave the cache out"
+            f"model.teacher_cache={base.model.teacher_cache}: contains one teacher, but "
+            "--teacher is given several times; remove the cache"
         )
     for student in axes.students:
         model = base.model.model_copy(update={"teacher": axes.teachers[0], "student": student})
@@ -129,10 +129,10 @@ def _find_or_build(
 
 
 def _name(base: RunConfig, models: Models, parts: Sequence[Part]) -> str:
-    """A short hash of what tells the caches of a folder apart.
+    """A short hash that identifies a cache within a folder.
 
-    That a teacher's weights are those that its cache was made from is seen to by the declaration,
-    which holds a fingerprint of every model.
+    It does not include the teacher's weights, because the declaration contains a fingerprint of
+    every model.
     """
     from kdrun.cache.fingerprint import print_tokenizer
 
@@ -147,13 +147,13 @@ def _name(base: RunConfig, models: Models, parts: Sequence[Part]) -> str:
 
 
 def _whole(folder: Path, console: Console) -> Manifest | None:
-    """The manifest of a complete cache; what else is there is removed."""
+    """The manifest of a complete cache; an incomplete one is removed."""
     if not folder.is_dir():
         return None
     try:
         return read_manifest(folder)
     except InputError as error:
-        console.print(f"{str(error).partition(';')[0]}; it is built again", markup=False)
+        console.print(f"{str(error).partition(';')[0]}; rebuilding it", markup=False)
         shutil.rmtree(folder)
         return None
 
@@ -161,7 +161,7 @@ def _whole(folder: Path, console: Console) -> Manifest | None:
 def _build(
     folder: Path, base: RunConfig, models: Models, parts: Sequence[Part], console: Console
 ) -> Manifest | None:
-    """Run the teacher; None, with a line that says why, where its cache is not to be had."""
+    """Run the teacher to build its cache; if impossible, print the reason and return None."""
     import torch
 
     from kdrun.cache.build import Recipe, SpaceError, build_cache
@@ -199,19 +199,21 @@ def _build(
                 )
         except SpaceError as error:
             shutil.rmtree(folder)
-            reason = f"{error.shortage}, and {SPARE_BYTES / 1e6:.0f} MB are kept for the trials"
+            reason = f"{error.shortage}, and {SPARE_BYTES / 1e6:.0f} MB are reserved for the trials"
         finally:
             if cuda:
                 teacher.to(torch.device("cpu"))
                 torch.cuda.empty_cache()
-    console.print(f"no teacher cache of {name}: {reason}; every trial runs it", markup=False)
+    console.print(
+        f"no teacher cache of {name}: {reason}; every trial runs this teacher", markup=False
+    )
     return None
 
 
 def _examples(
     base: RunConfig, models: Models, parts: Sequence[Part]
 ) -> Iterator[Mapping[str, Sequence[int]]]:
-    """The training rows, then those that trials are measured on."""
+    """The training rows, followed by the rows for evaluation."""
     for number, part in enumerate(parts):
         rows = read_rows(base.data.model_copy(update={"part": part}))
         examples = encode_for(

@@ -1,4 +1,4 @@
-"""One trial: its configuration, its run, and the record of how it ended."""
+"""One trial: its configuration, its run, and its record."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _LARGE = (STUDENT, runs.CHECKPOINTS, runs.ADAPTER, runs.BASE)
 def trial_config(
     base: RunConfig, trial: Trial, folder: Path, part: Part, cache: Path | None
 ) -> RunConfig:
-    """The run of a trial: the shared settings, and what the trial varies.
+    """The configuration of a trial: the shared settings with those that the trial varies.
 
     Args:
-        base: what all trials share.
+        base: the settings shared by all trials.
         trial: the trial.
-        folder: of its run.
-        part: which held-out rows it is measured on.
-        cache: exact, of the teacher on all rows of the trial, which then need not be loaded.
+        folder: the run folder.
+        part: the part of the held-out rows to evaluate on.
+        cache: exact cache of the teacher for all rows of the trial, used instead of the teacher.
     """
     arm = trial.arm
     teacher: dict[str, Any] = {"teacher": arm.teacher}
@@ -49,7 +49,7 @@ def trial_config(
         "procedure": {"spec": arm.procedure},
     }
     if arm.loss is None:
-        # A run has some loss. Of weight 0 it has nothing that could move, whatever the others do.
+        # A run needs a loss even with weight 0; the schedules of the other arms do not apply to it.
         varied["loss"] |= {"spec": LossConfig().spec, "schedules": {}}
     if arm.procedure is None:
         base = base.model_copy(update={"procedure": ProcedureConfig()})
@@ -62,7 +62,7 @@ def trial_config(
 
 
 def _fill_in(varied: dict[str, dict[str, Any]], spec: str, base: RunConfig) -> None:
-    """Add what a procedure wants of a run, where neither the axes nor the user say it."""
+    """Add the defaults of a procedure for keys that neither the axes nor the user set."""
     from kdrun.procedures.registry import get_procedure
 
     for key, value in get_procedure(spec).defaults.items():
@@ -72,28 +72,28 @@ def _fill_in(varied: dict[str, dict[str, Any]], spec: str, base: RunConfig) -> N
 
 
 def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool) -> Record:
-    """Run a trial to its end, good or bad.
+    """Run a trial and return its record, including for failures.
 
     Args:
-        trial: what is run.
+        trial: the trial to run.
         identity: name of its record.
         config: from :func:`trial_config`.
-        keep_student: keep its weights beside the log.
+        keep_student: keep the weights of the student in addition to the log.
 
     Returns:
-        The record. A loss that is not finite, memory that does not suffice and any other failure
-        of the training itself are recorded.
+        The record. A loss that is not finite, running out of memory and any other failure of the
+        training itself are recorded.
 
     Raises:
-        InputError: the input is wrong, which is no result of the trial.
-        OSError: nothing can be written, likewise.
-        Interrupted: by Ctrl-C; nothing is left of the trial, which has no record and runs again.
+        InputError: the input is wrong, which is not a result of the trial.
+        OSError: a file cannot be written, which is not a result either.
+        Interrupted: interrupted by Ctrl-C; the trial is removed without a record and runs again.
     """
     from kdrun.run.distill import distill
 
     forget_peak_memory()
     folder = Path(str(config.output.dir))
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed attempt left
+    shutil.rmtree(folder, ignore_errors=True)  # files of a killed attempt
     started = time.monotonic()
     known: dict[str, Any] = {
         "id": identity,
@@ -138,7 +138,7 @@ def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool
 
 
 def forget_peak_memory() -> None:
-    """Begin the peak anew, where the system can, so that each trial of a process has its own."""
+    """Reset the peak memory if the system supports it, so that each trial has its own peak."""
     import torch
 
     with contextlib.suppress(OSError):
@@ -148,7 +148,7 @@ def forget_peak_memory() -> None:
 
 
 def quiet_console() -> Any:
-    """A console that shows nothing: a comparison has its own display."""
+    """A console that prints nothing, because a comparison has its own display."""
     from rich.console import Console
 
     return Console(quiet=True)

@@ -1,4 +1,4 @@
-"""What a comparison may claim of each arm: a verdict, with the numbers behind it.
+"""The verdict for each arm of a comparison, with the numbers that it is based on.
 
 The tests are those of :mod:`kdrun.compare.statistics`.
 """
@@ -27,27 +27,27 @@ Verdict = Literal[
     "better", "worse", "equivalent", "identical", "undecided", "diverged", "no verdict"
 ]
 _ROUNDING = 1e-12
-"""Differences smaller than this share of the measures themselves are rounding."""
+"""Differences smaller than this share of the measures are treated as rounding errors."""
 _CONSTANT = (
-    "the difference is the same at every seed, so seeds are no replicates here (nothing random in "
-    "training, or a measure too coarse)"
+    "the difference is the same at every seed, so seeds are not replicates here (training is not "
+    "random, or the measure is too coarse)"
 )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The numbers behind a verdict, in the unit of the yardstick; ``d = arm - baseline``.
+    """The numbers of a verdict, in the unit of the yardstick; ``d = arm - baseline``.
 
     Attributes:
-        seeds: that arm and baseline have both finished.
-        differences: d at each of them.
-        mean: of the differences.
-        standard_deviation: of the differences, with n - 1.
-        t: mean over its standard error.
-        p: of the two-sided paired t test, for this arm alone.
-        p_adjusted: by Holm over all arms.
-        interval: simultaneous over all arms; open where an end is 0.
-        equivalence_p: of the two one-sided tests, adjusted by Bonferroni over all arms.
+        seeds: seeds finished by both arm and baseline.
+        differences: d at each seed.
+        mean: mean of the differences.
+        standard_deviation: standard deviation of the differences, with n - 1.
+        t: mean divided by its standard error.
+        p: p value of the two-sided paired t test, for this arm alone.
+        p_adjusted: p value adjusted by Holm over all arms.
+        interval: simultaneous interval over all arms; open if an end is 0.
+        equivalence_p: p value of the two one-sided tests, adjusted by Bonferroni over all arms.
         equivalence_interval: the shorter interval of the two one-sided tests.
     """
 
@@ -65,21 +65,21 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ArmVerdict:
-    """What may be said of an arm against the baseline on one yardstick.
+    """The verdict for an arm compared with the baseline on one yardstick.
 
     Attributes:
-        arm: what is judged.
-        baseline: what it is compared with.
-        yardstick: what was measured.
+        arm: the arm.
+        baseline: the arm that it is compared with.
+        yardstick: the measure.
         difference: delta, the smallest difference of interest.
-        verdict: in one word; ``"better"`` and ``"worse"`` follow the yardstick's direction.
-        reason: in one sentence.
-        comparison: the numbers; None where no test was possible.
-        needed_seeds: where undecided, how many seeds in all give 80 % power at a true difference of
-            delta; None for more than :data:`MOST_SEEDS`.
-        done: finished trials of the arm.
-        diverged: trials of the arm that became NaN or infinite.
-        failed: trials of the arm that ended otherwise.
+        verdict: the verdict; ``"better"`` and ``"worse"`` follow the yardstick's direction.
+        reason: the reason, in one sentence.
+        comparison: the numbers; None if no test was possible.
+        needed_seeds: if undecided, the total number of seeds that gives 80 % power at a true
+            difference of delta; None for more than :data:`MOST_SEEDS`.
+        done: number of finished trials of the arm.
+        diverged: number of trials that became NaN or infinite.
+        failed: number of trials that failed for other reasons.
     """
 
     arm: Arm
@@ -102,27 +102,27 @@ def compare_all(
     difference: float,
     arms: Sequence[Arm] = (),
 ) -> list[ArmVerdict]:
-    """Judge every arm against the baseline.
+    """Compare every arm with the baseline.
 
-    Only final trials count. Decided before any test is made:
+    Only final trials count. The following rules apply:
 
-    - An arm of which a trial diverged reads ``"diverged"``, whatever its other seeds say.
-    - Where the baseline diverged there is no verdict: its remaining seeds would flatter it.
-    - A failed trial is a missing seed; it is counted, and the seed is left out for this arm.
-    - Equal measures at every seed read ``"identical"``. Differences that are equal to each other
-      but not 0 give no verdict: seeds that change nothing are no replicates, and a standard
-      deviation of 0 would make a chance agreement of a coarse measure look certain.
-    - A difference that was found but lies within -+ delta reads ``"equivalent"``.
+    - An arm with a diverged trial is ``"diverged"``, regardless of its other seeds.
+    - If the baseline diverged, there is no verdict, because its remaining seeds would favour it.
+    - A failed trial is a missing seed; it is counted, and the seed is excluded for this arm.
+    - Equal measures at every seed are ``"identical"``. Differences that are equal to each other but
+      not 0 give no verdict: seeds that change nothing are not replicates, and with a standard
+      deviation of 0 a chance agreement of a coarse measure would appear certain.
+    - A difference that was found but lies within -+ delta is ``"equivalent"``.
 
     Args:
-        records: of a comparison; of two records of a trial the last counts.
-        baseline_arm: what the others are compared with.
-        yardstick: what is compared.
+        records: records of a comparison; if a trial has two records, the last one counts.
+        baseline_arm: the arm that the others are compared with.
+        yardstick: the measure to compare.
         difference: delta, the smallest difference of interest, positive.
-        arms: that were planned, of which some may have no record yet.
+        arms: planned arms, which may have no records yet.
 
     Returns:
-        A verdict for each arm but the baseline, in the order of ``arms``, then of the records.
+        A verdict for each arm except the baseline, in the order of ``arms``, then of the records.
     """
     if not difference > 0:
         raise ValueError(f"difference: must be positive, got {difference}")
@@ -176,7 +176,7 @@ def compare_all(
 
 @dataclass(frozen=True)
 class _Pair:
-    """An arm and the baseline on their common seeds; ``obstacle`` says why no test is possible."""
+    """An arm and the baseline on their common seeds; ``obstacle`` is why no test is possible."""
 
     arm: Arm
     statuses: tuple[Status, ...]
@@ -221,7 +221,7 @@ class _Pair:
 
 
 def _checked(record: Record, yardstick: Yardstick) -> Record:
-    """A measure that is not finite is a divergence, whoever wrote the record."""
+    """Treat a measure that is not finite as a divergence."""
     value = record.measures.get(yardstick.name)
     if value is None or math.isfinite(value):
         return record
@@ -246,7 +246,9 @@ def _obstacle(
         return f"diverged in {diverged} of {len(own)} seeds"
     lost = sum(record.status == "diverged" for record in others.values())
     if lost:
-        return f"the baseline diverged in {lost} of {len(others)} seeds, and the rest flatters it"
+        return (
+            f"the baseline diverged in {lost} of {len(others)} seeds; the remaining seeds favour it"
+        )
     if common >= 2:
         return ""
     for records, name in ((own, "this arm"), (others, "the baseline")):
@@ -312,13 +314,13 @@ def _judge(comparison: Comparison, arms: int, common: dict[str, Any]) -> ArmVerd
     if needed is None:
         advice = f"more than {MOST_SEEDS} seeds would be needed"
     elif needed <= seeds:
-        advice = f"{seeds} seeds would show a difference of {delta}: it is likely smaller"
+        advice = f"{seeds} seeds would show a difference of {delta}, so it is likely smaller"
     else:
         advice = f"about {needed} seeds would show a difference of {delta}"
     return ArmVerdict(
         **common,
         verdict="undecided",
-        reason=f"neither a difference nor its absence is shown; {advice}",
+        reason=f"neither a difference nor equivalence is shown; {advice}",
         comparison=comparison,
         needed_seeds=needed,
     )

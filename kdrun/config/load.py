@@ -1,4 +1,4 @@
-"""Where the values of a configuration come from, and how they are checked.
+"""Build a configuration from its sources and check it.
 
 Later sources win: the schema's defaults, the built-in pair's defaults, a YAML file, then
 ``--set section.key=value`` and the flags in the order of the command line.
@@ -22,7 +22,7 @@ from kdrun.errors import InputError
 
 _NULL = ("", "null")
 _NONE = ("model.teacher", "procedure.spec")
-"""Keys that the word none unsets: it is no name of a teacher or procedure."""
+"""Keys that the word none unsets, since no teacher or procedure has that name."""
 
 
 def load_config(file: Path | None = None, overrides: Sequence[tuple[str, Any]] = ()) -> RunConfig:
@@ -58,16 +58,17 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
 
 
 def complete_pair(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in the teacher, and the settings of the built-in pair and of a procedure.
+    """Fill in the teacher, and the default settings of the built-in pair and of a procedure.
 
     Raises:
-        InputError: a student without a teacher or data, or the reverse, or no such procedure.
+        InputError: a student without a teacher or data, a teacher without a student, or an unknown
+            procedure.
     """
     given = _with_procedure(given)
     model = dict(_section(given, "model"))
     data = _section(given, "data")
     loss = _section(given, "loss")
-    # A schedule of the ratio is never 0 throughout; its bounds are checked later.
+    # A schedule of the ratio is never 0 at every step; its bounds are checked later.
     ratio = 1.0 if KD_RATIO in _section(loss, "schedules") else loss.get(KD_RATIO, 0.5)
     student = model.get("student")
     cached = model.get("teacher_cache") is not None
@@ -75,23 +76,21 @@ def complete_pair(given: Mapping[str, Any]) -> dict[str, Any]:
         if model.get("teacher") not in (None, BUILT_IN):
             raise InputError(
                 f"--teacher {model['teacher']} was given without --student; "
-                "'kdrun init-student' makes one from the teacher's layers"
+                "'kdrun init-student' creates one from the teacher's layers"
             )
         if "teacher" not in model:
             model["teacher"] = None if cached else BUILT_IN
         elif model["teacher"] is None and ratio != 0 and not cached:
-            raise InputError(
-                "--teacher none goes with --kd-ratio 0 only: there is nothing to distil"
-            )
+            raise InputError("--teacher none requires --kd-ratio 0: there is no teacher to distil")
     else:
         if model.get("teacher") is None and ratio != 0 and not cached:
             raise InputError(
-                f"--student {student} was given without --teacher; add one (or --teacher-cache), "
+                f"--student {student} was given without --teacher; pass one (or --teacher-cache), "
                 "or --kd-ratio 0 to train on the data alone"
             )
         if "train" not in data:
             raise InputError(
-                f"--student {student} was given without --data; name a file, or 'builtin' for the "
+                f"--student {student} was given without --data; pass a file, or 'builtin' for the "
                 "built-in text"
             )
     result = {**given, "model": model}
@@ -100,12 +99,12 @@ def complete_pair(given: Mapping[str, Any]) -> dict[str, Any]:
             result[section] = {**defaults, **_section(given, section)}
         training = _section(given, "training")
         if "num_epochs" in training and "max_steps" not in training:
-            del result["training"]["max_steps"]  # it would win over what the user asks for
+            del result["training"]["max_steps"]  # it would override the user's value
     return result
 
 
 def _with_procedure(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Fill in what a procedure wants of a run, where the user leaves it open."""
+    """Fill in the defaults of a procedure for keys that the user did not set."""
     spec = _section(given, "procedure").get("spec")
     if not isinstance(spec, str):
         return given
@@ -124,7 +123,7 @@ def _section(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def stated_keys(file: Path | None) -> set[str]:
-    """The keys, ``section.key``, that a file states, whatever their values.
+    """The keys, ``section.key``, that a file sets to any value.
 
     Raises:
         InputError: unreadable YAML.
@@ -134,7 +133,7 @@ def stated_keys(file: Path | None) -> set[str]:
 
 
 def stated_values(file: Path) -> dict[str, Mapping[str, Any]]:
-    """The sections of a file, each with the keys that it states.
+    """The sections of a file, with the keys and values that it sets.
 
     Raises:
         InputError: unreadable YAML.
@@ -154,7 +153,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise InputError(f"{file}: {error.strerror}; name an existing YAML file") from error
+        raise InputError(f"{file}: {error.strerror}; pass an existing YAML file") from error
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{file}: not valid YAML: {reason}") from error
@@ -166,19 +165,19 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def parse_value(key: str, text: str) -> Any:
-    """Read what the command line gives a key, by ``--set`` or by its flag.
+    """Parse the command-line value of a key, given by ``--set`` or by its flag.
 
-    A key that holds text takes it as it stands: a folder may be called ``1e3``, and ``#`` and
-    ``:`` belong to a regular expression. Where it may be null, ``null`` and nothing at all make it
-    so, and ``none`` does for a teacher and a procedure. Every other value is YAML, with plain
-    exponents (``1e-3``) as numbers.
+    Text keys take the value literally: a folder may be called ``1e3``, and a regular expression may
+    contain ``#`` and ``:``. If the key may be null, ``null`` and the empty string set it to null,
+    and so does ``none`` for a teacher and a procedure. Every other value is parsed as YAML, except
+    that plain exponents (``1e-3``) are numbers.
 
     Args:
         key: ``section.key``.
-        text: what is given.
+        text: the value as text.
 
     Raises:
-        InputError: an unknown key, or YAML that is broken.
+        InputError: an unknown key, or invalid YAML.
     """
     annotation = _field(key).annotation
     if annotation == str | None:
@@ -190,7 +189,7 @@ def parse_value(key: str, text: str) -> Any:
             return float(text)
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # a date without such a day is a ValueError
+    except (yaml.YAMLError, ValueError) as error:  # an impossible date raises ValueError
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
         raise InputError(
             f"{key}={text!r}: not valid YAML ({reason}); check its brackets and quotes"
@@ -205,7 +204,7 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _field(key: str) -> FieldInfo:
-    """The field of a key that ``--set`` or a flag names."""
+    """The schema field of a key from ``--set`` or a flag."""
     section, dot, name = key.partition(".")
     if not dot or not name:
         raise InputError(f"--set {key}: expected section.key=value, such as optimizer.lr=1e-3")
@@ -221,7 +220,7 @@ def _check_keys(values: Mapping[str, Any], origin: str) -> None:
         if content is None:
             continue
         if not isinstance(content, Mapping):
-            raise InputError(f"{origin}: section {section!r} must hold keys, got {content!r}")
+            raise InputError(f"{origin}: section {section!r} must contain keys, got {content!r}")
         for name in content:
             _check_is_word(name, origin, f"{section}: ")
             _check_key(section, name, origin)
@@ -230,8 +229,8 @@ def _check_keys(values: Mapping[str, Any], origin: str) -> None:
 def _check_is_word(name: Any, origin: str, place: str = "") -> None:
     if not isinstance(name, str):
         raise InputError(
-            f"{origin}: {place}the key is read as {name!r}, not as a word (YAML takes on, off, yes "
-            "and no for true and false); 'kdrun config' prints all sections and keys"
+            f"{origin}: {place}YAML reads a key here as {name!r}, not as a word (it reads on, off, "
+            "yes and no as true and false); 'kdrun config' prints all sections and keys"
         )
 
 

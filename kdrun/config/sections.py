@@ -19,13 +19,13 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
-    """Which models."""
+    """The models."""
 
     teacher: str | None = Field(
         None, description="folder, hub id or GGUF file; 'builtin'; null trains without a teacher"
     )
     teacher_cache: str | None = Field(
-        None, description="folder that 'kdrun cache-teacher' wrote; takes the teacher's place"
+        None, description="folder written by 'kdrun cache-teacher'; used instead of the teacher"
     )
     teacher_quantization: Literal["int8"] | None = Field(
         None,
@@ -34,69 +34,70 @@ class ModelConfig(_Section):
     )
     student: str = Field(BUILT_IN, description="folder or hub id; 'builtin'")
     init_seed: int | None = Field(
-        None, ge=0, description="seed of a student without weights; null takes training.seed"
+        None, ge=0, description="seed for a student without weights; null uses training.seed"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="type of both models' weights"
+        "float32", description="data type of the weights of both models"
     )
     trust_remote_code: bool = Field(
-        False, description="run Python code that comes with a model, for both models"
+        False, description="run the Python code that comes with a model, for both models"
     )
 
 
 class DataConfig(_Section):
-    """Which rows, and how they become tokens."""
+    """The rows, and how they are tokenised."""
 
     train: str = Field(BUILT_IN, description="file or hub id; 'builtin'")
     eval: str | None = Field(
-        None, description="held-out rows; by default 5 % of the training rows, by content hash"
+        None,
+        description="held-out rows; by default 5 % of the training rows, chosen by content hash",
     )
     test: str | None = Field(
-        None, description="rows that comparisons report on in the place of the held-out ones"
+        None, description="rows that comparisons report on instead of the held-out rows"
     )
     part: Literal["all", "validation", "test"] = Field(
         "all",
-        description="which held-out rows to measure on; without data.test they are halved by "
-        "content hash",
+        description="which held-out rows to evaluate on; without data.test they are split in "
+        "half by content hash",
     )
     hold_out: Literal["prompt", "content"] = Field(
         "prompt",
-        description="without data.eval: keep rows that ask the same, or only equal rows, on one "
-        "side",
+        description="without data.eval: whether rows with the same prompt, or only identical "
+        "rows, stay on one side of the split",
     )
     format: Literal["auto", "text", "prompt_response", "alpaca", "messages"] = Field(
-        "auto", description="how a row is read"
+        "auto", description="format of the rows; auto detects it from the field names"
     )
-    prompt_field: str | None = Field(None, description="field of the prompt")
-    response_field: str | None = Field(None, description="field of the answer")
+    prompt_field: str | None = Field(None, description="name of the prompt field")
+    response_field: str | None = Field(None, description="name of the answer field")
     rendered: bool = Field(
         False,
-        description="prompts and answers are rendered already: join them as they are, without the "
+        description="prompts and answers are already rendered: concatenate them without the "
         "chat template",
     )
     date: str | None = Field(
         None,
-        description="the day, as 2026-01-31, that chat templates write which write one; null takes "
-        "today's, and the run keeps it",
+        description="date, such as 2026-01-31, for chat templates that include one; null uses "
+        "today's date, which the run keeps",
     )
-    max_length: int = Field(512, ge=2, description="tokens a row")
+    max_length: int = Field(512, ge=2, description="maximum number of tokens in a row")
     long_rows: Literal["cut", "skip"] = Field(
-        "cut", description="what becomes of conversations with more tokens; both are counted"
+        "cut", description="what to do with longer conversations; both cases are counted"
     )
     packing: bool = Field(
         False,
-        description="put several conversations into one training row of max_length tokens; they "
-        "do not see each other",
+        description="pack several conversations into one training row of max_length tokens; "
+        "each attends only to itself",
     )
     cache_dir: str | None = Field(
         None,
-        description="folder where tokenised rows are kept for the next run; 'none' keeps nothing, "
-        "null takes kdrun/tokens in the user's cache folder",
+        description="folder that keeps tokenised rows for the next run; 'none' disables it, null "
+        "uses kdrun/tokens in the user's cache folder",
     )
     shift_windows: bool = Field(
         True,
-        description="cut plain text into windows at other places in each epoch; false cuts it "
-        "once, which a teacher cache needs",
+        description="cut plain text into windows at different places in each epoch; false cuts it "
+        "once, as a teacher cache requires",
     )
     strict: bool = Field(
         False,
@@ -104,8 +105,8 @@ class DataConfig(_Section):
     )
     accept_changes: bool = Field(
         False,
-        description="resume although rows, tokenizer or models are not those that the run began "
-        "with; the summary says so",
+        description="resume even if rows, tokenizer or models differ from those at the start of "
+        "the run; the summary records it",
     )
 
     @field_validator("date")
@@ -121,33 +122,36 @@ class DataConfig(_Section):
     @field_validator("date", mode="before")
     @classmethod
     def _as_text(cls, given: Any) -> Any:
-        return given.isoformat() if isinstance(given, date) else given  # as YAML reads it
+        return given.isoformat() if isinstance(given, date) else given  # YAML parses a date itself
 
 
 class LossConfig(_Section):
     """The objective."""
 
-    spec: str = Field("forward_kl_chunked", description="a registered loss and its parameters")
+    spec: str = Field(
+        "forward_kl_chunked", description="name of a registered loss, with its parameters"
+    )
     kd_ratio: float = Field(
         0.5, ge=0, le=1, description="weight of the distillation loss; the rest is cross-entropy"
     )
-    temperature: float = Field(1.0, gt=0, description="softens both sides of the loss")
+    temperature: float = Field(1.0, gt=0, description="softens both distributions")
     temperature_scaling: bool = Field(
-        True, description="multiply by temperature ** temperature_power"
+        True, description="multiply the loss by temperature ** temperature_power"
     )
     match_curvature: bool = Field(
-        False, description="divide by the loss's curvature: as strong as KL near equality"
+        False,
+        description="divide the loss by its curvature, so that it is as strong as KL near equality",
     )
     schedules: dict[str, Schedule] = Field(
         {},
-        description="how kd_ratio, temperature or a parameter of the loss moves in training; "
-        "takes the place of the fixed value",
+        description="how kd_ratio, temperature or a parameter of the loss changes during training; "
+        "replaces the fixed value",
     )
     chunk_size: int | None = Field(
-        None, ge=1, description="tokens a chunk; null chooses by vocabulary and width"
+        None, ge=1, description="tokens per chunk; null chooses by vocabulary size and width"
     )
     compiled: bool | None = Field(
-        None, description="compile the loss; null decides by the length of the run"
+        None, description="compile the loss; null decides by the number of steps"
     )
 
     @field_validator("schedules")
@@ -161,63 +165,80 @@ class LossConfig(_Section):
 class OptimizerConfig(_Section):
     """AdamW and its schedule."""
 
-    lr: float = Field(1e-4, gt=0, description="highest learning rate")
-    weight_decay: float = Field(0.0, ge=0, description="on matrices only")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment decays")
-    max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 clips nothing")
-    scheduler: str = Field("cosine", description="a scheduler of transformers")
-    scheduler_kwargs: dict[str, Any] = Field({}, description="its further arguments")
-    warmup_steps: int = Field(0, ge=0, description="steps from 0 to the highest rate")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay, on matrices only")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of AdamW's moments")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="gradients are clipped to this norm; 0 disables clipping"
+    )
+    scheduler: str = Field("cosine", description="name of a scheduler in transformers")
+    scheduler_kwargs: dict[str, Any] = Field({}, description="further arguments of the scheduler")
+    warmup_steps: int = Field(0, ge=0, description="warm-up steps from 0 to the peak learning rate")
 
 
 class TrainingConfig(_Section):
-    """Steps, batches, and what is written when."""
+    """Steps, batches, checkpoints and logging."""
 
-    max_steps: int | None = Field(None, ge=1, description="optimiser steps; wins over num_epochs")
+    max_steps: int | None = Field(None, ge=1, description="optimiser steps; overrides num_epochs")
     num_epochs: float = Field(1.0, gt=0, description="passes over the training rows")
-    batch_size: int = Field(8, ge=1, description="rows per process and micro-batch")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches a step")
-    eval_steps: int | None = Field(None, ge=1, description="evaluate every so many steps")
-    save_steps: int = Field(250, ge=1, description="write a checkpoint every so many steps")
-    save_total_limit: int = Field(2, ge=1, description="checkpoints that are kept")
-    logging_steps: int = Field(10, ge=1, description="steps a line of metrics.jsonl")
+    batch_size: int = Field(8, ge=1, description="rows per micro-batch in each process")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="micro-batches per optimiser step"
+    )
+    eval_steps: int | None = Field(
+        None,
+        ge=1,
+        description="evaluate every this many steps; null evaluates only before and after training",
+    )
+    save_steps: int = Field(250, ge=1, description="write a checkpoint every this many steps")
+    save_total_limit: int = Field(2, ge=1, description="number of checkpoints to keep")
+    logging_steps: int = Field(
+        10, ge=1, description="write a line of metrics.jsonl every this many steps"
+    )
     gradient_parts: bool = Field(
         False,
-        description="also log the norms of the gradients of cross-entropy and loss, and their "
-        "cosine; a step with a line then takes the time of three",
+        description="also log the gradient norms of cross-entropy and loss, and their cosine; "
+        "each logged step then takes as long as three",
     )
     seed: int = Field(0, ge=0, description="initial weights, order of rows and dropout")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass"
+    )
     nan_loss: Literal["stop", "skip"] = Field(
         "stop",
-        description="a step whose loss is NaN or infinite: stop the run, or leave the step out, "
-        "with weights and optimiser as they were",
+        description="what to do if the loss of a step is NaN or infinite: stop the run, or skip "
+        "the step, leaving weights and optimiser unchanged",
     )
     max_skipped_steps: int = Field(
-        3, ge=1, description="steps in a row that nan_loss=skip leaves out before the run stops"
+        3,
+        ge=1,
+        description="the run stops after this many skipped steps in a row, with nan_loss=skip",
     )
     fsdp: bool = Field(
-        False, description="spread both models over the processes that torchrun started (FSDP2)"
+        False, description="shard both models across the processes started by torchrun (FSDP2)"
     )
     deepspeed: str | None = Field(
-        None, description="JSON file of DeepSpeed; refused, training.fsdp takes its place"
+        None, description="DeepSpeed is not supported and a value is refused; use training.fsdp"
     )
     torch_compile: bool = Field(
-        False, description="compile the student's forward and backward pass (torch.compile)"
+        False, description="compile the student's forward and backward passes (torch.compile)"
     )
     report_to: str = Field(
-        "none", description="a tracker: tensorboard, wandb, trackio, mlflow and others; or none"
+        "none",
+        description="experiment tracker: tensorboard, wandb, trackio, mlflow and others; or none",
     )
 
 
 class EvaluationConfig(_Section):
-    """What the trained student is asked, beside the measures of its distributions."""
+    """Answers of the trained student, in addition to the measures of its distributions."""
 
     answers: int = Field(
-        0, ge=0, description="held-out prompts it answers greedily and is scored on"
+        0,
+        ge=0,
+        description="number of held-out prompts that the student answers greedily, for scoring",
     )
-    max_new_tokens: int = Field(128, ge=1, description="where an answer is cut")
-    batch_size: int = Field(16, ge=1, description="prompts that are answered at once")
+    max_new_tokens: int = Field(128, ge=1, description="maximum length of an answer")
+    batch_size: int = Field(16, ge=1, description="prompts answered per batch")
     answer_pattern: str | None = Field(
         None,
         description="regular expression whose first group is the final answer, for exact match",
@@ -236,21 +257,23 @@ class EvaluationConfig(_Section):
 
 
 class LoraConfig(_Section):
-    """Low-rank adapters in place of full fine-tuning (``pip install 'kdlosses[lora]'``)."""
+    """Low-rank adapters instead of full fine-tuning (``pip install 'kdlosses[lora]'``)."""
 
     rank: int | None = Field(
         None, ge=1, description="rank of the adapters; null trains all weights"
     )
-    alpha: float = Field(16.0, gt=0, description="adapters are scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the input of adapters")
+    alpha: float = Field(16.0, gt=0, description="updates are scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the adapters")
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear",
         description="names of the layers that get adapters, such as [q_proj, v_proj]; all-linear "
-        "takes every linear layer but the output head",
+        "selects every linear layer except the output head",
     )
-    dora: bool = Field(False, description="DoRA: learn the length of weight rows apart")
+    dora: bool = Field(
+        False, description="use DoRA, which learns the magnitude of the weights separately"
+    )
     merge: bool = Field(
-        False, description="also save the student with its adapters merged, as a plain folder"
+        False, description="save the student as a plain model with its adapters merged"
     )
 
     @field_validator("target_modules", mode="before")
@@ -281,27 +304,30 @@ class LoraConfig(_Section):
 
 
 class ProcedureConfig(_Section):
-    """Which text is learned from, and how answers are sampled."""
+    """The source of the training text, and how answers are sampled."""
 
     spec: str | None = Field(
         None,
-        description="a registered procedure and its parameters, such as gkd:lambda=0.5; null "
-        "learns from the data",
+        description="name of a registered procedure, with its parameters, such as "
+        "gkd:lambda=0.5; null trains on the data",
     )
     max_new_tokens: int | None = Field(
-        None, ge=1, description="where an answer is cut; null takes half of data.max_length"
+        None, ge=1, description="maximum length of an answer; null is half of data.max_length"
     )
     sampling_temperature: float = Field(
-        1.0, ge=0, description="of the sampling alone; 0 takes the most likely token"
+        1.0, ge=0, description="temperature of the sampling only; 0 selects the most likely token"
     )
     top_p: float = Field(
-        1.0, gt=0, le=1, description="sample from the most likely tokens of this mass; 1 from all"
+        1.0,
+        gt=0,
+        le=1,
+        description="sample from the most likely tokens with this total probability; 1 uses all",
     )
-    top_k: int = Field(0, ge=0, description="sample from so many likely tokens; 0 from all")
-    batch_size: int = Field(16, ge=1, description="prompts that are answered at once")
+    top_k: int = Field(0, ge=0, description="sample from this many most likely tokens; 0 uses all")
+    batch_size: int = Field(16, ge=1, description="prompts answered per batch")
     text: str | None = Field(
         None,
-        description="plain text of minillm's cross-entropy, a file or hub id; null takes the "
+        description="plain text for the cross-entropy of minillm, a file or hub id; null uses the "
         "training rows",
     )
 
@@ -315,9 +341,9 @@ class ProcedureConfig(_Section):
 
 
 class OutputConfig(_Section):
-    """Where the run goes."""
+    """The output folder."""
 
-    dir: str | None = Field(None, description="the run's folder; null: runs/<time>-<loss>")
+    dir: str | None = Field(None, description="the run folder; null uses runs/<time>-<loss>")
 
 
 class RunConfig(_Section):
@@ -334,5 +360,5 @@ class RunConfig(_Section):
     output: OutputConfig = OutputConfig()
 
     def to_yaml(self) -> str:
-        """The resolved configuration; ``kdrun --config`` takes it back."""
+        """The resolved configuration, as YAML that ``kdrun --config`` accepts."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -15,13 +15,13 @@ from kdrun.config.sections import RunConfig
 
 _WIDTH = 100
 _HEAD = (
-    "Every key of a run, with the values that a run without options takes: those of the built-in "
-    "pair. Keep what you change and leave out the rest; 'kdrun --config FILE' reads it."
+    "All keys of a run, with the values for the built-in pair, which a run without options uses. "
+    "Keep the keys that you change and delete the rest; 'kdrun --config FILE' reads the file."
 )
 
 
 def default_yaml() -> str:
-    """What ``kdrun config`` prints; ``kdrun --config`` takes it back."""
+    """The output of ``kdrun config``, which ``kdrun --config`` accepts."""
     return "\n".join(_lines(load_config())) + "\n"
 
 
@@ -55,7 +55,7 @@ def _dump(value: Any) -> str:
 
 
 def _choices(annotation: Any) -> list[str]:
-    """The words that a key takes, where it takes nothing else."""
+    """The allowed values of a key with a fixed set of values; else an empty list."""
     return list(map(str, get_args(annotation))) if get_origin(annotation) is Literal else []
 
 

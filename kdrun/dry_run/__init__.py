@@ -1,1 +1,1 @@
-"""``kdrun --dry-run``: what a run would do and need, from configurations and rows alone."""
+"""``kdrun --dry-run``: the steps and memory of a run, from configurations and rows alone."""

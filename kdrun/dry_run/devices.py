@@ -1,4 +1,4 @@
-"""How much memory a device has: this one, or one that is named."""
+"""The memory of a device: the current one, or one given by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kdrun.dry_run.free_memory import available
 from kdrun.errors import InputError
 
-# GiB that a process can use, a little below what is printed on the box.
+# GiB available to a process, slightly less than the nominal size.
 _KNOWN = {
     "t4": 15.0,
     "rtx3090": 23.5,
@@ -30,12 +30,12 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*gi?b", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Device:
-    """Where a run would take place.
+    """The device of a run.
 
     Attributes:
-        name: as it is shown.
+        name: name for display.
         kind: ``cpu`` or ``cuda``.
-        memory: bytes that are free, or that it has; None where the system does not tell.
+        memory: free or total bytes; None if unknown.
     """
 
     name: str
@@ -44,14 +44,14 @@ class Device:
 
 
 def find_device(given: str | None) -> Device:
-    """The device of a dry run.
+    """Find the device of a dry run.
 
     Args:
-        given: None for the one that a run here would use; ``cpu`` or ``cuda``; the name of an
+        given: None for the device of a run on this machine; ``cpu`` or ``cuda``; the name of an
             accelerator; or its memory, such as ``24GiB``.
 
     Raises:
-        InputError: an unknown name, or no accelerator here.
+        InputError: an unknown name, or no accelerator.
     """
     import torch
 
@@ -59,7 +59,7 @@ def find_device(given: str | None) -> Device:
     wanted = here if given is None else given.lower()
     if wanted == "cuda" and here != "cuda":
         raise InputError(
-            "--device cuda: there is none here; name one, such as h100, or a size, such as 24GiB"
+            "--device cuda: this machine has none; pass a name such as h100 or a size such as 24GiB"
         )
     if wanted in ("cpu", "cuda"):
         return Device(f"this machine's {wanted}", wanted, available(wanted))

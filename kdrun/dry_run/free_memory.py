@@ -1,4 +1,4 @@
-"""Memory that is free on this machine."""
+"""The free memory of this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def available(device: str) -> int | None:
-    """Bytes that are free on ``cpu`` or ``cuda``; None where the system does not tell."""
+    """Free bytes on ``cpu`` or ``cuda``; None if unknown."""
     if device == "cuda":
         import torch
 
@@ -25,7 +25,7 @@ def _meminfo_available() -> int | None:
 
 
 def _cgroup_available() -> int | None:
-    """What a container may still take (version 2), or None without a limit."""
+    """Remaining memory of a container (cgroup version 2); None without a limit."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit = (folder / "memory.max").read_text(encoding="ascii").strip()

@@ -1,7 +1,7 @@
-"""What a loss needs, measured: it is evaluated on a few rows of the real width.
+"""The memory of a loss, measured on a few rows with the real vocabulary size.
 
-Every tensor of the loss grows with rows times vocabulary, whatever the loss is; hidden states and
-head, whose products would take long, are narrow here, and their gradients are counted apart.
+The tensors of every loss grow with rows times vocabulary. Hidden states and head are narrow here,
+because their products would take long, and their gradients are counted separately.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 _WIDTH = 4
 _FEW_ROWS = 8
 _FLOAT = 4
-# Tensors of a chunk's size that a compiled tile of a whole chunk holds at once, by the allocator's
-# records on a CPU: forward_kl 4, generalized_jsd 5, adaptive_kl 11.
+# Number of chunk-sized tensors that a compiled tile of a whole chunk holds at once, as recorded by
+# the allocator on a CPU: forward_kl 4, generalized_jsd 5, adaptive_kl 11.
 _COPIES, _COPIES_OF_ROW_LOSSES = 5, 11
 
 
 class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The most bytes that tensors made under it took at once.
+    """Records the peak memory of tensors created in this context.
 
-    Autograd adds gradients up in place, but not under a mode like this one; the sum that it makes
-    here outlives the summand at once, and is not looked at before.
+    Autograd accumulates gradients in place, but not under a dispatch mode. The sum allocated here
+    replaces the summand immediately and is only counted afterwards.
 
     Attributes:
         peak: bytes.
@@ -46,7 +46,7 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls the operator and looks at what it returns."""
+        """Call the operator and count its outputs."""
         given = {_key(x) for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for value in tree_flatten(result)[0]:
@@ -78,13 +78,13 @@ def _key(tensor: torch.Tensor) -> int:
 def loss_bytes(
     config: LossConfig, vocab_size: int, student: ModelSize, tokens: int, device: str
 ) -> int:
-    """The most bytes that the loss of a micro-batch takes, gradients of its inputs included.
+    """The peak memory of the loss of a micro-batch in bytes, including gradients of its inputs.
 
     Args:
-        config: the loss, its chunk size and compilation settled where it is chunked.
-        vocab_size: that both heads are cut to.
-        student: widths and type.
-        tokens: supervised ones of the micro-batch.
+        config: section of the loss, with chunk size and compilation resolved if it is chunked.
+        vocab_size: shared vocabulary size of both heads.
+        student: student, for widths and data type.
+        tokens: number of supervised tokens of the micro-batch.
         device: ``cpu`` or ``cuda``.
     """
     width = student.head[1]
@@ -99,8 +99,8 @@ def loss_bytes(
 
 def _chunk_bytes(config: LossConfig, vocab_size: int, chunk: int, device: str) -> int:
     if device == "cpu":
-        # A chunk is worked through in small tiles, so that it is tried as a whole. Compiled tiles
-        # take less; the difference is small beside the chunk.
+        # A chunk is processed in small tiles, so it is measured as a whole. Compiled tiles take
+        # less, but the difference is small compared with the chunk.
         return _measured(config, vocab_size, chunk)
     if config.compiled:
         terms = build_loss(config, vocab_size).terms
@@ -112,7 +112,7 @@ def _chunk_bytes(config: LossConfig, vocab_size: int, chunk: int, device: str) -
 
 
 def _measured(config: LossConfig, vocab_size: int, rows: int) -> int:
-    """Peak memory of loss and gradient of so many rows, between narrow models."""
+    """Peak memory of loss and gradient for a number of rows of narrow models."""
     chunked = parse_spec(config.spec).chunked
     eager = {"compiled": False, "chunk_size": rows} if chunked else {}
     loss = build_loss(config.model_copy(update=eager), vocab_size)

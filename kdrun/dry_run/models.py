@@ -1,4 +1,4 @@
-"""Models without weights: their sizes, and what a step keeps of them for its backward pass."""
+"""Models without weights: their sizes, and their activations for the backward pass."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What is known of a model from its configuration.
+    """Sizes of a model, computed from its configuration.
 
     Attributes:
-        kind: its type.
-        parameters: tied ones counted once.
-        trained: those of them that are trained.
-        weights: bytes of all.
-        trained_weights: bytes of the trained ones.
+        kind: type of the model.
+        parameters: number of parameters, with tied ones counted once.
+        trained: number of trained parameters.
+        weights: bytes of all parameters.
+        trained_weights: bytes of the trained parameters.
         head: shape of the output head.
         trained_head: whether the head is trained.
         item_size: bytes of an element of the hidden states.
-        largest_block: bytes of the block of layers that has most.
-        outside_blocks: bytes of what is in no block: embeddings, head and last norm.
+        largest_block: bytes of the largest block of layers.
+        outside_blocks: bytes outside the blocks: embeddings, head and last norm.
     """
 
     kind: str
@@ -48,13 +48,13 @@ class ModelSize:
 
 
 class Shadow:
-    """A model whose tensors have shapes and types but no content.
+    """A model whose tensors have shapes and data types but no content.
 
     Args:
-        source: for messages.
-        model_config: of transformers.
-        config: of the run; gives the type of the weights.
-        pair: gives the size of the vocabulary.
+        source: source of the model, for messages.
+        model_config: configuration of transformers.
+        config: configuration of the run, for the data type of the weights.
+        pair: the pair, for the vocabulary size.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class Shadow:
         check_head(self.model, pair, str(source))
 
     def adapt(self, config: RunConfig) -> None:
-        """Put the run's adapters on it."""
+        """Add the adapters of the run."""
         import torch
 
         with torch.device("meta"):
             self.model = add_adapters(self.model, config.lora, "", config.training.seed)
 
     def size(self, quantized: bool = False) -> ModelSize:
-        """Parameters and bytes.
+        """The sizes of the model.
 
         Args:
             quantized: whether the weights of layers are stored in 8 bits.
@@ -115,12 +115,13 @@ class Shadow:
         """Bytes that the backbone keeps for the backward pass of a batch.
 
         Args:
-            rows: of the batch.
-            length: tokens a row.
-            checkpointing: keep each layer's input alone, and one layer's activations at a time.
+            rows: rows of the batch.
+            length: tokens per row.
+            checkpointing: whether to keep only the inputs of layers and the activations of one
+                layer at a time.
 
         Returns:
-            None where the model's code needs real numbers to run.
+            The bytes; None if the model's code needs real values to run.
         """
         import torch
         from torch._subclasses.fake_tensor import FakeTensorMode
@@ -142,7 +143,7 @@ class Shadow:
             with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
                 ids = torch.zeros(rows, length, dtype=torch.long)
                 hidden = inner.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        except Exception:  # whatever a foreign forward does with contents that are not there
+        except Exception:  # a forward pass of remote code may need real values
             return None
         total = sum(storage.nbytes() for storage in kept.values())
         if not checkpointing:
@@ -153,10 +154,10 @@ class Shadow:
 
 
 def _pretend(model: Any) -> None:
-    """Give a model on the meta device tensors that claim to lie on the CPU.
+    """Replace the meta tensors of a model with fake CPU tensors.
 
-    A forward pass then takes the same operators as a real one; on the meta device itself attention
-    masks cannot be made.
+    A forward pass then uses the same operators as a real one; attention masks cannot be created on
+    the meta device.
     """
     import torch
 
@@ -180,7 +181,7 @@ def _elements(tensors: list[torch.Tensor]) -> int:
 
 
 def _saved_by_8_bits(weight: torch.Tensor) -> int:
-    """Bytes that a matrix no longer takes; each output has a scale."""
+    """Bytes saved by storing a matrix in 8 bits with one scale per output."""
     scales = weight.shape[0] * weight.element_size()
     return weight.numel() * (weight.element_size() - 1) - scales
 

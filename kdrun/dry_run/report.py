@@ -1,4 +1,4 @@
-"""The dry run itself: checks, counts, and memory by part."""
+"""The dry run: checks, counts, and memory by part."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ if TYPE_CHECKING:
     from kdrun.dry_run.models import ModelSize
     from kdrun.models.pairs import Pair
 
-_OPTIMIZER_STATES = 2  # AdamW's two moments, in the type of the weights
+_OPTIMIZER_STATES = 2  # AdamW's two moments, in the data type of the weights
 _SPREAD = ("weights of the student", "weights of the teacher", "gradients", "optimiser")
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would do and need.
+    """The steps and memory of a run.
 
     Attributes:
-        student: its size.
-        teacher: likewise; None where no model is loaded.
-        notes: on rows, tokenizers and cache, a line each.
-        steps: optimiser steps.
-        processes: that share the work.
-        rows_per_step: over all micro-batches and processes, with those that a procedure adds.
+        student: size of the student.
+        teacher: size of the teacher; None if no teacher is loaded.
+        notes: lines about rows, tokenizers and cache.
+        steps: number of optimiser steps.
+        processes: number of processes.
+        rows_per_step: rows over all micro-batches and processes, including those that a procedure
+            adds.
         longest: tokens of the longest training row.
-        memory: bytes by part on the device of one process; None where a part cannot be told.
-        device: where.
+        memory: bytes by part on the device of one process; None if unknown.
+        device: the device.
     """
 
     student: ModelSize
@@ -62,29 +63,29 @@ class DryRun:
 
     @property
     def total(self) -> int:
-        """Bytes of all parts that are known."""
+        """Bytes of all known parts."""
         return sum(part or 0 for part in self.memory.values())
 
 
 def dry_run(
     config: RunConfig, device_name: str | None = None, processes: int | None = None
 ) -> DryRun:
-    """Check a run's input and tell what it would need; no weights are read, nothing is written.
+    """Check the input of a run and estimate its memory, without reading weights or writing files.
 
     Args:
-        config: of the run.
-        device_name: as :func:`find_device` takes it.
-        processes: that share the work; None for those that torchrun has started, or one.
+        config: configuration of the run.
+        device_name: device, as in :func:`find_device`.
+        processes: number of processes; None for those started by torchrun, or one.
 
     Raises:
-        InputError: what the run itself would refuse.
+        InputError: as raised by the run itself.
     """
     rows = check(config)
     procedure, made = procedure_of(config), 1
     processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
     if config.training.fsdp and processes == 1:
         raise InputError(
-            "training.fsdp=true spreads the models over processes; say over how many: --processes N"
+            "training.fsdp=true shards the models across processes: pass --processes N"
         )
     device = find_device(device_name)
     notes: list[str] = []
@@ -132,7 +133,7 @@ def _adapters(config: RunConfig) -> str | None:
 
 
 def _steps(config: RunConfig, rows: int, processes: int) -> int:
-    """Optimiser steps, as the Trainer counts them."""
+    """The number of optimiser steps, as counted by the Trainer."""
     training = config.training
     if training.max_steps is not None:
         return training.max_steps
@@ -165,7 +166,7 @@ def _memory(
         teacher_weights += 0 if manifest.head is None else manifest.head.bytes
         width = manifest.entries
     tokens = batch * longest
-    kept = 0  # of the teacher for the loss: its last hidden states, or what a cache holds
+    kept = 0  # teacher values for the loss: its last hidden states, or cached entries
     if config.loss.kd_ratio > 0 or KD_RATIO in config.loss.schedules:
         kept = tokens * width * student.item_size
     activations = shadow.activations(batch, longest, config.training.gradient_checkpointing)
@@ -190,9 +191,9 @@ def _on_one_of(
 ) -> dict[str, int | None]:
     """The memory of one of several processes.
 
-    DDP holds everything once more for each process, and the gradients a second time, in the buckets
-    that are exchanged. FSDP2 holds a share of weights, gradients and optimiser, and whole what is
-    gathered: what lies outside the blocks of each model, the block that is computed and the next.
+    DDP keeps a full copy on each process, and a second copy of the gradients in the communication
+    buckets. FSDP2 keeps a share of weights, gradients and optimiser, plus the gathered parameters:
+    those outside the blocks of each model, the current block and the next one.
     """
     if not fsdp:
         return {**memory, "gradients": 2 * (memory["gradients"] or 0)}
@@ -208,7 +209,7 @@ def _on_one_of(
 
 
 def show(found: DryRun, console: Console) -> None:
-    """Print a dry run."""
+    """Print the result of a dry run."""
     for note in found.notes:
         console.print(note, markup=False)
     adapters = "" if found.lora is None else f" ({found.lora})"
@@ -226,12 +227,12 @@ def show(found: DryRun, console: Console) -> None:
         console.print(f"  {name:<24}{_gib(part):>12}")
     free = found.device.memory
     fits = "" if free is None else f" of {_gib(free)}"
-    console.print(f"  {'in all':<24}{_gib(found.total):>12}{fits}")
+    console.print(f"  {'total':<24}{_gib(found.total):>12}{fits}")
     if free is not None and found.total > free:
         console.print(
             "this does not fit: lower --batch-size (and raise "
             "training.gradient_accumulation_steps), set training.gradient_checkpointing=true, "
-            "take --lora-rank, or model.dtype=bfloat16"
+            "use --lora-rank, or use model.dtype=bfloat16"
         )
 
 

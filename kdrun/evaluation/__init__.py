@@ -1,1 +1,1 @@
-"""Measures of a model on held-out rows: by its distributions and by its answers."""
+"""Evaluation of a model on held-out rows, by its distributions and its answers."""

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and what may be answered to it.
+    """A prompt and its reference answers.
 
     Attributes:
         messages: the conversation up to the answer.
-        references: right answers; rows with the same prompt are one question.
-        prompt_ids: what the model is given.
+        references: reference answers; rows with the same prompt form one question.
+        prompt_ids: token ids of the prompt.
     """
 
     messages: tuple[Message, ...]
@@ -37,12 +37,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Asked:
-    """What has to be known of a model before it is asked.
+    """The properties of a model that determine its prompts.
 
     Attributes:
-        tokenizer: encodes its prompts.
-        context: tokens that it has room for; None where it has no limit.
-        rendering: what its prompts follow from besides the chat template.
+        tokenizer: tokenizer for the prompts.
+        context: context length in tokens; None if unlimited.
+        rendering: settings of the rendering other than the chat template.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -53,15 +53,15 @@ class Asked:
 def choose_questions(
     rows: Sequence[Any], model: Asked, config: EvaluationConfig
 ) -> tuple[list[Question], str | None]:
-    """The questions that one model is asked, the same whatever the order of the rows.
+    """Choose the questions for one model, independent of the order of the rows.
 
     Args:
-        rows: held-out rows; plain text asks nothing.
-        model: has to have room for prompt and answer; longer prompts are left out.
-        config: how many, and how long answers may be.
+        rows: held-out rows; plain text gives no questions.
+        model: the model; prompts that leave no room for an answer in its context are skipped.
+        config: number of questions and maximum length of answers.
 
     Returns:
-        The questions, and a line about them where some were wanted.
+        The questions, and a line that describes them if any were requested.
 
     Raises:
         InputError: the package rouge-score, which scores answers, is not installed.
@@ -73,16 +73,16 @@ def choose_questions(
 def choose_common_questions(
     rows: Sequence[Any], models: Sequence[Asked], config: EvaluationConfig
 ) -> tuple[list[list[Question]], str | None]:
-    """The same questions for several models, whatever the order of the rows.
+    """Choose the same questions for several models, independent of the order of the rows.
 
     Args:
-        rows: held-out rows; plain text asks nothing.
-        models: a prompt that leaves no room for an answer in the context of one is asked of none.
-        config: how many, and how long answers may be.
+        rows: held-out rows; plain text gives no questions.
+        models: the models; a prompt is skipped if any of them has no room for an answer.
+        config: number of questions and maximum length of answers.
 
     Returns:
-        The questions of each model, as its own tokenizer encodes them, and a line about them where
-        some were wanted.
+        The questions for each model, encoded by its tokenizer, and a line that describes them if
+        any were requested.
 
     Raises:
         InputError: the package rouge-score, which scores answers, is not installed.
@@ -95,7 +95,7 @@ def choose_common_questions(
         if isinstance(row, ChatRow):
             references.setdefault(row.messages[:-1], []).append(row.messages[-1].content)
     if not references:
-        return found, "answers: none, the held-out rows are plain text and ask nothing"
+        return found, "answers: none, because the held-out rows are plain text without prompts"
     check_rouge()
     count = left_out = 0
     for messages in sorted(references, key=_hash):
@@ -113,7 +113,7 @@ def choose_common_questions(
         f"{config.max_new_tokens} tokens each"
     )
     if left_out:
-        note += f"; {left_out} prompts that leave no room for an answer are passed over"
+        note += f"; {left_out} prompts that leave no room for an answer are skipped"
     return found, note
 
 
@@ -122,8 +122,8 @@ class ScoredAnswer:
     """An answer and its scores.
 
     Attributes:
-        question: what was asked.
-        text: what the model said.
+        question: the question.
+        text: the text of the answer.
         rouge_l: see :func:`kdrun.evaluation.scores.rouge_l`.
         exact_match: see :func:`kdrun.evaluation.scores.exact_match`; None without a pattern.
     """
@@ -134,7 +134,7 @@ class ScoredAnswer:
     exact_match: float | None
 
     def line(self) -> Mapping[str, Any]:
-        """As a line of ``answers.jsonl``."""
+        """The line of ``answers.jsonl``."""
         return {
             "messages": [
                 {"role": message.role, "content": message.content}
@@ -153,11 +153,11 @@ def ask(
     questions: Sequence[Question],
     config: EvaluationConfig,
 ) -> list[ScoredAnswer]:
-    """Let a model answer greedily, and score it.
+    """Generate greedy answers with a model and score them.
 
     Args:
         model: a causal language model.
-        tokenizer: that encoded the questions.
+        tokenizer: the tokenizer that encoded the questions.
         questions: from :func:`choose_questions`.
         config: length of answers, batch size, pattern of the final answer.
 
@@ -181,7 +181,7 @@ def ask(
 
 
 def mean_scores(answers: Sequence[ScoredAnswer]) -> dict[str, float | None]:
-    """``rouge_l`` and ``exact_match`` over all answers; None where nothing was asked or scored."""
+    """``rouge_l`` and ``exact_match`` over all answers; None if there are none."""
     matches = [answer.exact_match for answer in answers if answer.exact_match is not None]
     return {
         "rouge_l": _mean([answer.rouge_l for answer in answers]),
@@ -190,7 +190,7 @@ def mean_scores(answers: Sequence[ScoredAnswer]) -> dict[str, float | None]:
 
 
 def _fitting_prompt(messages: tuple[Message, ...], model: Asked, max_new_tokens: int) -> list[int]:
-    """The prompt's ids; none where it leaves no room for an answer, or is refused."""
+    """The token ids of a prompt; empty if it leaves no room for an answer or is refused."""
     try:
         ids = encode_prompt(model.tokenizer, messages, model.rendering)
     except BadRowError:

@@ -1,4 +1,4 @@
-"""All measures of one model: of its distributions and of its answers."""
+"""All measures of one model, on its distributions and its answers."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ def judge(
     progress: Console,
     questions: Sequence[Question] | None = None,
 ) -> dict[str, Any]:
-    """Measure a model that nothing is to be trained of.
+    """Evaluate a model outside of training.
 
     Args:
         model: a causal language model with the pair's tokenizer.
-        teacher: what it is compared with, or None.
-        pair: gives tokenizer and vocabulary.
-        data: how rows become tokens.
-        loss: gives the chunk size.
-        evaluation: what is asked.
-        batch_size: rows at once.
-        rows: to measure on, texts or conversations.
-        progress: is told what becomes of the rows.
-        questions: what it is asked; None chooses those that it has room for.
+        teacher: the teacher to compare with, or None.
+        pair: the pair, for tokenizer and vocabulary.
+        data: section with the tokenisation settings.
+        loss: section with the chunk size.
+        evaluation: section with the questions.
+        batch_size: rows per batch.
+        rows: texts or conversations to evaluate on.
+        progress: prints how rows are processed.
+        questions: questions to answer; None chooses those that fit into the context.
 
     Returns:
         Values by the names of :data:`kdrun.evaluation.yardsticks.YARDSTICKS`, and ``tokens``; None
-        where one does not apply.
+        if a yardstick does not apply.
 
     Raises:
         InputError: no row fits.
@@ -64,7 +64,7 @@ def judge(
         questions, note = choose_questions(
             rows, Asked(pair.tokenizer, context_limit(model.config), rendering), evaluation
         )
-    if teacher is None:  # it comes first, or is alone: what is said of the rows is said once
+    if teacher is None:  # print notes on the rows once: this model is evaluated first
         for line in (*notes, note):
             if line is not None:
                 progress.print(line, markup=False)

@@ -1,4 +1,4 @@
-"""Measures of a model's distributions: of one batch, of all batches, and of a model by itself."""
+"""Measures of a model's distributions: for a batch, for all batches, and for a whole model."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ KEYS = (
     "calibration_error",
     "tokens",
 )
-"""What is reported of held-out rows, beside the loss itself."""
+"""Measures reported on held-out rows, in addition to the loss."""
 
 
 def prepare_measures(
     inputs: Mapping[str, Any], loss: TokenLoss, teacher: Teacher | None
 ) -> tuple[Consumer, dict[str, Any]]:
-    """What measures a batch, and the inputs of the model's call that it goes into.
+    """Prepare the measures of a batch, computed inside the call of the model.
 
     Args:
         inputs: the batch.
-        loss: of the run, whose value is measured too; it gives the cut of the vocabulary.
-        teacher: what the model is compared with, or None.
+        loss: the loss of the run, which is also measured and defines the shared vocabulary.
+        teacher: the teacher to compare with, or None.
 
     Returns:
-        The consumer for the model's head, which gives ``sums`` for :func:`figures`; and the
-        features.
+        The consumer for the model's head, which returns ``sums`` for :func:`figures`, and the
+        model inputs.
     """
     labels, features = split_inputs(inputs)
     source = None if teacher is None else teacher.source(**features, shift_labels=labels)
@@ -70,19 +70,19 @@ def prepare_measures(
 
 
 def figures(sums: Tensor, objective: KDObjective, with_teacher: bool) -> dict[str, float | None]:
-    """Measures from their sums over all batches and processes.
+    """Compute measures from their sums over all batches and processes.
 
     Args:
-        sums: of what :func:`prepare_measures` gives.
-        objective: gives the ratio and the names of the loss's terms.
-        with_teacher: whether there was a teacher; measures that need one are else None.
+        sums: sums from the consumer of :func:`prepare_measures`.
+        objective: the objective, for the ratio and the names of the terms.
+        with_teacher: whether a teacher was used; otherwise measures that need one are None.
 
     Raises:
-        TrainingError: no row supervises a token.
+        TrainingError: no row has a supervised token.
     """
     tokens = sums[0].item()
     if tokens == 0:
-        raise TrainingError("the evaluation rows hold no supervised token")
+        raise TrainingError("the evaluation rows contain no supervised token")
     columns, calibration = sums.tensor_split([6 + len(objective.loss.terms)])
     ce, kd, forward_kl, reverse_kl, agreement, *terms = (columns[1:] / tokens).tolist()
     ratio = objective.kd_ratio
@@ -101,7 +101,7 @@ def figures(sums: Tensor, objective: KDObjective, with_teacher: bool) -> dict[st
 
 
 def named_terms(loss: TokenLoss, values: Sequence[float]) -> dict[str, float]:
-    """The terms of a sum by name; a single loss is its own sum and adds nothing."""
+    """The terms of a sum by name; empty for a single loss."""
     if len(loss.terms) == 1:
         return {}
     return {f"kd_loss/{term.name}": x for term, x in zip(loss.terms, values, strict=True)}
@@ -110,21 +110,21 @@ def named_terms(loss: TokenLoss, values: Sequence[float]) -> dict[str, float]:
 def silence_repeats(
     inputs: Mapping[str, Any], *, number: int, total: int, batch_size: int, rank: int, world: int
 ) -> int:
-    """Ignore rows that only fill up the last round of several processes.
+    """Ignore rows that only pad the last round of several processes.
 
-    accelerate deals out whole batches, batch ``k`` to rank ``k % world``, and begins anew with
-    the first rows where a batch or a rank would otherwise go without: they would count twice.
+    accelerate assigns batch ``k`` to rank ``k % world``, and repeats the first rows to fill up
+    incomplete batches and ranks without a batch. Repeated rows would count twice.
 
     Args:
-        inputs: the batch; its labels are changed.
-        number: of the batch among those of this process.
-        total: rows of the data set.
-        batch_size: rows of a whole batch.
-        rank: of this process.
+        inputs: the batch; its labels are modified.
+        number: index of the batch in this process.
+        total: number of rows in the data set.
+        batch_size: rows per full batch.
+        rank: rank of this process.
         world: number of processes.
 
     Returns:
-        Rows that count.
+        The number of rows that count.
     """
     count: int = len(inputs["input_ids"])
     if world == 1:
@@ -145,18 +145,18 @@ def measure_model(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
 ) -> dict[str, Any]:
-    """The measures of any model, as a run measures its student.
+    """Evaluate any model with the measures that a run uses for its student.
 
     Args:
-        model: a causal language model; it is moved to the device that training would take.
-        teacher: what it is compared with, or None.
-        loss: gives the cut of the vocabulary and the chunk size.
+        model: a causal language model; moved to the device that training would use.
+        teacher: the teacher to compare with, or None.
+        loss: the loss, for the shared vocabulary and the chunk size.
         examples: rows with ``input_ids`` and ``labels``.
-        tokenizer: gives the padding.
-        batch_size: rows at once.
+        tokenizer: the tokenizer, for padding.
+        batch_size: rows per batch.
 
     Returns:
-        By the names of :data:`KEYS`; those that need a teacher are None without one.
+        Measures by the names of :data:`KEYS`; those that need a teacher are None without one.
     """
     from torch.utils.data import DataLoader
 

@@ -1,4 +1,4 @@
-"""Scores of one answer against what it should have been."""
+"""Scores of an answer against its references."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from kdrun.errors import InputError
 _MINUS = "\N{MINUS SIGN}"
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _OF_NUMBERS = r"(?<![^\W\d])-(?=\$?\.?\d)|(?<![^\W\d])\.(?=\d)|(?<=\d)/(?=\d)"
-"""A minus or point before a digit, but not in a word such as covid-19; the slash of a fraction."""
+"""A minus or point before a digit, except within a word such as covid-19; a fraction slash."""
 _PUNCTUATION = re.compile(f"(?!{_OF_NUMBERS})[{re.escape(string.punctuation)}]")
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
     """ROUGE-L: F measure of the longest common subsequence of stemmed words, 0 to 1.
 
-    The best over the references, as MiniLLM, DistiLLM and GKD's summaries are scored. Words are
-    runs of ASCII letters and digits: not for other scripts, where it is always 0.
+    The maximum over the references, as in the evaluations of MiniLLM, DistiLLM and GKD's summaries.
+    Words are sequences of ASCII letters and digits, so the score is always 0 for other scripts.
 
     Args:
-        answer: what the model said.
-        references: right answers, at least one.
+        answer: the answer of the model.
+        references: reference answers, at least one.
 
     Raises:
         InputError: the package rouge-score is not installed.
@@ -37,25 +37,25 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
 
 
 def exact_match(answer: str, references: Sequence[str], pattern: str) -> float:
-    """1 where the final answer is that of one of the references, else 0.
+    """Return 1 if the final answer equals that of a reference, else 0.
 
-    Case, punctuation, English articles and spaces are left out of the comparison, as for SQuAD
-    (Rajpurkar et al. 2016, arXiv:1606.05250). Other than there, what makes another number stays:
-    minus, decimal point and the slash of a fraction. Numbers are compared as they are written:
-    1,000 is 1000, but 1.50 is not 1.5.
+    Case, punctuation, English articles and spaces are ignored, as for SQuAD (Rajpurkar et al. 2016,
+    arXiv:1606.05250). Unlike there, minus signs, decimal points and fraction slashes are kept,
+    because they change a number. Numbers are compared as text: 1,000 equals 1000, but 1.50 does not
+    equal 1.5.
 
     Args:
-        answer: what the model said.
-        references: right answers, at least one.
-        pattern: regular expression whose first group is the final answer in both; its last match
-            counts. ``#### *(.+)`` fits GSM8K, ``(?s)(.*)`` takes the whole text.
+        answer: the answer of the model.
+        references: reference answers, at least one.
+        pattern: regular expression whose first group is the final answer, in answer and references;
+            the last match counts. ``#### *(.+)`` fits GSM8K, ``(?s)(.*)`` matches the whole text.
     """
     wanted = {_final(reference, pattern) for reference in references} - {None}
     return float(_final(answer, pattern) in wanted)
 
 
 def check_rouge() -> None:
-    """Refuse to begin what could not be scored at its end.
+    """Check that rouge-score is installed, before answers are generated.
 
     Raises:
         InputError: the package rouge-score is not installed.

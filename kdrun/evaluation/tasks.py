@@ -1,4 +1,4 @@
-"""Tasks of lm-eval (the language model evaluation harness) on models that are loaded already."""
+"""Tasks of lm-eval (the language model evaluation harness) on loaded models."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from kdrun.paths import did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_BOOTSTRAPS = 1000  # of metrics whose standard error has no formula
+_BOOTSTRAPS = 1000  # for metrics without a formula for the standard error
 
 
 @dataclass(frozen=True)
 class TaskChoice:
-    """Which tasks are run, and how.
+    """The tasks to run, and their options.
 
     Attributes:
-        names: of tasks or groups of tasks.
-        folder: of task files beside lm-eval's own; None has none.
-        data: the file that tasks of the folder read their questions from, where they ask for one.
-        limit: the first so many questions of each task; None asks all.
+        names: names of tasks or groups of tasks.
+        folder: folder with further task files, or None.
+        data: file with the questions of tasks in the folder, for tasks that require one.
+        limit: number of questions per task; None uses all.
     """
 
     names: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class TaskChoice:
     limit: int | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """For the file of results."""
+        """The choice as JSON for the results file."""
         paths = {"folder": self.folder, "data": self.data}
         return asdict(self) | {key: path and str(path) for key, path in paths.items()}
 
@@ -48,12 +48,12 @@ class TaskScore:
     """One metric of one task.
 
     Attributes:
-        task: its name, or that of a group.
-        metric: as lm-eval calls it; with a filter's name behind a comma where a task has several.
-        value: its mean over the questions.
-        stderr: the standard error of the mean; None where lm-eval gives none.
-        questions: how many were asked; None of a group.
-        higher_is_better: its direction, where lm-eval knows it.
+        task: name of the task or group.
+        metric: lm-eval's name of the metric, with a comma and the filter if a task has several.
+        value: mean over the questions.
+        stderr: standard error of the mean; None if lm-eval gives none.
+        questions: number of questions; None for a group.
+        higher_is_better: direction of the metric, if lm-eval knows it.
     """
 
     task: str
@@ -65,7 +65,7 @@ class TaskScore:
 
     @property
     def title(self) -> str:
-        """In tables."""
+        """The title in tables."""
         return f"{self.task} {self.metric}"
 
     @property
@@ -75,7 +75,7 @@ class TaskScore:
 
     @property
     def explained(self) -> str:
-        """Questions and direction."""
+        """Number of questions and direction, as text."""
         parts = [] if self.questions is None else [f"{self.questions} questions"]
         if self.higher_is_better is not None:
             parts.append(f"{'higher' if self.higher_is_better else 'lower'} is better")
@@ -83,13 +83,13 @@ class TaskScore:
 
 
 class Tasks:
-    """Tasks whose files and questions are known to be there.
+    """Tasks whose files and questions have been loaded.
 
     Args:
-        choice: which.
+        choice: the tasks to load.
 
     Raises:
-        InputError: lm-eval is not installed, a task is unknown, or its questions cannot be had.
+        InputError: lm-eval is not installed, a task is unknown, or its questions cannot be loaded.
     """
 
     def __init__(self, choice: TaskChoice) -> None:
@@ -103,34 +103,36 @@ class Tasks:
                 "pip install 'kdlosses[lm-eval]'"
             ) from error
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries without a hub
+        logging.getLogger("huggingface_hub").setLevel(
+            logging.ERROR
+        )  # hide its retries without a hub
         self._manager = _find(choice)
         for name in choice.names:
             try:
                 self._manager.load([name])
-            except Exception as error:  # a task runs code of its own and of the hub's client
+            except Exception as error:  # a task runs its own code and the hub client
                 raise InputError(_reason(name, error)) from error
 
     def run(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
     ) -> tuple[list[TaskScore], list[str]]:
-        """Ask a model all questions, as lm-eval does.
+        """Evaluate a model on all questions with lm-eval.
 
         Args:
-            model: in evaluation mode.
-            tokenizer: of the model.
-            batch_size: answers that are looked at at once.
+            model: the model, in evaluation mode.
+            tokenizer: the tokenizer of the model.
+            batch_size: number of answers per batch.
 
         Returns:
-            The scores, and what is to be said about them.
+            The scores, and notes on them.
         """
         import lm_eval.evaluator
         from lm_eval.models.huggingface import HFLM
 
-        # It asks git, whose complaint outside of a repository would reach the user's screen.
+        # lm-eval calls git, which prints an error outside a repository.
         lm_eval.evaluator.get_git_commit_hash = lambda: None
         asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        if not sys.stderr.isatty():  # its progress bars are of use on a screen only
+        if not sys.stderr.isatty():  # progress bars only help on a terminal
             for method in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
                 setattr(asked, method, partial(getattr(asked, method), disable_tqdm=True))
         with _count_cut_prompts() as cut:
@@ -145,17 +147,19 @@ class Tasks:
         assert found is not None, "one process has all results"
         notes = []
         if cut.count:
-            notes.append(f"tasks: {cut.count} prompts were cut at their start to fit the context")
+            notes.append(
+                f"tasks: {cut.count} prompts were truncated on the left to fit the context"
+            )
         return read_scores(found), notes
 
 
 class _CutPrompts(logging.Handler):
-    """Counts what lm-eval warns of one by one."""
+    """Count the prompts that lm-eval warns about one by one."""
 
     count = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Count a prompt that was cut on its left."""
+        """Count a prompt that was truncated on the left."""
         self.count += "from the left" in record.getMessage()
 
 
@@ -175,10 +179,11 @@ def _count_cut_prompts() -> Iterator[_CutPrompts]:
 
 
 def read_scores(found: dict[str, Any]) -> list[TaskScore]:
-    """The scores in what lm-eval returns.
+    """Read the scores from the results of lm-eval.
 
     Args:
-        found: ``results`` by task hold ``"metric,filter"`` and ``"metric_stderr,filter"``.
+        found: results; ``results`` by task contains ``"metric,filter"`` and
+            ``"metric_stderr,filter"``.
     """
     scores = []
     for task, results in found["results"].items():
@@ -205,13 +210,15 @@ def read_scores(found: dict[str, Any]) -> list[TaskScore]:
 def _check_paths(choice: TaskChoice) -> None:
     for option, path in (("--task-folder", choice.folder), ("--task-data", choice.data)):
         if path is not None and not path.exists():
-            raise InputError(f"{option} {path}: not there{did_you_mean(path)}")
+            raise InputError(f"{option} {path}: not found{did_you_mean(path)}")
     if choice.folder is not None and not choice.folder.is_dir():
-        raise InputError(f"--task-folder {choice.folder}: a file; name the folder that holds it")
+        raise InputError(
+            f"--task-folder {choice.folder}: is a file; pass the folder that contains it"
+        )
 
 
 def _find(choice: TaskChoice) -> Any:
-    """The index of tasks: the folder's alone where it has all, since lm-eval's takes a while."""
+    """The task index: only the folder's if it has all tasks, since lm-eval's loads slowly."""
     from lm_eval.tasks import TaskManager
 
     given: dict[str, Any] = {"include_path": None if choice.folder is None else str(choice.folder)}
@@ -238,6 +245,6 @@ def _close(name: str, known: Sequence[str]) -> str:
 def _reason(name: str, error: Exception) -> str:
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return (
-        f"--task {name}: its questions cannot be loaded ({text}); where the hub is out of reach, "
-        "take a task whose file reads a local one (--task-folder, --task-data)"
+        f"--task {name}: its questions cannot be loaded ({text}); without access to the hub, "
+        "use a task file that reads local questions (--task-folder, --task-data)"
     )

@@ -1,4 +1,4 @@
-"""What models are judged by, whatever they were trained on. Plain data, no behaviour."""
+"""The yardsticks: measures of models that do not depend on the training loss."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Yardstick(BaseModel):
-    """A measure on held-out rows that does not depend on the loss that was trained on.
+    """A measure on held-out rows that does not depend on the training loss.
 
     Attributes:
-        name: key in tables and files; in ``summary.json`` after ``eval_``.
-        title: in tables.
-        unit: what the numbers are.
-        lower_is_better: its direction.
+        name: key in tables and files; prefixed with ``eval_`` in ``summary.json``.
+        title: title in tables.
+        unit: unit of the values.
+        lower_is_better: direction of the measure.
         difference: the smallest difference of interest.
         trained_on_by: registered losses whose value is this yardstick.
-        asks: it scores answers to prompts.
+        asks: whether it scores answers to prompts.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -30,7 +30,7 @@ class Yardstick(BaseModel):
 
     @property
     def explained(self) -> str:
-        """Unit and direction."""
+        """Unit and direction, as text."""
         return f"{self.unit}, {'lower' if self.lower_is_better else 'higher'} is better"
 
 
@@ -38,7 +38,7 @@ YARDSTICKS = (
     Yardstick(
         name="ce",
         title="cross-entropy",
-        unit="nats a token",
+        unit="nats per token",
         lower_is_better=True,
         difference=0.02,
         trained_on_by=("cross-entropy",),
@@ -46,7 +46,7 @@ YARDSTICKS = (
     Yardstick(
         name="forward_kl",
         title="forward KL to the teacher",
-        unit="nats a token",
+        unit="nats per token",
         lower_is_better=True,
         difference=0.02,
         trained_on_by=("forward_kl",),
@@ -54,7 +54,7 @@ YARDSTICKS = (
     Yardstick(
         name="reverse_kl",
         title="reverse KL to the teacher",
-        unit="nats a token",
+        unit="nats per token",
         lower_is_better=True,
         difference=0.02,
         trained_on_by=("reverse_kl",),

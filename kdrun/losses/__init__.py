@@ -1,1 +1,1 @@
-"""Losses on the command line: built, listed, described, plotted, checked and begun anew."""
+"""Losses on the command line: build, list, describe, plot, check and create them."""

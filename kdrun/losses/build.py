@@ -1,4 +1,4 @@
-"""The loss of a configuration."""
+"""Build the loss of a configuration."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def check_name(spec: str) -> None:
-    """Refuse a spec whose name is registered by no distribution; imports no loss.
+    """Refuse a spec with an unregistered name, without importing losses.
 
     Raises:
-        InputError: with a close name.
+        InputError: an unknown name, with a suggestion.
     """
     from kdlosses import LossSpecError, find_loss, parse_spec
 
@@ -28,10 +28,10 @@ def check_name(spec: str) -> None:
 
 
 def build_loss(config: LossConfig, vocab_size: int | None) -> TokenLoss:
-    """The loss of a configuration.
+    """Build the loss of a configuration.
 
     Raises:
-        InputError: an unknown loss, a parameter that it does not take or a value out of bounds.
+        InputError: an unknown loss or parameter, or a value out of bounds.
     """
     from kdlosses import BrokenLossError, LossSpecError, get_loss
 
@@ -51,19 +51,19 @@ def build_loss(config: LossConfig, vocab_size: int | None) -> TokenLoss:
 
 
 def notes_on_names(spec: str) -> list[str]:
-    """Plugins that claim the name of a built-in loss of a spec, and are ignored; a line each."""
+    """Lines about ignored plugins that use the name of a built-in loss of a spec."""
     from kdlosses import ignored_losses, parse_spec
 
     names = {term.name for term in parse_spec(spec).terms}
     return [
-        f"loss {ref.name}: the built-in one is used; the one of {ref.distribution} "
-        f"({ref.module}) is ignored, since built-in names cannot be replaced"
+        f"loss {ref.name}: the built-in loss is used; the one from {ref.distribution} "
+        f"({ref.module}) is ignored, because built-in names cannot be replaced"
         for ref in ignored_losses()
         if ref.name in names
     ]
 
 
 def unchunked(config: LossConfig) -> LossConfig:
-    """The same loss as plain autograd, for a look at whether it accepts a teacher."""
+    """The same loss with plain autograd, for checking whether it accepts a teacher."""
     plain = {"spec": config.spec.replace("_chunked", ""), "chunk_size": None, "compiled": None}
     return config.model_copy(update=plain)

@@ -1,4 +1,4 @@
-"""What ``kdrun losses check`` prints."""
+"""The output of ``kdrun losses check``."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def check_one(spec: str) -> bool:
     """Run the conformance checks of a loss and print a row for each.
 
     Returns:
-        Whether none failed.
+        Whether all checks passed.
 
     Raises:
-        LossSpecError: no such loss.
-        BrokenLossError: it cannot be imported.
+        LossSpecError: an unknown loss.
+        BrokenLossError: the loss cannot be imported.
     """
     results = _results(spec)
     table = Table(box=None, pad_edge=False)
     table.add_column("check", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     table.add_column("reason")
-    # Documentation last: a missing description is another thing than a wrong gradient.
+    # Documentation is listed last, separate from the mathematics.
     for result in sorted(results, key=lambda result: result.about == _DOCUMENTATION):
         table.add_row(_named(result), _coloured(result.verdict), escape(result.reason))
     console = _console()
@@ -41,10 +41,10 @@ def check_one(spec: str) -> bool:
 
 
 def check_all() -> bool:
-    """Run the checks of every registered loss, one line each, and the failures below it.
+    """Run the checks of every registered loss; print a line per loss, and its failures.
 
     Returns:
-        Whether none failed. A loss that cannot be used counts as failed.
+        Whether all checks passed. A loss that cannot be used counts as failed.
     """
     console = _console()
     names = sorted({ref.name for ref in available_losses()})
@@ -89,7 +89,7 @@ def _verdict(results: list[testing.CheckResult]) -> str:
 
 
 def _named(result: testing.CheckResult) -> str:
-    """A check's name; those of the documentation say so."""
+    """The name of a check, marked if it is about the documentation."""
     return f"{result.name} ({_DOCUMENTATION})" if result.about == _DOCUMENTATION else result.name
 
 

@@ -1,4 +1,4 @@
-"""What a loss says about itself: the parts of its docstring, its parameters, its traits."""
+"""The description of a loss: the parts of its docstring, its parameters and traits."""
 
 from __future__ import annotations
 
@@ -30,29 +30,31 @@ _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def single_loss(spec: str) -> Loss:
-    """The one loss that a spec names.
+    """Build the single loss of a spec.
 
     Raises:
-        LossSpecError: no such loss.
-        BrokenLossError: it cannot be imported.
+        LossSpecError: an unknown loss.
+        BrokenLossError: the loss cannot be imported.
         InputError: the spec is a sum.
     """
     first, *others = parse_spec(spec).terms
     if others:
-        raise InputError(f"loss {spec!r} is a sum; name its terms one by one, {first.name} first")
+        raise InputError(
+            f"loss {spec!r} is a sum; show its terms one by one, starting with {first.name}"
+        )
     return get_loss(spec).loss
 
 
 @dataclass(frozen=True)
 class DocParts:
-    """A loss's docstring, taken apart as the conformance checks demand it to be written.
+    """The parts of a loss's docstring, in the form that the conformance checks require.
 
     Attributes:
         title: the name in words.
-        formula: what follows it in the summary.
-        about: paragraphs on what it does and when to use it.
+        formula: the formula after the name in the summary.
+        about: paragraphs that describe the loss and its use.
         limits: paragraphs that begin with "Not": when not to use it.
-        reference: where it comes from.
+        reference: the reference.
     """
 
     title: str
@@ -64,13 +66,13 @@ class DocParts:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A hyper-parameter; all texts.
+    """A hyper-parameter, as text.
 
     Attributes:
-        name: of the field.
-        value: its value in the loss that was described.
-        bounds: such as ``"> 0, < 1"``, or ``"-"``.
-        meaning: its description.
+        name: name of the field.
+        value: value in the described loss.
+        bounds: bounds such as ``"> 0, < 1"``, or ``"-"``.
+        meaning: description of the field.
     """
 
     name: str
@@ -80,7 +82,7 @@ class Parameter:
 
 
 def doc_parts(loss: Loss) -> DocParts:
-    """Take a docstring apart; what it does not have is empty."""
+    """Split a docstring into its parts; missing parts are empty."""
     text = inspect.cleandoc(type(loss).__doc__ or "")
     summary, *paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
     title, _, formula = summary.partition("," if "," in summary else "=")
@@ -96,7 +98,7 @@ def doc_parts(loss: Loss) -> DocParts:
 
 
 def family(loss: Loss) -> str:
-    """How the loss is made up: ``additive`` over the vocabulary, or of the whole ``row``."""
+    """The kind of loss: ``additive`` over the vocabulary, or on the whole ``row``."""
     from kdlosses import Divergence
 
     kind = "additive" if isinstance(loss, Divergence) else "row"
@@ -112,7 +114,7 @@ def parameters(loss: Loss) -> list[Parameter]:
 
 
 def traits(loss: Loss) -> dict[str, Any]:
-    """The traits that the loss has, and its curvature."""
+    """The traits of the loss, and its curvature."""
     return {
         **{name: getattr(loss, name) for name in TRAITS if hasattr(loss, name)},
         "curvature": loss.curvature(),

@@ -1,4 +1,4 @@
-"""What ``kdrun losses new`` writes: a distribution with one loss, its tests and a README."""
+"""``kdrun losses new``: create a package with one loss, its tests and a README."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ $package = ["py.typed"]
 """
 
 _LOSS = '''\
-"""The loss $name: replace the example by your own mathematics."""
+"""The loss $name: replace the example with your own formula."""
 
 from kdlosses import Divergence
 from pydantic import Field
@@ -51,28 +51,29 @@ class $class_name(Divergence):
 
     p is the teacher, q the student. Bounded by 1 / w + 1 / (1 - w) and finite for any pair.
 
-    Not where the student starts far from the teacher: the value saturates, and the gradient fades.
+    Not recommended if the student starts far from the teacher, where the value saturates and the
+    gradient vanishes.
 
     Reference: Topsoe 2000, doi:10.1109/18.850703 (half of this at w = 1/2).
     """
 
-    # Traits: what is true of the loss. The conformance checks hold it to them.
+    # Traits: declared properties of the loss, which the conformance checks verify.
     coarse_graining_monotone = True
 
     weight: float = Field(0.5, gt=0, lt=1, description="the teacher's share in the denominator")
 
     def integrand(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
-        """One term for each vocabulary entry; finite log-probabilities in, no reduction here."""
+        """Return one term per vocabulary entry, without reduction; log-probabilities are finite."""
         p, q = teacher_log_probs.exp(), student_log_probs.exp()
         return (p - q) ** 2 / (self.weight * p + (1 - self.weight) * q).clamp_min(1e-30)
 
     def curvature(self) -> float:
-        """2: near equality this is sum (p - q)^2 / p, and KL is half of that."""
+        """2, since near equality this is sum (p - q)^2 / p, and KL is half of that."""
         return 2.0
 '''
 
 _TEST = '''\
-"""The conformance checks of kdlosses, and a value that was computed by hand."""
+"""The conformance checks of kdlosses, and a value computed by hand."""
 
 import kdlosses
 import pytest
@@ -108,33 +109,33 @@ kdrun losses check $name
 kdrun --loss ${name}_chunked
 ```
 
-The mathematics is in `src/$package/__init__.py`: the integrand, the parameters with their bounds,
-and the traits. `pytest` runs the conformance checks, which finds most mistakes in any of them.
+The loss is in `src/$package/__init__.py`: the integrand, the parameters with their bounds, and the
+traits. `pytest` runs the conformance checks, which find most mistakes in them.
 """
 
 
 def new_loss(name: str, output: str | None) -> Path:
-    """Write a distribution that registers the loss ``name``.
+    """Create a package that registers the loss ``name``.
 
     Args:
-        name: of the loss on the command line.
-        output: the folder to write; by default ``kdlosses-<name>`` here.
+        name: name of the loss on the command line.
+        output: output folder; by default ``./kdlosses-<name>``.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: a name that is malformed, reserved or taken, or a folder that exists.
+        InputError: a name that is malformed, reserved or already registered, or an existing folder.
     """
     if not _NAME.fullmatch(name):
         raise InputError(
-            f"loss {name!r}: a name has lower-case letters, digits and single underscores, such as "
-            "my_divergence"
+            f"loss {name!r}: a name consists of lower-case letters, digits and single underscores, "
+            "such as my_divergence"
         )
     if name.endswith(_RESERVED):
         raise InputError(
-            f"loss {name!r}: the suffix {_RESERVED!r} is reserved, every loss has that variant; "
-            f"use {name.removesuffix(_RESERVED)!r}"
+            f"loss {name!r}: the suffix {_RESERVED!r} is reserved, because every loss has that "
+            f"variant; use {name.removesuffix(_RESERVED)!r}"
         )
     taken = [ref.distribution for ref in available_losses() if ref.name == name]
     if taken:
@@ -147,7 +148,7 @@ def new_loss(name: str, output: str | None) -> Path:
     }
     folder = Path(output or words["distribution"])
     if folder.exists():
-        raise InputError(f"{folder} exists; give another folder with --output")
+        raise InputError(f"{folder} already exists; choose another folder with --output")
     files = {
         "pyproject.toml": _PYPROJECT,
         "README.md": _README,
@@ -163,6 +164,6 @@ def new_loss(name: str, output: str | None) -> Path:
 
 
 def _class_name(name: str) -> str:
-    """``my_divergence`` becomes ``MyDivergenceLoss``; the suffix keeps clear of imported names."""
+    """``my_divergence`` becomes ``MyDivergenceLoss``; the suffix avoids imported names."""
     words = "".join(word.capitalize() for word in name.removesuffix("_loss").split("_"))
     return f"{words}Loss"

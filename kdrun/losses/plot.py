@@ -1,8 +1,8 @@
-"""A loss as a curve: its value and gradient in a setting small enough to reason about.
+"""Plot a loss: its value and gradient in a small example.
 
-Three tokens. The teacher is fixed; the student gives the first token a probability q and shares
-the rest as the teacher does, so that it equals the teacher at one point. The label is the first
-token. Values and gradients come from the library itself.
+The example has three tokens. The teacher is fixed; the student gives the first token probability q
+and splits the rest in the teacher's proportions, so it equals the teacher at one point. The label
+is the first token. Values and gradients are computed by the library.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from kdrun.errors import InputError
 
 TEACHER = (0.6, 0.3, 0.1)
 SETTING = (
-    f"Three tokens: the teacher gives {', '.join(map(str, TEACHER))}; the student gives the first "
-    "one q (it is the label) and shares the rest as the teacher does."
+    f"Three tokens with teacher probabilities {', '.join(map(str, TEACHER))}. The first token is "
+    "the label; the student gives it q and splits the rest in the teacher's proportions."
 )
 SUFFIXES = (".png", ".svg")
 
-_WIDTH, _HEIGHT = 29, 7  # cells of a panel in the terminal; with labels two of them fill 80 columns
+_WIDTH, _HEIGHT = 29, 7  # terminal cells of a panel; two panels with labels fill 80 columns
 _MARGIN = 8
-_ENDS = 6  # points of a picture at either end that may leave it: there some losses explode
+_ENDS = 6  # points at either end that may leave the picture, because some losses diverge there
 _BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # dots of a cell, by row
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A loss over the student's probability of the first token.
+    """A loss as a function of the student's probability of the first token.
 
     Attributes:
         student: q, ascending in (0, 1).
-        values: of the loss.
-        gradients: of the loss with respect to the student's logit of the first token.
+        values: values of the loss.
+        gradients: gradients of the loss with respect to the student's logit of the first token.
     """
 
     student: list[float]
@@ -49,7 +49,7 @@ def loss_curve(spec: str, student: Sequence[float]) -> Curve:
     """Evaluate a loss at given probabilities of the first token.
 
     Args:
-        spec: of the loss, such as ``"skew_forward_kl:alpha=0.2"``.
+        spec: spec of the loss, such as ``"skew_forward_kl:alpha=0.2"``.
         student: q, each in (0, 1).
 
     Raises:
@@ -64,9 +64,9 @@ def loss_curve(spec: str, student: Sequence[float]) -> Curve:
     try:
         values = loss(logits, teacher, labels, reduction="none")
         (gradient,) = torch.autograd.grad(values.sum(), logits)
-    except Exception as error:  # whatever a stranger's loss raises on three tokens
+    except Exception as error:  # a plugin's loss may raise anything
         raise InputError(
-            f"loss {spec!r} cannot be drawn on three tokens: {type(error).__name__}: {error}"
+            f"loss {spec!r} cannot be plotted for three tokens: {type(error).__name__}: {error}"
         ) from error
     return Curve(list(student), values.tolist(), gradient[:, 0].tolist())
 
@@ -75,8 +75,8 @@ def draw_text(spec: str, encoding: str) -> list[str]:
     """The plot as lines of text: value on the left, gradient on the right.
 
     Args:
-        spec: of the loss.
-        encoding: of the output; where it has no braille patterns, the plot is in ASCII.
+        spec: spec of the loss.
+        encoding: encoding of the output; the plot is in ASCII if it has no braille patterns.
     """
     braille = _encodes(encoding, "⣿│└─┴")
     columns, rows = (2 * _WIDTH, 4 * _HEIGHT) if braille else (_WIDTH, _HEIGHT)
@@ -85,7 +85,7 @@ def draw_text(spec: str, encoding: str) -> list[str]:
     for title, heights in (("value", curve.values), ("gradient of the logit", curve.gradients)):
         low, high = _limits(heights)
         dots = _dots(heights, low, high, rows)
-        if braille and low < 0 < high:  # a dotted line, which ASCII could not tell from the curve
+        if braille and low < 0 < high:  # a dotted line, which in ASCII would look like the curve
             _mark_zero(dots, low, high)
         cells = _braille_cells(dots) if braille else _ascii_cells(dots)
         panels.append(_framed(title, cells, low, high, braille))
@@ -93,15 +93,15 @@ def draw_text(spec: str, encoding: str) -> list[str]:
 
 
 def check_plot_file(file: Path) -> None:
-    """Refuse a file that :func:`write_plot` could not write.
+    """Refuse a file that :func:`write_plot` cannot write.
 
     Raises:
-        InputError: another suffix, a missing folder, or no matplotlib.
+        InputError: an unsupported suffix, a missing folder, or matplotlib is not installed.
     """
     if file.suffix.lower() not in SUFFIXES:
-        raise InputError(f"--plot {file}: the name has to end in {' or '.join(SUFFIXES)}")
+        raise InputError(f"--plot {file}: the name must end in {' or '.join(SUFFIXES)}")
     if not file.parent.is_dir():
-        raise InputError(f"--plot {file}: there is no folder {file.parent}")
+        raise InputError(f"--plot {file}: the folder {file.parent} does not exist")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -111,10 +111,10 @@ def check_plot_file(file: Path) -> None:
 
 
 def write_plot(spec: str, file: Path) -> None:
-    """Write the plot as a picture, forward KL in grey beside it for comparison.
+    """Write the plot as a picture, with forward KL in grey for comparison.
 
-    The same loss gives the same bytes, so that a picture under version control changes with its
-    loss only.
+    The same loss gives the same bytes, so that a picture under version control only changes with
+    its loss.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -171,14 +171,14 @@ def _encodes(encoding: str, text: str) -> bool:
 
 
 def _limits(heights: Sequence[float]) -> tuple[float, float]:
-    """The range to show; it holds 0 and is not empty."""
+    """The range to show, which includes 0 and is not empty."""
     finite = [height for height in heights if math.isfinite(height)]
     low, high = min([0.0, *finite]), max([0.0, *finite])
     return (low, high) if high > low else (low, low + 1.0)
 
 
 def _dots(heights: Sequence[float], low: float, high: float, rows: int) -> list[list[bool]]:
-    """Which dots the curve sets, top row first."""
+    """The dots of the curve, top row first."""
     dots = [[False] * len(heights) for _ in range(rows)]
     before: int | None = None
     for column, height in enumerate(heights):
@@ -186,7 +186,7 @@ def _dots(heights: Sequence[float], low: float, high: float, rows: int) -> list[
             before = None
             continue
         here = _row(height, low, high, rows)
-        # Steep parts stay connected: fill the column up to the neighbour's dot.
+        # Fill the column up to the neighbour's dot, to connect steep parts.
         start = here if before is None or before == here else before + (1 if here > before else -1)
         for dot in range(min(start, here), max(start, here) + 1):
             dots[dot][column] = True
@@ -221,7 +221,7 @@ def _ascii_cells(dots: list[list[bool]]) -> list[str]:
 
 
 def _framed(title: str, cells: list[str], low: float, high: float, braille: bool) -> list[str]:
-    """A panel with its title and axes, all lines of one length."""
+    """A panel with title and axes, with lines of equal length."""
     wall, corner, floor, tick = "│└─┴" if braille else "|+-^"
     labels = [""] * len(cells)
     labels[0], labels[-1] = f"{high:.2g}", f"{low:.2g}"

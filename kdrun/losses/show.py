@@ -1,4 +1,4 @@
-"""What ``kdrun losses`` prints."""
+"""The output of ``kdrun losses``."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from kdrun.losses.describe import doc_parts, family, parameters, single_loss, tr
 if TYPE_CHECKING:
     from kdlosses import Loss
 
-_IGNORED = "ignored: the name is that of a built-in loss"
+_IGNORED = "ignored: the name belongs to a built-in loss"
 
 
 def print_list(details: bool) -> None:
-    """One row a loss; with ``details`` each is imported, and a broken one says so."""
+    """Print one row per loss; with ``details``, import each and report broken ones."""
     console = _console()
     if details:
         for ref in available_losses():
@@ -47,14 +47,14 @@ def print_list(details: bool) -> None:
 
 
 def print_loss(name: str, plot: Path | None = None) -> None:
-    """Formula, parameters, traits and plot of one loss.
+    """Print formula, parameters, traits and plot of one loss.
 
     Args:
-        name: of the loss, with parameters or without.
-        plot: a picture of the plot to write.
+        name: name of the loss, with or without parameters.
+        plot: file for a picture of the plot.
 
     Raises:
-        LossSpecError: no such loss.
+        LossSpecError: an unknown loss.
         InputError: a picture that cannot be written, or a sum of losses.
     """
     loss = single_loss(name)
@@ -89,7 +89,7 @@ def _print_plot(console: Any, name: str) -> None:
 
     try:
         lines = draw_text(name, console.encoding)
-    except InputError as error:  # whoever wrote the loss still wants to see the rest
+    except InputError as error:  # still show the rest of the loss
         console.print(f"no plot: {error}", markup=False)
         return
     for line in lines:
@@ -98,7 +98,7 @@ def _print_plot(console: Any, name: str) -> None:
 
 
 def _details(ref: LossRef) -> list[str]:
-    """Lines about one loss; a table's cells would be too narrow for formula and reference."""
+    """Lines about one loss, since table cells are too narrow for formula and reference."""
     heading = [ref.name, ref.distribution]
     if ref in ignored_losses():
         return ["  ".join([*heading, _IGNORED])]

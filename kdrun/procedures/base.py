@@ -1,4 +1,4 @@
-"""What a procedure is: frozen parameters, and a few hooks that the trainer calls."""
+"""The base class of procedures: frozen parameters and the hooks that the trainer calls."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from kdlosses import KDObjective, KDOutput, TokenLoss
 
 MicroBatch = dict[str, Any]
-"""What the collator makes. Under ``"rollout"`` it may carry the origins of its rows, one each, and
-``values``: numbers of their tokens, aligned with ``shift_labels``."""
+"""A batch from the collator. Under ``"rollout"`` it may contain the ``origins`` of its rows and
+``values``: numbers per token, aligned with ``shift_labels``."""
 ROLLOUT = "rollout"
 State = MutableMapping[str, Any]
-"""What a procedure carries from step to step: what JSON can hold, the same on every process."""
+"""The state of a procedure between steps: JSON values, the same on every process."""
 
 
 class Origin(IntEnum):
-    """Who wrote the answer of a row."""
+    """The author of the answer of a row."""
 
     DATA = 0
     STUDENT = 1
@@ -37,12 +37,12 @@ class Origin(IntEnum):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a procedure takes for each row of the data in a step, at most; for estimates.
+    """The maximum cost of a procedure per row of the data in a step, for estimates.
 
     Attributes:
-        rows: that are learned from.
-        student_answers: that the student writes.
-        teacher_answers: that the teacher writes, or takes part in writing.
+        rows: number of training rows.
+        student_answers: number of answers that the student generates.
+        teacher_answers: number of answers that the teacher generates alone or in a mixture.
         teacher_answers_once: whether the teacher answers every prompt before the first step.
     """
 
@@ -53,15 +53,15 @@ class Cost:
 
 
 class Settings(Protocol):
-    """A run's configuration as a procedure reads it: its sections, each with its keys."""
+    """The configuration of a run, as a procedure reads it: sections with keys."""
 
     @property
     def model(self) -> Any:
-        """Which models."""
+        """The models."""
 
     @property
     def data(self) -> Any:
-        """Which rows."""
+        """The rows."""
 
     @property
     def loss(self) -> Any:
@@ -77,20 +77,20 @@ class Settings(Protocol):
 
 
 class Desk(Protocol):
-    """What a procedure works with in a run; :class:`kdrun.procedures.Session` is it.
+    """The interface of a run for procedures, implemented by :class:`kdrun.procedures.Session`.
 
     Attributes:
-        settings: how answers are sampled.
+        settings: the sampling settings.
         teacher: the live teacher.
-        vocab_size: heads are cut to this many tokens before anything is drawn.
-        seed: of all random decisions.
-        place: of this process.
-        answers_folder: where the teacher's texts are kept for other runs; None keeps none.
-        text: windows of plain text, for procedures that take some.
-        state: what the procedure carries from step to step.
-        step: optimiser steps done.
-        steps: of the whole training.
-        kd_ratio: weight of the loss at that step.
+        vocab_size: heads are cut to this many tokens before sampling.
+        seed: seed of all random decisions.
+        place: position of this process.
+        answers_folder: folder that keeps the teacher's answers for other runs; None keeps none.
+        text: windows of plain text, for procedures that use it.
+        state: state of the procedure.
+        step: number of finished optimiser steps.
+        steps: total number of optimiser steps.
+        kd_ratio: weight of the loss at this step.
     """
 
     settings: Any
@@ -110,19 +110,19 @@ class Desk(Protocol):
         """The tokens that end an answer."""
 
     def say(self, line: str) -> None:
-        """Show a line to the user."""
+        """Print a line for the user."""
 
     def draw(self, *what: object) -> float:
-        """A random number in [0, 1) of this step, the same on every process."""
+        """A random number in [0, 1) for this step, the same on every process."""
 
     def order(self, count: int, *what: object) -> list[int]:
-        """The numbers below ``count`` in a random order, likewise."""
+        """A random permutation of the numbers below ``count``, the same on every process."""
 
     def text_rows(self, number: int, count: int) -> list[Any]:
         """Windows of :attr:`text` for the rows of a micro-batch."""
 
     def collate(self, rows: Sequence[Any], like: MicroBatch) -> MicroBatch:
-        """A micro-batch of rows, on the device of another one."""
+        """Collate rows into a micro-batch, on the device of another one."""
 
     def write(
         self,
@@ -132,7 +132,7 @@ class Desk(Protocol):
         with_log_probs: bool = False,
         what: str = "answer",
     ) -> list[Any]:
-        """Answers to what rows ask."""
+        """Generate answers to the prompts of rows."""
 
     def continuations(
         self,
@@ -142,28 +142,27 @@ class Desk(Protocol):
         with_log_probs: bool = False,
         what: str = "answer",
     ) -> list[Any]:
-        """Prompts continued, in batches."""
+        """Continue prompts, in batches."""
 
     def is_empty(self, answer: Sequence[int]) -> bool:
-        """Whether an answer is no more than its end token."""
+        """Whether an answer is empty or only an end token."""
 
     def gather(self, things: Sequence[Any]) -> list[Any]:
-        """The things of all processes, those of the first one first."""
+        """Gather objects from all processes, in the order of their ranks."""
 
 
 class Procedure(BaseModel):
-    """Which text is learned from, and how the losses on it are weighed.
+    """Base class of procedures, which select the training text and weight the losses on it.
 
-    Its fields are its parameters, validated with their bounds; it constructs without arguments.
-    Whatever changes in training is in the state, which checkpoints keep. Random decisions are
-    :meth:`Session.draw`'s, which follow from seed and step: they are the same on every process
+    The fields are the parameters, validated with their bounds; all have defaults. Everything that
+    changes during training is in the state, which checkpoints keep. Random decisions use
+    :meth:`Session.draw`, which depends only on seed and step, so they are the same on every process
     and after a resume.
 
     Attributes:
-        defaults: by ``"section.key"`` the values of a run with this procedure that the user leaves
-            open.
-        on_policy: the student writes text while it trains.
-        takes_text: it learns from plain text beside its prompts (``procedure.text``).
+        defaults: by ``"section.key"``, values for keys that the user does not set.
+        on_policy: whether the student generates text during training.
+        takes_text: whether it also trains on plain text (``procedure.text``).
     """
 
     model_config = ConfigDict(
@@ -176,45 +175,43 @@ class Procedure(BaseModel):
 
     @classmethod
     def parameters(cls) -> dict[str, str]:
-        """Names of the parameters as users write them, each with the name of its field.
+        """Names of the parameters for users, mapped to field names.
 
-        They differ where a parameter is a Python keyword, such as ``lambda``.
+        They differ if a parameter is a Python keyword, such as ``lambda``.
         """
         return {field.alias or name: name for name, field in cls.model_fields.items()}
 
     def check(self, config: Settings) -> None:
-        """Refuse a run that the procedure has no meaning with, before anything is loaded.
+        """Refuse a run that the procedure does not support, before anything is loaded.
 
         Raises:
-            InputError: naming the key and the cure.
+            InputError: names the key and the cure.
         """
         name = f"procedure {config.procedure.spec}"
         if config.model.teacher_cache is not None:
             raise InputError(
-                f"{name}: a teacher cache knows the rows of the data only, not text that is "
-                "written in the run; leave out --teacher-cache and name the --teacher"
+                f"{name}: a teacher cache contains only the rows of the data, not text that is "
+                "generated in the run; remove --teacher-cache and pass --teacher"
             )
         if config.model.teacher is None:
             raise InputError(f"{name}: needs a --teacher")
         if config.data.packing:
-            raise InputError(f"{name}: not with data.packing=true; leave it out")
+            raise InputError(f"{name}: cannot be used with data.packing=true; remove it")
         if config.training.fsdp:
             raise InputError(
-                f"{name}: text is not written by models that are spread over processes; leave out "
-                "training.fsdp=true (torchrun alone keeps a copy on each process)"
+                f"{name}: sharded models cannot generate text; remove training.fsdp=true "
+                "(torchrun alone keeps a copy on each process)"
             )
         if config.procedure.text is not None and not self.takes_text:
-            raise InputError(
-                f"{name}: learns from no text beside its prompts; leave out procedure.text"
-            )
+            raise InputError(f"{name}: does not use procedure.text; remove it")
         ratio_moves = "kd_ratio" in config.loss.schedules
         if self.on_policy and config.loss.kd_ratio == 0 and not ratio_moves:
             raise InputError(
-                f"{name}: at --kd-ratio 0 nothing is learned from the student's own text; raise it"
+                f"{name}: with --kd-ratio 0 the student's own text has no effect; raise it"
             )
 
     def cost(self, config: Settings) -> Cost:
-        """What the procedure takes in a run: by default an answer of the student to each row."""
+        """The cost of the procedure; by default, one answer of the student per row."""
         return Cost(student_answers=1.0 if self.on_policy else 0.0)
 
     def initial_state(self) -> dict[str, Any]:
@@ -226,27 +223,27 @@ class Procedure(BaseModel):
 
         Args:
             rows: examples with ``input_ids`` and ``labels``.
-            session: writes text.
+            session: the session, for generating text.
         """
         return rows
 
     def batches(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
-        """The micro-batches of an optimiser step.
+        """Return the micro-batches of an optimiser step.
 
         Args:
-            given: those of the data.
-            session: writes text, draws, and has the state.
+            given: the micro-batches of the data.
+            session: the session, for generating text, random numbers and the state.
 
         Returns:
-            As many. Supervised tokens are counted on them.
+            The same number of micro-batches; their supervised tokens are counted.
         """
         return list(given)
 
     def loss(self, rows: LossRows) -> KDOutput:
-        """The objective of a micro-batch that carries origins.
+        """The objective of a micro-batch with origins.
 
-        By default every token counts alike: the run's objective, without cross-entropy on what the
-        student wrote.
+        By default all tokens have equal weight, and the objective is that of the run, without
+        cross-entropy on text generated by the student.
         """
         return rows.add(
             rows.objective_of(Origin.DATA),
@@ -255,14 +252,14 @@ class Procedure(BaseModel):
         )
 
     def evaluated(self, state: State, cross_entropy: float) -> None:
-        """Take note of an evaluation on the held-out rows; the first comes before training."""
+        """Process an evaluation on the held-out rows; the first one is before training."""
 
     def figures(self, state: State) -> dict[str, float]:
-        """Numbers of the state that are logged."""
+        """Values of the state to log."""
         return {}
 
     def remarks(self, state: State) -> list[str]:
-        """What is to be said after training, a line each."""
+        """Lines to print after training."""
         return []
 
 
@@ -271,14 +268,14 @@ class LossRows:
     """A micro-batch inside the call of the student's head.
 
     Attributes:
-        student: where the student's logits come from.
-        teacher: likewise; None where no teacher runs.
-        labels: ``[rows, length]`` aligned with the logits.
-        origins: of the rows.
-        values: by name ``[rows, length]``, aligned with ``labels``.
-        objective: the run's.
+        student: source of the student's logits.
+        teacher: source of the teacher's logits; None if no teacher runs.
+        labels: ``[rows, length]``, aligned with the logits.
+        origins: origins of the rows.
+        values: values by name, ``[rows, length]``, aligned with ``labels``.
+        objective: the objective of the run.
         step_tokens: supervised tokens of the whole step, over all micro-batches and processes.
-        origin_tokens: the same by origin, ``[len(Origin)]``.
+        origin_tokens: supervised tokens of the step by origin, ``[len(Origin)]``.
     """
 
     student: Any
@@ -311,15 +308,15 @@ class LossRows:
         """The run's objective on the rows of an origin.
 
         Args:
-            origin: of the rows.
-            class_loss: whether cross-entropy takes part, with its weight ``1 - kd_ratio``.
-            kd_loss: whether the loss takes part, with its weight ``kd_ratio``.
-            loss: in the place of the run's loss.
-            own_mean: divide by the step's tokens of this origin, not by all of the step.
-            token_weights: ``[rows, length]`` weights of the tokens' values.
+            origin: origin of the rows.
+            class_loss: whether to include cross-entropy, with weight ``1 - kd_ratio``.
+            kd_loss: whether to include the loss, with weight ``kd_ratio``.
+            loss: loss to use instead of the run's loss.
+            own_mean: divide by the step's tokens of this origin instead of all tokens of the step.
+            token_weights: weights of the tokens' values, ``[rows, length]``.
 
         Returns:
-            The objective; what takes no part is 0 in it. None without such rows.
+            The objective, in which excluded parts are 0; None if there are no such rows.
         """
         from kdlosses import KDObjective
 
@@ -337,7 +334,7 @@ class LossRows:
         )
         zeros = out.class_loss.new_zeros(len(run.loss.terms))
         if loss is not None and out.kd_loss is not None:
-            # The terms that are logged are the run's own.
+            # Only the terms of the run's own loss are logged.
             out = replace(out, kd_terms=zeros)
         if class_loss and kd_loss:
             return out
@@ -346,7 +343,7 @@ class LossRows:
         return replace(out, loss=(1 - ratio) * out.loss, kd_loss=zeros.sum(), kd_terms=zeros)
 
     def add(self, *parts: KDOutput | None) -> KDOutput:
-        """The sum of objectives."""
+        """Add objectives."""
         from kdlosses import KDOutput
 
         found = [part for part in parts if part is not None]

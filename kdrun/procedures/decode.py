@@ -1,8 +1,8 @@
-"""Continuing prompts token by token, with one model or with a mixture of several.
+"""Continue prompts token by token, with one model or a mixture of several.
 
-``model.generate`` draws from torch's global generator, runs rows that have ended on to the longest,
-and knows no mixture of two models. Here each row has random numbers of its own, so that its text
-depends neither on the batch it is in nor on the process; rows that have ended leave the batch.
+``model.generate`` uses torch's global generator, keeps finished rows in the batch, and does not
+support mixtures of models. Here each row has its own random numbers, so its text does not depend on
+the batch or the process, and finished rows leave the batch.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Writer:
-    """A model that takes part in writing.
+    """A model that generates text, alone or as part of a mixture.
 
     Attributes:
         model: a causal language model.
-        weight: its share of the mixture; the shares add up to 1.
+        weight: its share of the mixture; the shares sum to 1.
     """
 
     model: Any
@@ -38,9 +38,9 @@ class Written:
     """A continuation.
 
     Attributes:
-        tokens: the new ids, the end token included where it was drawn.
-        drawn: log-probability of each under the distribution that it was drawn from.
-        log_probs: for each writer the log-probabilities of the tokens, at temperature 1.
+        tokens: the new token ids, including the end token if it was drawn.
+        drawn: log-probability of each token under the sampling distribution.
+        log_probs: log-probabilities of the tokens for each writer, at temperature 1.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -50,12 +50,12 @@ class Written:
 
 @dataclass(frozen=True)
 class Draw:
-    """How a token is taken from a distribution.
+    """How a token is sampled from a distribution.
 
     Attributes:
-        temperature: of the softmax of each writer; 0 takes the most likely token.
-        top_p: the most likely tokens up to this mass are kept; 1 keeps all.
-        top_k: so many of the most likely tokens are kept; 0 keeps all.
+        temperature: temperature of each writer; 0 selects the most likely token.
+        top_p: keep the most likely tokens up to this total probability; 1 keeps all.
+        top_k: keep this many most likely tokens; 0 keeps all.
     """
 
     temperature: float = 1.0
@@ -75,21 +75,21 @@ def decode(
     vocab_size: int,
     with_log_probs: bool = False,
 ) -> list[Written]:
-    """Continue prompts; no gradient is recorded.
+    """Continue prompts without recording gradients.
 
     Args:
-        writers: on one device; in evaluation mode meanwhile.
-        prompts: token ids; none is empty.
-        uniforms: ``[prompts, max_new_tokens]`` in [0, 1), the random numbers of each row.
-        max_new_tokens: where a continuation is cut.
-        draw: how tokens are drawn.
+        writers: the models, on one device; temporarily set to evaluation mode.
+        prompts: non-empty lists of token ids.
+        uniforms: random numbers of each row in [0, 1), ``[prompts, max_new_tokens]``.
+        max_new_tokens: maximum length of a continuation.
+        draw: how tokens are sampled.
         stops: tokens that end a continuation.
-        pad: fills up shorter prompts on the left.
+        pad: token for padding shorter prompts on the left.
         vocab_size: heads are cut to this many tokens.
-        with_log_probs: keep log-probabilities of the drawn tokens.
+        with_log_probs: whether to keep the log-probabilities of the drawn tokens.
 
     Returns:
-        A continuation for each prompt, in their order.
+        A continuation for each prompt, in the same order.
 
     Raises:
         TrainingError: a writer's probabilities are NaN.
@@ -118,7 +118,7 @@ def decode(
                     continue
                 if token < 0:
                     raise TrainingError(
-                        "the probabilities are NaN while an answer is sampled; lower optimizer.lr"
+                        "the probabilities became NaN while sampling an answer; lower optimizer.lr"
                     )
                 written = found[batch.numbers[place]]
                 written.tokens.append(token)
@@ -131,7 +131,7 @@ def decode(
             if left == 0:
                 break
             batch.extend(tokens.clamp_min(0))
-            if left <= len(batch.ended) // 2:  # copying the caches pays off from here on
+            if left <= len(batch.ended) // 2:  # copying the caches is only worthwhile from here on
                 keep = batch.leave()
                 for voice in voices:
                     voice.select(keep)
@@ -140,7 +140,7 @@ def decode(
 
 @dataclass
 class _Batch:
-    """The rows that are being written, what they are fed next, and where they belong."""
+    """The unfinished rows, their next inputs, and their positions in the output."""
 
     ids: Tensor
     mask: Tensor
@@ -171,7 +171,7 @@ class _Batch:
         )
 
     def extend(self, tokens: Tensor) -> None:
-        """Feed the new tokens next."""
+        """Set the new tokens as the next inputs."""
         import torch
 
         self.ids = tokens.unsqueeze(1)
@@ -179,7 +179,7 @@ class _Batch:
         self.positions = self.positions[:, -1:] + 1
 
     def leave(self) -> Tensor:
-        """Drop the rows that have ended; gives the places of the others."""
+        """Drop finished rows; returns the indices of the others."""
         import torch
 
         places = [place for place, ended in enumerate(self.ended) if not ended]
@@ -192,7 +192,7 @@ class _Batch:
 
 
 class _Voice:
-    """A writer with the cache of what it has read."""
+    """A writer with its key-value cache."""
 
     def __init__(self, writer: Writer, vocab_size: int) -> None:
         self._model = writer.model
@@ -201,7 +201,7 @@ class _Voice:
         accepted = inspect.signature(writer.model.forward).parameters
         self._places = "position_ids" in accepted
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        # transformers 5.24 renamed it; code that comes with a model may not have followed.
+        # transformers 5.24 renamed this argument; remote code may still use the old name.
         self._name = "cache" if "cache" in accepted else "past_key_values"
 
     def scores(self, batch: _Batch) -> Tensor:
@@ -221,8 +221,8 @@ class _Voice:
         self._cache = getattr(out, self._name)
         if not hasattr(self._cache, "batch_select_indices"):
             raise TrainingError(
-                f"{type(self._model).__name__} keeps what it has read in a "
-                f"{type(self._cache).__name__}, which answers cannot be sampled with"
+                f"{type(self._model).__name__} uses a {type(self._cache).__name__}, which is not "
+                "supported for sampling answers"
             )
         logits: Tensor = out.logits[:, -1, : self._vocab_size]
         return logits if logits.dtype == torch.float64 else logits.float()
@@ -232,7 +232,7 @@ class _Voice:
 
 
 def _mix(scores: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:
-    """Scores of the mixture, up to a constant of each row."""
+    """Scores of the mixture, up to a constant per row."""
     import math
 
     import torch
@@ -249,7 +249,7 @@ def _mix(scores: Sequence[Tensor], weights: Sequence[float], temperature: float)
 
 
 def _take(scores: Tensor, uniforms: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-    """The drawn token of each row, -1 where its scores are NaN, and the scores it was drawn by."""
+    """Sample a token per row (-1 if its scores are NaN); also returns the truncated scores."""
     import torch
 
     if draw.temperature == 0:
@@ -259,7 +259,7 @@ def _take(scores: Tensor, uniforms: Tensor, draw: Draw) -> tuple[Tensor, Tensor]
     kept = _truncate(scores, draw)
     heights = kept.softmax(-1).cumsum(-1)
     total = heights[:, -1:]
-    # Just below the total: a token of probability 0 at the end is never drawn.
+    # Stay just below the total, so that a final token with probability 0 is never drawn.
     level = (uniforms.to(scores.dtype).unsqueeze(1) * total).minimum(
         torch.nextafter(total, torch.zeros_like(total))
     )
@@ -282,7 +282,7 @@ def _truncate(scores: Tensor, draw: Draw) -> Tensor:
 
 @contextmanager
 def _evaluation(models: Sequence[Any]) -> Iterator[None]:
-    """Evaluation mode for a while."""
+    """Temporarily set models to evaluation mode."""
     training = [model.training for model in models]
     for model in models:
         model.eval()

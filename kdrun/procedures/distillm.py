@@ -14,14 +14,14 @@ Source = Literal["fresh", "buffer", "data"]
 
 
 class DistiLLM(Procedure):
-    """Adaptive student-generated text: it is used more while the held-out likelihood gets worse.
+    """Adaptive student-generated text, used more often when the held-out likelihood gets worse.
 
-    ``phi`` begins at 0. The reference is the held-out cross-entropy before training. An evaluation
-    at least ``margin`` above the reference raises phi by ``increase``, at most to 1, and becomes
-    the reference; no other does. In step t of T, with r uniform: for r < phi (1 - t / T), and for
-    r < phi while the buffer is not full, the student answers the prompts, and the answers are
-    learned from and kept in the buffer; else for r < phi, rows of the buffer are learned from;
-    else the data. The buffer drops its oldest rows.
+    ``phi`` starts at 0, and the reference is the held-out cross-entropy before training. If an
+    evaluation is at least ``margin`` above the reference, phi increases by ``increase``, up to 1,
+    and the evaluation becomes the reference. In step t of T, with r uniform: if
+    r < phi (1 - t / T), or r < phi while the buffer is not full, the student answers the prompts,
+    and its answers are used for training and added to the buffer; otherwise, if r < phi, rows of
+    the buffer are used; otherwise the data. A full buffer drops its oldest rows.
 
     Reference: Ko et al. 2024, arXiv:2402.03898.
     """
@@ -30,16 +30,18 @@ class DistiLLM(Procedure):
         {"loss.spec": "skew_forward_kl_chunked", "training.eval_steps": 100}
     )
 
-    margin: float = Field(0.1, ge=0, description="rise of the held-out loss that phi answers to")
-    increase: float = Field(0.1, gt=0, le=1, description="what phi is raised by")
-    capacity: int = Field(1000, ge=1, description="rows of the buffer")
+    margin: float = Field(
+        0.1, ge=0, description="rise of the held-out loss above which phi increases"
+    )
+    increase: float = Field(0.1, gt=0, le=1, description="amount by which phi increases")
+    capacity: int = Field(1000, ge=1, description="maximum number of rows in the buffer")
 
     def initial_state(self) -> dict[str, Any]:
-        """Nothing is known and nothing kept."""
+        """No reference, phi 0 and an empty buffer."""
         return {"phi": 0.0, "reference": None, "rises": 0, "buffer": []}
 
     def evaluated(self, state: State, cross_entropy: float) -> None:
-        """Raise phi where the loss has risen by the margin."""
+        """Increase phi if the loss has risen by the margin."""
         if state["reference"] is None:
             state["reference"] = cross_entropy
         elif cross_entropy >= state["reference"] + self.margin:
@@ -48,10 +50,10 @@ class DistiLLM(Procedure):
             state["rises"] += 1
 
     def source(self, state: State, uniform: float, progress: float) -> Source:
-        """Where the rows of a step come from.
+        """Choose the source of the rows of a step.
 
         Args:
-            state: at that step.
+            state: state at this step.
             uniform: r in [0, 1).
             progress: t / T.
         """
@@ -62,24 +64,24 @@ class DistiLLM(Procedure):
         return "buffer" if uniform < phi else "data"
 
     def batches(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
-        """All micro-batches of a step come from one source."""
+        """Return the micro-batches of a step, all from one source."""
         source = self.source(session.state, session.draw("source"), session.step / session.steps)
         if source == "data":
             return list(given)
         return self._fresh(given, session) if source == "fresh" else self._stored(given, session)
 
     def figures(self, state: State) -> dict[str, float]:
-        """Phi, and how full the buffer is."""
+        """Phi, and the number of rows in the buffer."""
         return {"phi": state["phi"], "buffer_rows": len(state["buffer"])}
 
     def remarks(self, state: State) -> list[str]:
-        """Says where the student's text was never used."""
+        """A note if the student's text was never used."""
         if state["rises"]:
             return []
         return [
-            "phi never rose: no evaluation was as much as "
-            f"{self.margin:g} above the one before training, so that every step learned from the "
-            "data; lower margin, or evaluate more often (training.eval_steps)"
+            "phi never rose: the held-out loss never exceeded its value before training by "
+            f"{self.margin:g}, so every step used the data; lower margin, or evaluate more often "
+            "(training.eval_steps)"
         ]
 
     def _fresh(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
@@ -89,7 +91,7 @@ class DistiLLM(Procedure):
         for number, batch in enumerate(given):
             samples = session.write(examples_of(batch), number)
             made.append(session.collate(samples, batch))
-            # In the order of the step's rows, whichever process wrote them.
+            # In the order of the step's rows, independent of the number of processes.
             pairs = session.gather([[s.prompt, s.answer] for s in samples if s.answer])
             session.state["buffer"] = [*session.state["buffer"], *pairs][-self.capacity :]
         return made

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 class DistiLLM2(Procedure):
     """Contrastive distillation: skew KL on the teacher's answers, skew reverse KL on the student's.
 
-    The teacher answers all prompts once, before the first step. In each step the student answers
-    the prompts of the batch too. The run's loss, by default ``skew_forward_kl``, is taken on the
-    teacher's answers and pulls the student up there; ``student_loss`` is taken on the student's
-    answers and pushes it down where the teacher would not go. Each is a mean over its own tokens,
-    and ``student_weight`` weighs the second.
+    The teacher answers all prompts once, before the first step. In each step, the student also
+    answers the prompts of the batch. The run's loss, by default ``skew_forward_kl``, is used on the
+    teacher's answers and raises their likelihood; ``student_loss`` is used on the student's answers
+    and lowers the likelihood of those that the teacher would not give. Each is a mean over its own
+    tokens, and ``student_weight`` is the weight of the second.
 
     Reference: Ko et al. 2025, arXiv:2503.07067.
     """
@@ -36,10 +36,13 @@ class DistiLLM2(Procedure):
     student_loss: str = Field(
         "skew_reverse_kl",
         description="loss on the student's answers, such as skew_reverse_kl:alpha=0.2; it is "
-        "chunked where the run's loss is",
+        "chunked if the run's loss is",
     )
     student_weight: float = Field(
-        0.5, ge=0, le=1, description="weight of the student's answers; the rest is the teacher's"
+        0.5,
+        ge=0,
+        le=1,
+        description="weight of the student's answers; the teacher's answers get the rest",
     )
 
     @field_validator("student_loss")
@@ -54,23 +57,23 @@ class DistiLLM2(Procedure):
         except LossSpecError as error:
             raise ValueError(str(error)) from error
         if parsed.chunked:
-            raise ValueError("leave out _chunked; it is chunked where the run's loss is")
+            raise ValueError("remove _chunked; the loss is chunked if the run's loss is")
         return spec
 
     def check(self, config: Settings) -> None:
-        """As every procedure, and the loss on the student's answers too.
+        """Also check the loss on the student's answers.
 
         Raises:
-            InputError: that loss cannot be built, or carries state.
+            InputError: that loss cannot be built, or has state.
         """
         super().check(config)
         _check_buildable(self.student_loss, config.loss.match_curvature)
 
     def prepare(self, rows: Sequence[Any], session: Desk) -> Sequence[Any]:
-        """The rows with the teacher's answers.
+        """Replace the answers of rows with those of the teacher.
 
         Raises:
-            InputError: as :meth:`check`, for trainers that check no configuration.
+            InputError: as in :meth:`check`, for trainers that check no configuration.
         """
         from kdrun.procedures.teacher_text import teacher_rows
 
@@ -78,11 +81,11 @@ class DistiLLM2(Procedure):
         return teacher_rows(rows, session)
 
     def cost(self, config: Settings) -> Cost:
-        """Each prompt has the teacher's answer, written once, and the student's."""
+        """The cost of one answer of the teacher, generated once, and one of the student."""
         return Cost(rows=2, student_answers=1.0, teacher_answers_once=True)
 
     def batches(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
-        """The teacher's answers, and the student's to the same prompts."""
+        """Return the teacher's answers and the student's answers to the same prompts."""
         from kdrun.procedures.sampling import examples_of, sample_of
 
         made = []
@@ -93,7 +96,7 @@ class DistiLLM2(Procedure):
         return made
 
     def loss(self, rows: LossRows) -> KDOutput:
-        """The run's objective on the teacher's answers, the other loss on the student's."""
+        """Use the run's objective on the teacher's answers, and the other loss on the student's."""
         of_student = _loss_like(self.student_loss, rows.objective.loss)
         return rows.add(
             _scaled(rows.objective_of(Origin.TEACHER, own_mean=True), 1 - self.student_weight),
@@ -114,8 +117,8 @@ def _check_buildable(spec: str, match_curvature: bool) -> None:
         raise InputError(f"{name}: {error}") from error
     if loss.stateful:
         raise InputError(
-            f"{name} carries state from step to step, which only the run's own loss can; take "
-            "another"
+            f"{name} carries state between steps, which only the run's own loss may; choose "
+            "another loss"
         )
 
 
@@ -132,7 +135,7 @@ def _scaled(out: KDOutput | None, factor: float) -> KDOutput | None:
 
 
 def _loss_like(spec: str, run: TokenLoss) -> TokenLoss:
-    """A loss that is evaluated as the run's."""
+    """Build a loss that is evaluated in the same way as the run's."""
     from kdlosses import TokenLoss
 
     return TokenLoss(

@@ -1,4 +1,4 @@
-"""On-policy distillation: the student's own answers, with a probability."""
+"""On-policy distillation on the student's own answers, with a given probability."""
 
 from __future__ import annotations
 
@@ -14,31 +14,35 @@ if TYPE_CHECKING:
 
 
 class GKD(Procedure):
-    """Generalised knowledge distillation: with a probability a batch's answers are the student's.
+    """Generalised knowledge distillation: some batches contain the student's own answers.
 
-    For each micro-batch one number is drawn, the same on every process. Below lambda the student
-    answers the prompts, as it is at that step and without a gradient through the sampling, and the
-    loss compares teacher and student on those answers, end token included. Else the batch of the
-    data is learned from.
+    One random number is drawn for each micro-batch, the same on every process. If it is below
+    lambda, the current student answers the prompts, without a gradient through the sampling, and
+    the loss compares teacher and student on these answers, including the end token. Otherwise the
+    batch of the data is used.
 
     Reference: Agarwal et al. 2024, arXiv:2306.13649.
     """
 
     lambda_: float = Field(
-        0.5, ge=0, le=1, alias="lambda", description="share of batches that the student answers"
+        0.5,
+        ge=0,
+        le=1,
+        alias="lambda",
+        description="share of batches whose answers the student generates",
     )
     class_loss: bool = Field(
-        False, description="cross-entropy on the student's own answers too, as on the data's"
+        False, description="also use cross-entropy on the student's own answers, as on the data"
     )
 
     def cost(self, config: Settings) -> Cost:
-        """A share of the batches is answered."""
+        """The cost of answers for a share of the batches."""
         return Cost(student_answers=self.lambda_)
 
     def batches(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
-        """Answers in the place of the data's, by the draw of each micro-batch.
+        """Replace answers of the data with the student's, depending on the draw of a micro-batch.
 
-        In a step at ``kd_ratio`` 0 nothing could be learned from them, and the data's stay.
+        In a step with ``kd_ratio`` 0 the student's answers have no effect, so the data is kept.
         """
         from kdrun.procedures.sampling import examples_of
 
@@ -52,5 +56,5 @@ class GKD(Procedure):
         ]
 
     def loss(self, rows: LossRows) -> KDOutput:
-        """The run's objective; cross-entropy on the student's answers only where asked for."""
+        """The run's objective, with cross-entropy on the student's answers only if requested."""
         return rows.add(rows.objective_of(Origin.STUDENT, class_loss=self.class_loss))

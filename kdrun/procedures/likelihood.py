@@ -1,4 +1,4 @@
-"""The likelihood of single tokens, in chunks and with a gradient, as a loss of the library."""
+"""The likelihood of single tokens as a kdlosses loss, chunked and differentiable."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kdlosses import RowLoss, TokenLoss
 
 
 class Likelihood(RowLoss):
-    """Negative log-likelihood of the row's own token, -log q(y); the teacher has no say."""
+    """Negative log-likelihood of the row's label, -log q(y), independent of the teacher."""
 
     zero_at_equality: ClassVar[bool] = False
     temperature_power: ClassVar[int] = 0
@@ -25,8 +25,8 @@ def token_log_probs(student: Any, labels: Tensor, like: TokenLoss) -> Tensor:
 
     Args:
         student: logits or :class:`kdlosses.Projected`.
-        labels: aligned with the logits.
-        like: gives the chunks and the cut of the vocabulary.
+        labels: labels aligned with the logits.
+        like: loss whose chunks and shared vocabulary are used.
     """
     evaluate = TokenLoss(
         Likelihood(),
@@ -34,6 +34,6 @@ def token_log_probs(student: Any, labels: Tensor, like: TokenLoss) -> Tensor:
         ignore_index=like.ignore_index,
         vocab_size=like.vocab_size,
     )
-    # A loss needs a teacher's side; the student's own is the cheaper one.
+    # A loss needs a teacher; passing the student itself is cheapest.
     values: Tensor = evaluate(student, student, labels, reduction="none")
     return -values

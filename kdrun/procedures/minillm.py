@@ -1,4 +1,4 @@
-"""Reverse KL of whole answers, by its policy gradient."""
+"""Reverse KL of whole answers, optimised by policy gradient."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class MiniLLM(Procedure):
     """Reverse KL of whole answers: a single-step part in closed form, and a long-term part.
 
     Answers are sampled from a mixture of teacher and student. With r_t = log p(y_t) - log q(y_t),
-    the gradient of the reverse KL is that of each step's reverse KL over the vocabulary, and
-    -sum_t R_(t+1) grad log q(y_t), where R_(t+1) sums the r of later tokens. The first part is the
-    run's loss, by default ``reverse_kl``. The second goes through importance weights and a clipped
+    the gradient of the reverse KL is the gradient of each step's reverse KL over the vocabulary,
+    plus -sum_t R_(t+1) grad log q(y_t), where R_(t+1) sums the r of later tokens. The first part is
+    the run's loss, by default ``reverse_kl``. The second part uses importance weights and a clipped
     ratio. Cross-entropy on plain text (``procedure.text``; without one, on the training rows), with
-    weight 1 - kd_ratio, keeps the student a language model.
+    weight 1 - kd_ratio, preserves the language modelling ability of the student.
 
     Reference: Gu et al. 2024, arXiv:2306.08543.
     """
@@ -37,48 +37,53 @@ class MiniLLM(Procedure):
     takes_text: ClassVar[bool] = True
 
     teacher_mix: float = Field(
-        0.2, ge=0, lt=1, description="the teacher's share of the distribution that is sampled"
+        0.2, ge=0, lt=1, description="the teacher's share of the sampling distribution"
     )
     importance: Literal["token", "sequence"] = Field(
         "token",
-        description="weight q / mixture of each token alone, or its product over the answer, which "
-        "is unbiased and varies more",
+        description="use the weight q / mixture of each token alone, or its product over the "
+        "answer, which is unbiased but has more variance",
     )
     gamma: float = Field(1.0, ge=0, le=1, description="discount of later rewards")
-    length_normalised: bool = Field(True, description="divide returns by the tokens they sum over")
-    reward_clip: float = Field(10.0, ge=0, description="bound of each reward; 0 for none")
+    length_normalised: bool = Field(
+        True, description="divide returns by the number of tokens they sum over"
+    )
+    reward_clip: float = Field(10.0, ge=0, description="bound of each reward; 0 disables it")
     clip: float = Field(
-        0.2, ge=0, lt=1, description="how far the weighted ratio may leave 1; 0 for no bound"
+        0.2,
+        ge=0,
+        lt=1,
+        description="maximum distance of the weighted ratio from 1; 0 disables the bound",
     )
     whiten: bool = Field(
         False, description="shift and scale the returns of a micro-batch to mean 0 and variance 1"
     )
-    reuse: int = Field(1, ge=1, description="consecutive steps that learn from the same samples")
+    reuse: int = Field(1, ge=1, description="number of consecutive steps that use the same samples")
 
     def check(self, config: Settings) -> None:
-        """As every procedure; and plain text needs a weight.
+        """Also check that plain text has a weight.
 
         Raises:
-            InputError: text that nothing would be learned from.
+            InputError: text that would have no effect.
         """
         super().check(config)
         if config.procedure.text is not None and not _takes_data(config):
             raise InputError(
-                "procedure.text: has no effect at --kd-ratio 1, which leaves no weight to "
-                "cross-entropy on it; lower the ratio, or leave it out"
+                "procedure.text: has no effect at --kd-ratio 1, because its cross-entropy has "
+                "weight 0; lower the ratio, or remove the text"
             )
 
     def cost(self, config: Settings) -> Cost:
-        """Both models read every answer; the rows of the data come on top where they count."""
+        """The cost of answers that both models evaluate, and of the data rows if they are used."""
         written = 1.0 / self.reuse
         return Cost(1 + _takes_data(config), student_answers=written, teacher_answers=written)
 
     def initial_state(self) -> dict[str, Any]:
-        """No samples yet."""
+        """A state without samples."""
         return {"samples": []}
 
     def batches(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
-        """Samples, and the rows of the data where cross-entropy takes part."""
+        """Return samples, and the rows of the data if cross-entropy is used."""
         from kdrun.procedures.sampling import examples_of
 
         stored = session.state["samples"]
@@ -107,12 +112,12 @@ class MiniLLM(Procedure):
         return made
 
     def loss(self, rows: LossRows) -> KDOutput:
-        """Both parts on the samples, and cross-entropy on the data, each a mean over its tokens."""
+        """Both parts on the samples and cross-entropy on the data, each a mean over its tokens."""
         weights = rows.values.get("weight")
         single = rows.objective_of(
             Origin.STUDENT, class_loss=False, own_mean=True, token_weights=weights
         )
-        # At a kd_ratio of 0 no teacher runs, and neither part weighs anything.
+        # With kd_ratio 0 no teacher runs, and both parts have weight 0.
         if single is not None and single.kd_loss is not None and weights is not None:
             ratio = rows.objective.kd_ratio
             long_term = self.long_term(rows)
@@ -124,7 +129,7 @@ class MiniLLM(Procedure):
         return rows.add(single, rows.objective_of(Origin.DATA, kd_loss=False, own_mean=True))
 
     def long_term(self, rows: LossRows) -> Tensor:
-        """The clipped surrogate of -sum R_(t+1) log q(y_t), a mean over the sampled tokens."""
+        """The clipped surrogate of -sum R_(t+1) log q(y_t), as a mean over the sampled tokens."""
         from kdrun.procedures.likelihood import token_log_probs
 
         labels = rows.labels_of(Origin.STUDENT)
@@ -144,12 +149,12 @@ class MiniLLM(Procedure):
     def _write(self, batch: MicroBatch, number: int, session: Desk) -> list[Sample]:
         from kdrun.procedures.sampling import examples_of
 
-        # The teacher takes part at a share of 0 too: its log-probabilities are the rewards.
+        # The teacher is included even with share 0, because rewards use its log-probabilities.
         writers = {Origin.STUDENT: 1 - self.teacher_mix, Origin.TEACHER: self.teacher_mix}
         return session.write(examples_of(batch), number, writers, with_log_probs=True)
 
     def _weighted(self, stored: Sequence[tuple[Any, Any, Any]]) -> list[Sample]:
-        """Samples with what the loss needs of each token: weight, return, old log-probability."""
+        """Samples with the values that the loss needs: weight, return, old log-probability."""
         from kdrun.procedures.sampling import Sample
 
         found = []
@@ -188,16 +193,16 @@ class MiniLLM(Procedure):
 
 
 def _takes_data(config: Settings) -> bool:
-    """Whether cross-entropy takes part at some step."""
+    """Whether cross-entropy is used at any step."""
     return config.loss.kd_ratio < 1 or "kd_ratio" in config.loss.schedules
 
 
 def later_returns(rewards: Sequence[float], gamma: float, normalised: bool) -> list[float]:
-    """For each token the discounted sum of the rewards after it.
+    """The discounted sum of later rewards, for each token.
 
     Args:
-        rewards: of the tokens of an answer.
-        gamma: discount.
+        rewards: rewards of the tokens of an answer.
+        gamma: discount factor.
         normalised: divide by the number of later tokens.
     """
     found = [0.0] * len(rewards)
@@ -210,7 +215,7 @@ def later_returns(rewards: Sequence[float], gamma: float, normalised: bool) -> l
 
 
 def whiten(values: Sequence[float]) -> list[float]:
-    """Values shifted to mean 0 and scaled to variance 1 (of the values themselves)."""
+    """Shift and scale values to mean 0 and (population) variance 1."""
     if not values:
         return []
     mean = sum(values) / len(values)

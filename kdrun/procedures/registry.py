@@ -27,15 +27,15 @@ _GROUP = PluginGroup(
 
 
 def available_procedures() -> tuple[ProcedureRef, ...]:
-    """All registered procedures by name; imports none of them."""
+    """All registered procedures by name, without importing them."""
     return _GROUP.available()
 
 
 def split_spec(spec: str) -> tuple[str, Mapping[str, str]]:
-    """Name and parameters of a spec, still as text; nothing is looked up.
+    """Split a spec into name and parameters, as text.
 
     Raises:
-        InputError: it has another form than ``name:key=value,key=value``.
+        InputError: the spec does not have the form ``name:key=value,key=value``.
     """
     from kdlosses import LossSpecError, parse_spec
 
@@ -54,10 +54,10 @@ def split_spec(spec: str) -> tuple[str, Mapping[str, str]]:
 
 
 def find_procedure(name: str) -> ProcedureRef:
-    """The registered procedure of a name; imports nothing.
+    """Find a registered procedure by name, without importing it.
 
     Raises:
-        InputError: an unknown name, with a close one, or a name that two distributions claim.
+        InputError: an unknown name (with a suggestion), or a name registered by two distributions.
     """
     return _GROUP.find(name)
 
@@ -66,8 +66,8 @@ def load_procedure(name: str) -> type[Procedure]:
     """Import the class registered under a name.
 
     Raises:
-        InputError: unknown, broken, or no procedure. With the environment variable
-            ``KDLOSSES_DEBUG`` set, the message holds the traceback.
+        InputError: unknown, broken, or not a procedure. If the environment variable
+            ``KDLOSSES_DEBUG`` is set, the message contains the traceback.
     """
     from kdrun.procedures.base import Procedure
 
@@ -81,7 +81,7 @@ def get_procedure(spec: str) -> Procedure:
         spec: a name, and parameters after a colon: ``"gkd:lambda=0.5"``.
 
     Raises:
-        InputError: an unknown name or parameter, with a close one, or a value out of bounds.
+        InputError: an unknown name or parameter (with a suggestion), or a value out of bounds.
     """
     name, given = split_spec(spec)
     kind = load_procedure(name)

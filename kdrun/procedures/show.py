@@ -1,4 +1,4 @@
-"""What ``kdrun procedures`` prints."""
+"""The output of ``kdrun procedures``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kdrun.procedures.registry import (
 
 
 def print_list() -> None:
-    """One row a procedure, with the first line of what it says of itself."""
+    """Print one row per procedure, with the summary line of its docstring."""
     table = Table(box=None, pad_edge=False)
     for heading in ("name", "distribution", "what it does"):
         table.add_column(heading, no_wrap=heading != "what it does")
@@ -34,10 +34,10 @@ def print_list() -> None:
 
 
 def print_procedure(spec: str) -> None:
-    """What a procedure says of itself, its parameters, and what it sets in a run.
+    """Print the description, parameters and defaults of a procedure.
 
     Raises:
-        InputError: no such procedure.
+        InputError: an unknown procedure.
     """
     procedure = get_procedure(spec)
     kind = type(procedure)
@@ -56,7 +56,7 @@ def print_procedure(spec: str) -> None:
         console.print(table)
         console.print()
     for key, value in kind.defaults.items():
-        console.print(f"unless given: {key}={value}", markup=False)
+        console.print(f"default: {key}={value}", markup=False)
     ref = find_procedure(split_spec(spec)[0])
     console.print(f"registered by {ref.distribution} as {ref.name}")
 
@@ -65,10 +65,10 @@ def print_checks(spec: str) -> bool:
     """Run the conformance checks of a procedure and print a row for each.
 
     Returns:
-        Whether none failed.
+        Whether all checks passed.
 
     Raises:
-        InputError: no such procedure.
+        InputError: an unknown procedure.
     """
     from kdrun.procedures.testing import run_checks
     from kdrun.quiet import quiet_libraries

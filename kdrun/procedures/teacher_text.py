@@ -1,4 +1,4 @@
-"""Answers that the teacher writes once, kept for every run that asks the same."""
+"""Answers that the teacher generates once and that are kept for runs with the same prompts."""
 
 from __future__ import annotations
 
@@ -19,33 +19,32 @@ if TYPE_CHECKING:
 
 
 _FORMAT = 1
-"""To be raised when the same prompts would get other answers."""
+"""Version of the answers, increased when the same prompts would get different answers."""
 
 
 def teacher_rows(rows: Sequence[Any], session: Desk) -> list[Example]:
-    """The prompts of rows with the teacher's answers.
+    """Replace the answers of rows with those of the teacher.
 
-    They are written in parts by all processes. A file of them is named by a hash of all that they
-    follow from: the teacher's weights, the prompts and the sampling.
+    All processes generate a part of the answers. The file of answers is named by a hash of
+    everything that determines them: the teacher's weights, the prompts and the sampling.
 
     Args:
-        rows: examples with ``input_ids`` and ``labels``; windows of text as they lie at the
-            moment.
-        session: has the teacher.
+        rows: examples with ``input_ids`` and ``labels``; windows of text at their current position.
+        session: the session with the teacher.
 
     Returns:
-        The rows that were answered; empty answers are left out.
+        The answered rows; rows with empty answers are skipped.
 
     Raises:
-        InputError: no answer is left.
+        InputError: all answers are empty.
     """
     prompts = [session.settings.prompt_of(rows[number]) for number in range(len(rows))]
     prompts = [prompt for prompt in prompts if prompt]
     file = _file(prompts, session)
     answers = None if file is None else _read(file, len(prompts), session.vocab_size)
-    # All processes have to go the same way, whatever each finds on its disk.
+    # All processes must take the same branch, even if their disks differ.
     if not all(session.gather([answers is not None])):
-        session.say(f"procedure: the teacher answers {len(prompts)} prompts, once")
+        session.say(f"procedure: the teacher answers {len(prompts)} prompts once")
         answers = _write_all(prompts, session)
         if file is not None and session.place.rank == 0:
             _save(file, answers)
@@ -60,19 +59,19 @@ def teacher_rows(rows: Sequence[Any], session: Desk) -> list[Example]:
     if len(kept) < len(prompts):
         session.say(
             f"procedure: {len(prompts) - len(kept)} of {len(prompts)} answers of the teacher are "
-            "empty; their rows are left out"
+            "empty; their rows are skipped"
         )
     if not kept:
         raise InputError(
-            "procedure: every answer of the teacher is empty; it ends before it says anything to "
-            "these prompts"
+            "procedure: every answer of the teacher is empty; check the chat template and the "
+            "output of kdrun generate"
         )
     return kept
 
 
 def _write_all(prompts: Sequence[list[int]], session: Desk) -> list[list[int]]:
     rank, size = session.place.rank, session.place.size
-    # Prompts of like length together, which fills batches best.
+    # Prompts of similar length are batched together, to reduce padding.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))[rank::size]
     chosen = [prompts[number] for number in order]
     texts = session.continuations(chosen, order, {Origin.TEACHER: 1.0}, what="teacher")
@@ -101,7 +100,7 @@ def _file(prompts: Sequence[list[int]], session: Desk) -> Path | None:
 
 
 def _read(file: Path, count: int, vocab_size: int) -> list[list[int]] | None:
-    """The answers of a file; None where it is absent or damaged."""
+    """Read the answers of a file; None if it is missing or damaged."""
     token = Annotated[int, Field(ge=0, lt=vocab_size)]
     try:
         answers = TypeAdapter(list[list[token]]).validate_json(file.read_bytes())
@@ -111,7 +110,7 @@ def _read(file: Path, count: int, vocab_size: int) -> list[list[int]] | None:
 
 
 def _save(file: Path, answers: Sequence[list[int]]) -> None:
-    """Write a file whole or not at all; without space or leave, nothing is kept."""
+    """Write a file atomically; without space or permission, nothing is kept."""
     from contextlib import suppress
 
     from kdrun.files import write_text

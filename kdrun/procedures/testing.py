@@ -1,7 +1,7 @@
-"""Conformance checks of procedures: what each must do, whoever wrote it.
+"""Conformance checks that every procedure must pass.
 
-``check_procedure("gkd:lambda=0.5")`` runs them all on a small pair of models. Plugin authors run
-the same ones, in their tests or with ``kdrun procedures check NAME``.
+``check_procedure("gkd:lambda=0.5")`` runs all checks on a small pair of models. Plugin authors run
+the same checks in their tests or with ``kdrun procedures check NAME``.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ if TYPE_CHECKING:
 
 
 class ConformanceError(AssertionError):
-    """A procedure fails checks; the message has their names and the reasons."""
+    """A procedure fails checks; the message contains their names and reasons."""
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What became of one check.
+    """The result of one check.
 
     Attributes:
-        name: of the check.
-        reason: why it failed; empty where it passed.
+        name: name of the check.
+        reason: why it failed; empty if it passed.
     """
 
     name: str
@@ -61,7 +61,7 @@ class CheckResult:
 
 
 def run_checks(procedure: Procedure | str) -> list[CheckResult]:
-    """Run all checks; a failure is recorded, not raised."""
+    """Run all checks and record failures instead of raising them."""
     checked = get_procedure(procedure) if isinstance(procedure, str) else procedure
     return [CheckResult(name, _failure(check, checked)) for name, check in CHECKS.items()]
 
@@ -70,10 +70,10 @@ def check_procedure(procedure: Procedure | str) -> None:
     """Run all checks.
 
     Args:
-        procedure: an instance, or a spec of a registered one.
+        procedure: an instance, or a spec of a registered procedure.
 
     Raises:
-        ConformanceError: with the names and reasons of the failed checks.
+        ConformanceError: contains the names and reasons of the failed checks.
     """
     results = run_checks(procedure)
     failed = [f"  {result.name}: {result.reason}" for result in results if result.reason]
@@ -118,7 +118,7 @@ def _documentation(procedure: Procedure) -> None:
 
 
 def _defaults(procedure: Procedure) -> None:
-    """Defaults of a run name existing keys."""
+    """The defaults are existing configuration keys."""
     from kdrun.config.load import every_key
 
     for key in procedure.defaults:
@@ -127,14 +127,14 @@ def _defaults(procedure: Procedure) -> None:
 
 
 def _state(procedure: Procedure) -> None:
-    """The state is what JSON can hold, at each step."""
+    """The state consists of JSON values at each step."""
     for step in usual_steps(procedure):
         if json.loads(json.dumps(step.state)) != step.state:
-            raise AssertionError(f"step {step.number}: the state changes on its way through JSON")
+            raise AssertionError(f"step {step.number}: the state changes when saved as JSON")
 
 
 def _shapes(procedure: Procedure) -> None:
-    """As many micro-batches as were given, of aligned tensors, with an origin for each row."""
+    """The number of micro-batches is unchanged, tensors are aligned, and each row has an origin."""
     for step in usual_steps(procedure):
         if len(step.batches) != 2:
             raise AssertionError(f"2 micro-batches became {len(step.batches)}")
@@ -149,13 +149,13 @@ def _shapes(procedure: Procedure) -> None:
 
 
 def _labels(procedure: Procedure) -> None:
-    """Targets stand at their own tokens, never on padding, and shift by one."""
+    """Targets equal the tokens at their positions, are never padding, and are shifted by one."""
     for step in usual_steps(procedure):
         for batch in step.batches:
             ids, labels = batch["input_ids"], batch["labels"]
             supervised = labels != IGNORE_INDEX
             if (labels != ids)[supervised].any():
-                raise AssertionError("a label differs from the token at its place")
+                raise AssertionError("a label differs from the token at its position")
             if (supervised & (batch["attention_mask"] == 0)).any():
                 raise AssertionError("padding is supervised")
             if not torch.equal(batch["shift_labels"], shift_labels(labels)):
@@ -163,7 +163,7 @@ def _labels(procedure: Procedure) -> None:
 
 
 def _answers(procedure: Procedure) -> None:
-    """Of a written answer all tokens are targets, up to its end token, and nothing else is."""
+    """All tokens of a generated answer up to its end token are targets, and no others."""
     stops = open_session(procedure).stops
     for step in usual_steps(procedure):
         for batch in step.batches:
@@ -176,26 +176,26 @@ def _answers(procedure: Procedure) -> None:
                 if example["labels"][first:] != targets:
                     raise AssertionError("an answer is not the end of its row")
                 if any(token in stops for token in targets[:-1]):
-                    raise AssertionError("something follows an end token")
+                    raise AssertionError("tokens follow an end token")
                 if len(targets) > SAMPLING.max_new_tokens:
                     raise AssertionError(f"an answer has {len(targets)} tokens")
 
 
 def _determinism(procedure: Procedure) -> None:
-    """Seed and step decide everything; torch's global generator is left alone."""
+    """The result depends only on seed and step; torch's global generator is not used."""
     torch.manual_seed(7)
     before = torch.get_rng_state()
     first = [content_of(step.batches) for step in run_steps(open_session(procedure))]
     if not torch.equal(torch.get_rng_state(), before):
-        raise AssertionError("torch's global generator was used; take session.draw")
+        raise AssertionError("torch's global generator was used; use session.draw")
     torch.manual_seed(8)
     second = [content_of(step.batches) for step in run_steps(open_session(procedure))]
     if first != second:
-        raise AssertionError("the same seed gives other batches")
+        raise AssertionError("the same seed gives different batches")
 
 
 def _resume(procedure: Procedure) -> None:
-    """A run that goes on from its saved state gives the same batches."""
+    """A run resumed from its saved state produces the same batches."""
     whole = [content_of(step.batches) for step in usual_steps(procedure)]
     saved: dict[str, Any] = {}
     session = open_session(procedure)
@@ -207,17 +207,17 @@ def _resume(procedure: Procedure) -> None:
     resumed.load_state_dict(saved)
     rest = [content_of(step.batches) for step in run_steps(resumed, first=STEPS // 2)]
     if rest != whole[STEPS // 2 :]:
-        raise AssertionError("a resumed run goes another way")
+        raise AssertionError("a resumed run differs from an uninterrupted one")
 
 
 def _ranks(procedure: Procedure) -> None:
-    """Two processes decide alike, carry one state, and learn from what one process would."""
+    """Two processes make the same decisions, share a state, and use the rows of one process."""
     alone = usual_steps(procedure)
     meeting = Meeting(2)
     found: list[list[Step]] = [[], []]
     errors: list[Exception] = []
 
-    # Made one after the other: their models are seeded by torch's global generator.
+    # Created one after the other, because their models use torch's global generator.
     sessions = [open_session(procedure, Place(rank, 2, ROWS // 2), meeting) for rank in range(2)]
 
     def work(rank: int) -> None:
@@ -236,15 +236,17 @@ def _ranks(procedure: Procedure) -> None:
         raise errors[0]
     for one, left, right in zip(alone, *found, strict=True):
         if left.state != right.state or not alike(left.state, one.state):
-            raise AssertionError(f"step {one.number}: the processes carry different states")
+            raise AssertionError(f"step {one.number}: the processes have different states")
         pairs = zip(content_of(left.batches), content_of(right.batches), strict=True)
         both = [sorted(a + b) for a, b in pairs]
         if both != [sorted(rows) for rows in content_of(one.batches)]:
-            raise AssertionError(f"step {one.number}: two processes learn from other rows than one")
+            raise AssertionError(
+                f"step {one.number}: two processes train on different rows than one"
+            )
 
 
 def _denominators(procedure: Procedure) -> None:
-    """Parts of a micro-batch, with the step's token counts, add up to the whole."""
+    """The losses of the parts of a micro-batch sum to the loss of the whole."""
     for step in usual_steps(procedure):
         batch = step.batches[0]
         if ROLLOUT not in batch:
@@ -256,7 +258,7 @@ def _denominators(procedure: Procedure) -> None:
 
 
 def _gradient(procedure: Procedure) -> None:
-    """The loss is finite, and so is its gradient; unsupervised positions get none."""
+    """The loss and its gradient are finite; unsupervised positions have no gradient."""
     for step in usual_steps(procedure):
         batch = step.batches[0]
         if ROLLOUT not in batch:
@@ -270,7 +272,7 @@ def _gradient(procedure: Procedure) -> None:
 
 
 def _nothing_said(procedure: Procedure) -> None:
-    """With nothing supervised the loss is 0 with zero gradients, still connected."""
+    """Without supervised tokens, the loss is 0 and differentiable, with zero gradients."""
     for step in usual_steps(procedure):
         batch = step.batches[0]
         if ROLLOUT not in batch:
@@ -278,7 +280,9 @@ def _nothing_said(procedure: Procedure) -> None:
         ignored = {"shift_labels": torch.full_like(batch["shift_labels"], IGNORE_INDEX)}
         value, gradient = loss_of(procedure, {**batch, **ignored}, torch.zeros(len(Origin)).long())
         if value.item() != 0 or gradient.any():
-            raise AssertionError(f"step {step.number}: value {value.item():.3g} of no token")
+            raise AssertionError(
+                f"step {step.number}: the value without tokens is {value.item():.3g}"
+            )
 
 
 CHECKS: dict[str, Callable[[Procedure], None]] = {

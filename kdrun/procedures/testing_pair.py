@@ -1,4 +1,4 @@
-"""The small pair of models that procedures are checked on, and a run without a trainer."""
+"""The small pair of models for the checks of procedures, and a run without a trainer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAMPLING = Sampling(max_new_tokens=6, max_length=24)
 
 @dataclass(frozen=True)
 class Step:
-    """A step: its number, what the procedure made of it, and the state after it."""
+    """A step: its number, the micro-batches of the procedure, and the state after the step."""
 
     number: int
     batches: list[MicroBatch]
@@ -38,14 +38,14 @@ class Step:
 
 
 class Meeting:
-    """Where threads that stand for processes exchange things."""
+    """Exchanges objects between threads that simulate processes."""
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size, timeout=120)
         self._things: list[Any] = [None] * size
 
     def gather(self, rank: int, things: Sequence[Any]) -> list[Any]:
-        """The things of all threads, on each of them."""
+        """Gather objects from all threads, on each thread."""
         self._things[rank] = list(things)
         self.barrier.wait()
         every = [thing for own in self._things for thing in own]
@@ -59,14 +59,14 @@ class ThreadSession(Session):
     meeting: Meeting
 
     def gather(self, things: Sequence[Any]) -> list[Any]:
-        """The things of all threads."""
+        """Gather objects from all threads."""
         return self.meeting.gather(self.place.rank, things)
 
 
 def open_session(
     procedure: Procedure, place: Place | None = None, meeting: Meeting | None = None
 ) -> Session:
-    """A session on the small pair."""
+    """Create a session for the small pair."""
     kind = Session if meeting is None else ThreadSession
     session = kind(
         procedure=procedure,
@@ -86,7 +86,7 @@ def open_session(
 
 
 def run_steps(session: Session, first: int = 0) -> Any:
-    """Steps of two micro-batches, with evaluations between them that get worse."""
+    """Run steps of two micro-batches, with evaluations in between that get worse."""
     rows = session.procedure.prepare(example_rows(), session)
     collate = Collator(session.tokenizer.pad_token_id)
     rank, size, mine = session.place.rank, session.place.size, session.place.batch_size
@@ -104,12 +104,12 @@ def run_steps(session: Session, first: int = 0) -> Any:
 
 @lru_cache
 def usual_steps(procedure: Procedure) -> list[Step]:
-    """A run of a single process, which several checks look at."""
+    """Run a single process, for several checks."""
     return list(run_steps(open_session(procedure)))
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Whether states are equal, but for the rounding of numbers in batches of another size."""
+    """Whether states are equal, up to rounding differences between batch sizes."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
@@ -120,7 +120,7 @@ def alike(one: Any, other: Any) -> bool:
 
 
 def example_rows() -> list[Example]:
-    """Rows of a prompt and an answer."""
+    """Rows with a prompt and an answer."""
     generator = torch.Generator().manual_seed(5)
     found = []
     for number in range(8):
@@ -131,7 +131,7 @@ def example_rows() -> list[Example]:
 
 
 def content_of(batches: Sequence[MicroBatch]) -> list[list[Any]]:
-    """The rows of micro-batches in a form that can be compared."""
+    """The rows of micro-batches in a comparable form."""
     found = []
     for batch in batches:
         examples = examples_of(batch)
@@ -142,14 +142,14 @@ def content_of(batches: Sequence[MicroBatch]) -> list[list[Any]]:
 
 
 def count_tokens(batch: MicroBatch) -> Tensor:
-    """Supervised tokens of a micro-batch by the origin of their rows."""
+    """The number of supervised tokens of a micro-batch by origin."""
     from kdrun.procedures.sampling import tokens_by_origin
 
     return tokens_by_origin([batch])
 
 
 def halves(batch: MicroBatch) -> list[MicroBatch]:
-    """A micro-batch as two."""
+    """Split a micro-batch into two."""
     count = len(batch["input_ids"])
     found = []
     for part in (slice(0, count // 2), slice(count // 2, count)):
@@ -163,7 +163,7 @@ def halves(batch: MicroBatch) -> list[MicroBatch]:
 
 
 def loss_of(procedure: Procedure, batch: MicroBatch, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The value, and the gradient for the student's logits, in float64."""
+    """The value, and the gradient of the student's logits, in float64."""
     ids = batch["input_ids"]
     logits, teacher = (_table(seed)[ids] for seed in (0, 1))
     leaf = logits.requires_grad_()
@@ -184,10 +184,10 @@ def loss_of(procedure: Procedure, batch: MicroBatch, counts: Tensor) -> tuple[Te
 
 
 def check_close(what: str, got: Tensor, expected: Tensor) -> None:
-    """Refuse tensors that differ by more than rounding.
+    """Check that tensors differ by no more than rounding.
 
     Raises:
-        AssertionError: naming what they are.
+        AssertionError: names the tensors.
     """
     if not torch.isclose(got, expected, rtol=1e-9, atol=1e-11):
         raise AssertionError(f"{what} is {got.item():.6g} instead of {expected.item():.6g}")
@@ -195,7 +195,7 @@ def check_close(what: str, got: Tensor, expected: Tensor) -> None:
 
 @lru_cache
 def _table(seed: int) -> Tensor:
-    """Logits of the next token for each token: a model small enough for float64."""
+    """A table of next-token logits per token: a model small enough for float64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(VOCAB, VOCAB, generator=generator, dtype=torch.float64)
 

@@ -111,7 +111,7 @@ def test_sums_without_meaning(text, message):
 
 
 def test_a_sum_that_names_a_loss_twice():
-    with pytest.raises(LossSpecError, match="forward_kl is given twice; add up its weights"):
+    with pytest.raises(LossSpecError, match="forward_kl is given twice; use one term"):
         get_loss("0.5*forward_kl+forward_kl")
     loss = get_loss("skew_forward_kl:alpha=0.1+skew_forward_kl:alpha=0.2")
     assert [term.name for term in loss.terms] == [
@@ -288,7 +288,7 @@ def test_the_suffix_is_reserved(install, text):
 
 
 def test_the_suffix_is_written_once():
-    with pytest.raises(LossSpecError, match=r"'forward_kl_chunked': .* stands in a spec once"):
+    with pytest.raises(LossSpecError, match=r"'forward_kl_chunked': .* only once in a spec"):
         get_loss("forward_kl_chunked_chunked")
 
 

@@ -46,7 +46,7 @@ def test_values(schedule, expected):
     ("given", "message"),
     [
         ({"kind": "linear", "start": 0}, "end"),
-        ({"kind": "linear", "start": 0, "end": 1, "begin": 0.5, "until": 0.5}, "must lie before"),
+        ({"kind": "linear", "start": 0, "end": 1, "begin": 0.5, "until": 0.5}, "must be less than"),
         ({"kind": "cosine", "start": 0, "end": 1, "until": 1.5}, "less than or equal to 1"),
         ({"kind": "step", "values": [1, 2], "at": []}, "one value more"),
         ({"kind": "step", "values": [1, 2, 3], "at": [0.5, 0.5]}, "must increase"),
@@ -128,9 +128,14 @@ def test_a_curvature_that_ends_amid_the_training_cannot_be_matched():
 @pytest.mark.parametrize(
     ("spec", "key", "schedule", "message"),
     [
-        ("forward_kl", "alpha", Constant(value=1), "no loss here has a parameter 'alpha'"),
+        ("forward_kl", "alpha", Constant(value=1), "no loss has a parameter 'alpha'"),
         ("skew_forward_kl", "alpha", Linear(start=0, end=2), "alpha reaches 2: .*less than 1"),
-        ("generalized_jsd", "normalize", Constant(value=1), "no number that can move"),
+        (
+            "generalized_jsd",
+            "normalize",
+            Constant(value=1),
+            "cannot be scheduled, because it is not a number",
+        ),
         ("forward_kl", "temperature", Linear(start=1, end=0), "temperature: must be a positive"),
         (
             "skew_forward_kl+skew_reverse_kl",
@@ -172,7 +177,7 @@ def test_values_on_the_way_warn_of_nothing():
 
 
 def test_a_ratio_that_leaves_its_bounds():
-    with pytest.raises(ValueError, match=r"kd_ratio: must lie in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"kd_ratio: must be in \[0, 1\], got 1.5"):
         KDObjective(get_loss("forward_kl"), Linear(start=0, end=1.5))
 
 
@@ -193,7 +198,7 @@ def test_the_state_dict_brings_schedules_back_through_json():
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert second.moving_values == first.moving_values
     assert second.loss.moving_values["t"] > 0.4
-    with pytest.raises(ValueError, match="saved with the loss taid, and this one is forward_kl"):
+    with pytest.raises(ValueError, match="saved with the loss taid, but this loss is forward_kl"):
         KDObjective(get_loss("forward_kl")).load_state_dict(first.state_dict())
 
 

@@ -367,7 +367,7 @@ def test_the_guide_lists_every_check():
 def test_the_error_names_the_failed_checks_and_the_reasons():
     with pytest.raises(testing.ConformanceError, match="1 of 2") as caught:
         testing.check_loss(WrongCurvature)
-    assert "curvature: measured 1, curvature() states 0.25" in str(caught.value)
+    assert "curvature: measured 1, curvature() returns 0.25" in str(caught.value)
 
 
 def test_a_declared_failure_is_expected():
@@ -444,5 +444,5 @@ def test_the_command_exits_with_1_when_a_check_fails(monkeypatch, capsys):
         cli.main(["losses", "check", "wrong"], standalone_mode=False)
     assert caught.value.code == 1
     out = capsys.readouterr().out
-    assert "measured 1, curvature() states 0.25" in out
+    assert "measured 1, curvature() returns 0.25" in out
     assert "wrong: failed (1 of" in out

@@ -1,4 +1,4 @@
-"""The report of a comparison: a page, figures, tables; also of one that is not finished."""
+"""The report of a finished or unfinished comparison: page, figures and tables."""
 
 from kdrun.compare.report.content import ReportInput
 from kdrun.compare.report.screen import print_table

@@ -1,4 +1,4 @@
-"""The figures of a comparison: paired differences, learning curves, speed against quality."""
+"""The figures of a comparison: paired differences, learning curves, speed and quality."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDE, NARROW = 7.2, 3.7
-"""Inches: a page of print, and a telephone."""
+"""Widths in inches, for a printed page and for a phone."""
 
 _VERDICTS = {
     "better": "#009e73",
@@ -47,8 +47,8 @@ _VERDICTS = {
     "identical": "#0072b2",
 }
 _CURVES = (
-    ("eval_ce", "cross-entropy on held-out rows", "nats a token"),
-    ("class_loss", "class loss in training", "nats a token"),
+    ("eval_ce", "cross-entropy on held-out rows", "nats per token"),
+    ("class_loss", "class loss in training", "nats per token"),
     ("kd_loss", "KD loss in training", "each arm's own loss"),
 )
 
@@ -58,10 +58,10 @@ class Drawing:
     """A figure that can be drawn at several widths.
 
     Attributes:
-        name: of its files.
-        title: above it on the page.
-        caption: below it on the page.
-        draw: from the width in inches.
+        name: base name of its files.
+        title: title above the figure.
+        caption: caption below the figure.
+        draw: draws the figure at a width in inches.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Drawing:
 
 
 def drawings(summary: Summary) -> list[Drawing]:
-    """The figures for which there is something to draw."""
+    """The figures that have data."""
     found = []
     delta = f"{summary.given.difference:g}"
     baseline = summary.arms[0].label
@@ -79,11 +79,11 @@ def drawings(summary: Summary) -> list[Drawing]:
         found.append(
             Drawing(
                 "differences",
-                "Differences to the baseline",
+                "Differences from the baseline",
                 f"Mean over seeds of each arm minus {baseline}. Thin line: simultaneous 95 % "
-                "interval; clear of zero, the arm is better or worse. Thick line: interval of the "
-                f"two one-sided tests; within ±{delta} (shaded), the arm is equivalent. Small "
-                "dots: single seeds. An arrow leads to an end beyond the figure.",
+                "interval; if it excludes zero, the arm is better or worse. Thick line: interval "
+                f"of the two one-sided tests; if it lies within ±{delta} (shaded), the arm is "
+                "equivalent. Small dots: single seeds. An arrow marks an end outside the figure.",
                 lambda width: _differences(summary, width),
             )
         )
@@ -93,9 +93,9 @@ def drawings(summary: Summary) -> list[Drawing]:
             Drawing(
                 "curves",
                 "Learning curves",
-                "Mean over seeds; the band reaches from the lowest to the highest seed. The first "
-                "fifth of the steps may lie above the figure. KD losses of different kinds have "
-                "different scales: their heights do not compare.",
+                "Mean over seeds; the band spans the lowest to the highest seed. The first "
+                "fifth of the steps may lie above the figure. Different KD losses have "
+                "different scales and cannot be compared with each other.",
                 lambda width: _learning_curves(summary, curves, width),
             )
         )
@@ -103,8 +103,8 @@ def drawings(summary: Summary) -> list[Drawing]:
         found.append(
             Drawing(
                 "speed",
-                "Speed against quality",
-                "Large: mean over seeds; small: single seeds. Speed is that of training alone.",
+                "Speed and quality",
+                "Large dots: mean over seeds; small dots: single seeds. Speed excludes evaluation.",
                 lambda width: _speed(summary, width),
             )
         )
@@ -112,9 +112,9 @@ def drawings(summary: Summary) -> list[Drawing]:
 
 
 def svg_text(drawing: Drawing, width: float) -> str:
-    """The figure as an SVG file; the same input gives the same text."""
+    """The figure as SVG text, the same for the same input."""
     stream = io.StringIO()
-    # Ids are hashed with the salt: figures on one page must not share them.
+    # The salt gives each figure its own ids, since several figures share a page.
     with rc_context({**SETTINGS, "svg.hashsalt": f"{drawing.name} {width}"}):
         drawing.draw(width).savefig(
             stream, format="svg", metadata={"Date": None, "Title": drawing.title}
@@ -123,7 +123,7 @@ def svg_text(drawing: Drawing, width: float) -> str:
 
 
 def png_bytes(drawing: Drawing, width: float) -> bytes:
-    """The figure as a PNG file of 250 dots an inch."""
+    """The figure as a PNG file at 250 dots per inch."""
     stream = io.BytesIO()
     with rc_context(SETTINGS):
         drawing.draw(width).savefig(stream, format="png", dpi=250)
@@ -131,11 +131,11 @@ def png_bytes(drawing: Drawing, width: float) -> bytes:
 
 
 def inline_svg(drawing: Drawing, width: float) -> str:
-    """The figure as an element of a page, in the page's colours and as wide as its place."""
+    """The figure as an HTML element in the page's colours, as wide as its container."""
     text = svg_text(drawing, width)
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # The white ground: the page has its own.
+    # Remove the white background, since the page has its own.
     text = re.sub(r'<g id="patch_1">.*?</g>', "", text, count=1, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
@@ -194,14 +194,14 @@ def _differences(summary: Summary, width: float) -> Figure:
             color=MUTED,
         )
     axis.set_xlabel(f"{yardstick.title}, {yardstick.unit}  (shaded: ±{delta:g})")
-    axis.set_title(shortened(f"Difference to {baseline}", int(width * 13)), pad=14)
+    axis.set_title(shortened(f"Difference from {baseline}", int(width * 13)), pad=14)
     return figure
 
 
 def _limit(rows: Sequence[tuple[ArmSummary, ArmVerdict]], delta: float) -> float:
-    """Half the width of the axis: all intervals, unless they dwarf the differences themselves.
+    """Half the width of the axis: covers all intervals, unless they dwarf the differences.
 
-    With two seeds an interval can be fifty times as wide as the differences it comes from.
+    With two seeds an interval can be fifty times as wide as the differences.
     """
     known = [verdict.comparison for _, verdict in rows if verdict.comparison is not None]
     ends = [abs(end) for found in known for end in found.interval]
@@ -259,7 +259,7 @@ def _drawn_arms(summary: Summary, key: str) -> list[int]:
 
 
 def _points(records: Sequence[Record], key: str) -> dict[float, list[float]]:
-    """Values of all seeds by step; those that were not finite are left out."""
+    """Finite values of all seeds by step."""
     points: dict[float, list[float]] = {}
     for record in records:
         for line in record.curves:
@@ -345,7 +345,7 @@ def _speed(summary: Summary, width: float) -> Figure:
     axis.margins(0.08)
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.xaxis.set_major_locator(MaxNLocator(6 if width > 5 else 4))
-    axis.set_xlabel("supervised tokens a second  (faster →)")
+    axis.set_xlabel("supervised tokens per second  (faster →)")
     arrow = "↓" if yardstick.lower_is_better else "↑"
     axis.set_ylabel(f"{yardstick.title}\n{yardstick.unit}  ({arrow} better)")
     axis.grid(color=GRID, linewidth=0.6)

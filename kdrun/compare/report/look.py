@@ -1,4 +1,4 @@
-"""What the figures of a report share: colours, markers, settings, the legend."""
+"""The common style of the figures of a report: colours, markers, settings and legend."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ with compare_extra():
     from matplotlib.lines import Line2D
 
 INK, MUTED, GRID, ZONE, GROUND = "#1b1b1f", "#66666f", "#e3e3e8", "#eeeef3", "#ffffff"
-# Colours that the colour-blind tell apart (Okabe and Ito, without their yellow); shapes and dashes
-# for those who print in grey.
+# Colour-blind safe colours (Okabe and Ito, without yellow), with markers and dashes for greyscale
+# prints.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
@@ -26,7 +26,7 @@ THEMED = {
     GROUND: "ground",
     **{colour: f"c{place}" for place, colour in enumerate(COLOURS)},
 }
-"""Colours that a page replaces by its own, light or dark, by name."""
+"""Colours, by name, that a page replaces with its own light or dark ones."""
 
 SETTINGS: Any = {
     "font.size": 8,
@@ -44,15 +44,15 @@ SETTINGS: Any = {
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "text.parse_math": False,  # names may contain dollar signs
     "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text: searchable, and small
+    "svg.fonttype": "none",  # keep text as text: searchable and small
     "savefig.facecolor": "white",
 }
 
 
 def look(place: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the arm at a place; the baseline is at 0."""
+    """Colour, marker and dashes of the arm at an index; the baseline has index 0."""
     if place == 0:
         return {"color": INK, "marker": "X", "linestyle": DASHES[1]}
     turn, colour = divmod(place - 1, len(COLOURS))
@@ -64,13 +64,13 @@ def look(place: int) -> dict[str, Any]:
 
 
 def columns(summary: Summary, used: Sequence[int], width: float) -> int:
-    """Columns of a legend that fit a width in inches."""
+    """Number of legend columns that fit into a width in inches."""
     longest = max(len(legend_label(summary, place, width)) for place in used)
     return max(1, min(len(used), int(width * 13 / (longest + 6))))
 
 
 def legend_height(summary: Summary, used: Sequence[int], width: float) -> float:
-    """Inches that a legend takes."""
+    """Height of a legend in inches."""
     return 0.17 * -(-len(used) // columns(summary, used, width)) + 0.15
 
 
@@ -82,7 +82,7 @@ def legend_label(summary: Summary, place: int, width: float) -> str:
 def legend(
     figure: Figure, summary: Summary, used: Sequence[int], width: float, **more: Any
 ) -> None:
-    """Put a legend of the arms at some places below a figure."""
+    """Add a legend of some arms below a figure."""
     handles = [
         Line2D([], [], **{**look(place), **more}, linewidth=1.3, markersize=5) for place in used
     ]
@@ -94,11 +94,11 @@ def legend(
         columnspacing=1.6,
         handlelength=2.6,
     )
-    # Set afterwards: a legend drops labels that begin with an underscore.
+    # Labels are set afterwards, because a legend drops labels that begin with an underscore.
     for text, place in zip(made.get_texts(), used, strict=True):
         text.set_text(legend_label(summary, place, width))
 
 
 def shortened(text: str, most: int) -> str:
-    """A text of at most so many characters."""
+    """Shorten a text to a maximum number of characters."""
     return text if len(text) <= most else f"{text[: most - 1]}…"

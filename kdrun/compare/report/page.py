@@ -1,4 +1,4 @@
-"""``report.html``: one file that needs nothing beside it."""
+"""``report.html``: a self-contained page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MARKS = {"wholly": "†", "partly": "‡"}
 
 
 def page(summary: Summary, drawings: Sequence[Drawing]) -> str:
-    """The whole page; every name in it is escaped, scripts other than its own cannot run."""
+    """The whole page. All names are escaped, and only the script of the page can run."""
     script = _part("page.js")
     environments = _environments(summary.given.records)
     template = Environment(
@@ -31,7 +31,7 @@ def page(summary: Summary, drawings: Sequence[Drawing]) -> str:
     ).from_string(_part("page.html"))
     return template.render(
         given=summary.given,
-        # The style and the script are files of this package, the figures escape their own text.
+        # Style and script are files of this package, and the figures escape their text.
         style=Markup(_part("page.css")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -84,7 +84,7 @@ def _environment(record: Record) -> tuple[Mapping[str, str], Mapping[str, str]]:
 
 
 def _environments(records: Sequence[Record]) -> list[tuple[Mapping[str, str], Mapping[str, str]]]:
-    """Each pair of versions and hardware once."""
+    """The distinct pairs of versions and hardware."""
     found: list[tuple[Mapping[str, str], Mapping[str, str]]] = []
     for record in records:
         if _environment(record) not in found:

@@ -13,7 +13,7 @@ _COLOURS = {"better": "green", "worse": "red", "diverged": "red", "equivalent": 
 
 
 def print_table(given: ReportInput, console: Console) -> None:
-    """Print verdicts, then all measures, then what a reader has to know.
+    """Print verdicts, all measures and warnings.
 
     Raises:
         InputError: the extra ``compare`` is not installed.

@@ -1,4 +1,4 @@
-"""The results as files that other programs read: CSV and LaTeX."""
+"""The results as CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kdrun.compare.report import words
 from kdrun.compare.report.content import Spread, Summary
 from kdrun.evaluation.yardsticks import YARDSTICKS
 
-# A spreadsheet takes a cell that starts so for a formula.
+# Spreadsheets read cells with these first characters as formulas.
 _FORMULA = ("=", "+", "-", "@")
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -35,7 +35,7 @@ _LATEX = {
 
 
 def csv_text(summary: Summary) -> str:
-    """One row a trial, those that have not run included."""
+    """One row per trial, including trials that have not run."""
     names = [yardstick.name for yardstick in YARDSTICKS]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -97,7 +97,7 @@ def latex_text(summary: Summary) -> str:
         for name, values in summary.given.references.items()
     ]
     first = _table(
-        f"Difference to {baseline} on {_tex(yardstick.title)} ({_tex(yardstick.unit)}), with "
+        f"Difference from {baseline} in {_tex(yardstick.title)} ({_tex(yardstick.unit)}), with "
         f"simultaneous 95\\,\\% intervals; smallest difference of interest "
         f"{summary.given.difference:g}.",
         "lrrl",
@@ -115,7 +115,7 @@ def latex_text(summary: Summary) -> str:
 
 
 def reference(value: float | None) -> Spread | None:
-    """The one measure of a model that no trial trained."""
+    """The measure of a reference model, as a spread over one value."""
     return None if value is None else Spread((value,), value, None)
 
 

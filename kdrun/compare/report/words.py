@@ -1,4 +1,4 @@
-"""Numbers and verdicts in plain words."""
+"""Numbers and verdicts as text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ORDER = ("better", "equivalent", "identical", "undecided", "worse", "diverged",
 
 
 def places(yardstick: Yardstick) -> int:
-    """Decimals: one more than the smallest difference of interest needs."""
+    """Number of decimals: one more than the smallest difference of interest has."""
     return max(0, math.ceil(-math.log10(yardstick.difference))) + 1
 
 
@@ -25,13 +25,13 @@ def number(value: float, yardstick: Yardstick) -> str:
 
 
 def signed(value: float, yardstick: Yardstick) -> str:
-    """A difference with a sign, not a hyphen, such as ``−0.012``; never ``−0.000``."""
+    """A difference with a proper minus sign, such as ``−0.012``; never ``−0.000``."""
     text = f"{value:+.{places(yardstick)}f}"
     return (text if float(text) else text.replace("-", "+")).replace("-", "−")
 
 
 def spread(found: Spread | None, yardstick: Yardstick) -> str:
-    """Mean and standard deviation, such as ``3.412 ± 0.010``; a dash where not measured."""
+    """Mean and standard deviation, such as ``3.412 ± 0.010``; a dash if not measured."""
     if found is None:
         return "–"
     mean = number(found.mean, yardstick)
@@ -41,7 +41,7 @@ def spread(found: Spread | None, yardstick: Yardstick) -> str:
 
 
 def rounded(found: Spread | None) -> str:
-    """The mean of tokens a second or MiB; a dash where not measured."""
+    """The mean of tokens per second or MiB; a dash if not measured."""
     return "–" if found is None else f"{found.mean:,.0f}"
 
 
@@ -57,7 +57,7 @@ def interval(verdict: ArmVerdict) -> str:
 
 
 def ordered(summary: Summary) -> list[tuple[ArmSummary, ArmVerdict]]:
-    """Arms by verdict, the best first; within one by mean difference."""
+    """Arms sorted by verdict, best first, then by mean difference."""
     sign = 1 if summary.given.yardstick.lower_is_better else -1
 
     def place(pair: tuple[ArmSummary, ArmVerdict]) -> tuple[int, float]:
@@ -73,7 +73,7 @@ def headline(summary: Summary) -> str:
     if not summary.judged:
         if any(trial.stage == "tuning" for trial in summary.missing):
             return "No verdict is possible yet: the tuning trials are not finished."
-        return "Nothing is compared: the only arm is the baseline."
+        return "There is nothing to compare: the only arm is the baseline."
     title = f"{summary.given.yardstick.title} of held-out rows"
     named = {
         word: [arm.label for arm, verdict in ordered(summary) if verdict.verdict == word]
@@ -89,35 +89,36 @@ def headline(summary: Summary) -> str:
 
 
 def _obstacle(summary: Summary) -> str:
-    """Why no arm could be tested: what no further trial will change first."""
+    """Why no arm could be tested, permanent reasons first."""
     baseline, *others = (
         any(record.status == "diverged" for record in arm.records) for arm in summary.arms
     )
     if all(others):
-        return ": every arm diverged" + ("" if baseline else " but the baseline")
+        return ": every arm diverged" + ("" if baseline else " except the baseline")
     if baseline:
         return ": the baseline diverged"
     if any(trial.stage == "final" for trial in summary.missing):
         return " yet"
-    return "; the table says why for each arm"
+    return "; the table gives the reason for each arm"
 
 
 def rule(summary: Summary) -> str:
-    """How the verdicts were reached, for readers of the page."""
+    """A description of the tests, for readers of the page."""
     given = summary.given
     better = "lower" if given.yardstick.lower_is_better else "higher"
     return (
         f"Yardstick: {given.yardstick.title} in {given.yardstick.unit}, {better} is better; "
-        f"smallest difference of interest {given.difference:g}. Each trial is one number, its "
-        "mean over held-out rows; arms are compared with the baseline seed by seed (paired t "
-        f"tests, Holm over {len(summary.judged)} arms). At {LEVEL:.0%}, no arm is called better or "
-        "worse that does not differ, and none equivalent that differs by the smallest difference "
-        f"of interest or more. Intervals hold for all arms at once ({1 - LEVEL:.0%})."
+        f"smallest difference of interest {given.difference:g}. Each trial contributes one "
+        "number, its mean over held-out rows; arms are compared with the baseline seed by seed "
+        f"(paired t tests, Holm over {len(summary.judged)} arms). The error rate over all arms is "
+        f"{LEVEL:.0%} for calling an arm better or worse although it does not differ, and "
+        f"{LEVEL:.0%} for calling an arm equivalent although it differs by the smallest difference "
+        f"of interest or more. Intervals are simultaneous over all arms ({1 - LEVEL:.0%})."
     )
 
 
 def warnings(summary: Summary) -> list[str]:
-    """What a reader has to know before believing a verdict."""
+    """Warnings that limit the validity of the verdicts."""
     found = []
     finals = [trial for trial in summary.missing if trial.stage == "final"]
     if summary.missing:
@@ -125,8 +126,8 @@ def warnings(summary: Summary) -> list[str]:
         found.append(
             f"Unfinished: {count} of {count + len(summary.given.records)} trials have not run. "
             + (
-                "The verdicts are provisional: they hold for the planned seeds, not for the "
-                "moment at which someone looks."
+                "The verdicts are provisional: their error rate holds for the planned "
+                "seeds, not for an intermediate look."
                 if finals
                 else "They are tuning trials."
             )
@@ -149,20 +150,20 @@ def warnings(summary: Summary) -> list[str]:
             every = len(wholly) + len(partly) == len(summary.arms)
             who.append("all other arms (in part)" if every else f"{listed(partly)} (in part)")
         found.append(
-            f"The primary yardstick, {primary.title}, is trained on by {' and by '.join(who)}. "
-            "It favours them; see the other yardsticks too."
+            f"Trained on the primary yardstick, {primary.title}: {' and '.join(who)}. "
+            "This favours them; consider the other yardsticks too."
         )
     return found
 
 
 def listed(names: Sequence[str]) -> str:
-    """``a, b and c``; with semicolons where a name holds a comma."""
+    """``a, b and c``; with semicolons if a name contains a comma."""
     comma = "; " if any("," in name for name in names) else ", "
     *others, last = names
     return f"{comma.join(others)} and {last}" if others else last
 
 
 def trial_name(trial: Trial, summary: Summary) -> str:
-    """A trial in one line."""
+    """The name of a trial."""
     stage = "" if trial.stage == "final" else ", tuning"
     return f"{summary.labels[trial.arm]}, seed {trial.seed}{stage}"

@@ -11,11 +11,11 @@ PAGE, CSV, LATEX, FIGURES = "report.html", "results.csv", "results.tex", "figure
 
 
 def write_report(given: ReportInput, folder: Path) -> Path:
-    """Write page, figures and tables, each file whole or not at all.
+    """Write page, figures and tables, each file atomically.
 
     Args:
         given: a comparison, finished or not.
-        folder: where the files go; made where it is not there.
+        folder: output folder; created if it does not exist.
 
     Returns:
         The page.
@@ -35,6 +35,6 @@ def write_report(given: ReportInput, folder: Path) -> Path:
         write_bytes(folder / FIGURES / f"{drawing.name}.png", png_bytes(drawing, WIDE))
     write_text(folder / CSV, csv_text(summary))
     write_text(folder / LATEX, latex_text(summary))
-    # The page last: where it is there, all it names is there.
+    # The page is written last, so that all files it refers to exist.
     write_text(folder / PAGE, page(summary, drawn))
     return folder / PAGE

@@ -183,7 +183,7 @@ def test_a_worker_that_is_killed_between_rounds_says_so(tmp_path: Path) -> None:
     started.weigh()
     started.close()
     assert started.result.failed is not None
-    assert started.result.failed.startswith("killed by SIGKILL, probably for lack of memory")
+    assert started.result.failed.startswith("killed by SIGKILL, probably out of memory")
 
 
 def test_what_does_not_fit_is_skipped_with_a_reason_and_is_no_failure(
@@ -234,8 +234,8 @@ def test_only_stored_logits_are_refused_for_lack_of_memory(
         (("--kd-ratio", "nan"), "--kd-ratio nan"),
         (("--kd-ratio", "1.5"), "--kd-ratio 1.5"),
         (("--peer", "none", "--peer", "trl"), "--peer none"),
-        (("--output", "{file}"), "name a writable folder"),
-        (("--output", "{file}/below"), "name a writable folder"),
+        (("--output", "{file}"), "choose a writable folder"),
+        (("--output", "{file}/below"), "choose a writable folder"),
     ],
 )
 def test_wrong_input_is_told_before_any_work(

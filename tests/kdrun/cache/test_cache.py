@@ -260,7 +260,7 @@ def test_a_folder_without_a_whole_manifest_is_refused(damaged: Path, tmp_path: P
     with pytest.raises(InputError, match="is incomplete"):
         Cache(damaged)
     (tmp_path / "other").mkdir()
-    with pytest.raises(InputError, match="no teacher cache"):
+    with pytest.raises(InputError, match="not a teacher cache"):
         Cache(tmp_path / "other")
     with pytest.raises(InputError, match="no such cache"):
         Cache(tmp_path / "nothing")
@@ -286,7 +286,7 @@ def test_an_interrupted_build_is_refused_and_can_be_built_over(
 
 
 def test_a_folder_that_holds_something_is_kept(setting: Setting, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds a cache"):
+    with pytest.raises(InputError, match="already contains a cache"):
         setting.build(setting.folder)
     (tmp_path / "note.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(InputError, match="not empty"):
@@ -375,7 +375,7 @@ def test_a_compressed_cache_refuses_other_temperatures_and_unfit_losses(
     kept.check_loss(kdlosses.get_loss("forward_kl", temperature=2.0))
     with pytest.raises(InputError, match="stored at temperature 2"):
         kept.check_loss(kdlosses.get_loss("forward_kl"))
-    with pytest.raises(InputError, match="whole row"):
+    with pytest.raises(InputError, match="full distribution"):
         kept.check_loss(kdlosses.get_loss("decoupled_kd", temperature=2.0))
     drawn.check_loss(kdlosses.get_loss("reverse_kl"))
     with pytest.raises(InputError, match="draws"):

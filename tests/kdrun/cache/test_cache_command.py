@@ -91,7 +91,7 @@ def test_windows_of_text_are_cached_where_they_stand_still(text: Path, tmp_path:
     printed = done(
         "--teacher-cache", folder, "--data", text, *STILL, *QUICK, "--output", tmp_path / "r"
     )
-    assert "measured against it too" in printed
+    assert "also evaluated against it" in printed
     line = refused("--teacher-cache", folder, "--data", text, *QUICK, "--output", tmp_path / "s")
     assert "data.shift_windows=false" in line
     assert not (tmp_path / "s").exists()
@@ -130,11 +130,11 @@ def test_top_k_trains_and_measures_only_with_the_teacher_named(chats: Path, tmp_
         *("cache-teacher", "--data", chats, "--max-length", 64, "--kind", "top-k", "--k", 20),
         *("--temperature", 2, "--output", folder),
     )
-    assert "the 20 kept tokens hold 0." in printed
+    assert "the 20 stored tokens cover 0." in printed
     printed = done(
         "--teacher-cache", folder, "--temperature", 2, *shared, "--output", tmp_path / "a"
     )
-    assert "measures are null" in printed
+    assert "measures that need it are null" in printed
     summary = json.loads((tmp_path / "a" / "summary.json").read_text(encoding="utf-8"))
     assert summary["after"]["eval_forward_kl"] is None
     assert summary["after"]["eval_ce"] > 0

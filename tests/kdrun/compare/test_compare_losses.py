@@ -123,7 +123,7 @@ def test_ctrl_c_leaves_no_record_and_no_trial(
             os.killpg(process.pid, signal.SIGKILL)  # it would train for minutes
             raise
     assert process.returncode == 130, said
-    assert f"kdrun: interrupted; the same command with --output {folder} goes on" in said
+    assert f"kdrun: interrupted; run the same command with --output {folder}" in said
     assert "--resume" not in said  # a trial that was cut off runs again
     assert not list((folder / "records").iterdir())
     if jobs == 1:  # the processes of several are ended without being asked
@@ -159,7 +159,7 @@ def test_a_schedule_moves_the_losses_and_leaves_the_baseline_alone(tmp_path: Pat
     folder = tmp_path / "c"
     losses = ("--loss", "skew_forward_kl_chunked", "--loss", "reverse_kl_chunked")
     line = refused("compare-losses", *QUICK, *given, *losses, "--output", folder)
-    assert line.startswith("loss 'reverse_kl_chunked': schedules: no loss here has a parameter")
+    assert line.startswith("loss 'reverse_kl_chunked': schedules: no loss has a parameter")
     assert not folder.exists()
     compare(*given, *losses[:2], "--output", folder)
     found = records(folder)
@@ -207,17 +207,22 @@ def test_a_file_has_a_say_wherever_no_option_has(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "mine.txt").touch()
     line = refused("compare-losses", "--config", file, "--seeds", 1)
-    assert f"--output {tmp_path / 'there'} is not empty and holds no comparison" in line
+    assert f"--output {tmp_path / 'there'} is not empty and contains no comparison" in line
 
 
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
-        ("training", "seed", 3, "training.seed=3: is varied in a comparison; give --seeds instead"),
-        ("data", "part", "test", "data.part=test: is varied in a comparison; leave it out"),
+        (
+            "training",
+            "seed",
+            3,
+            "training.seed=3: trials of a comparison vary this key; use --seeds instead",
+        ),
+        ("data", "part", "test", "data.part=test: trials of a comparison vary this key; remove it"),
         (
             *("loss", "schedules", {"kd_ratio": {"kind": "linear", "start": 0.1, "end": 0.5}}),
-            "loss.schedules: kd_ratio is varied in a comparison",
+            "loss.schedules: a schedule of kd_ratio would replace",
         ),
     ],
 )
@@ -288,23 +293,23 @@ def test_the_peak_memory_of_a_trial_is_not_that_of_an_earlier_one() -> None:
         (("--loss", "skew_forward_kl:alpha=2"), "alpha"),
         (("--yardstick", "bleu"), "no such measure"),
         (("--difference", "0"), "must be above 0"),
-        (("--difference", "inf"), "must be above 0, and finite"),
-        (("--lr", "inf"), "must be above 0, and finite"),
-        (("--kd-ratio", "0"), "the baseline at 0 is always there"),
-        (("--teacher", "none"), "a comparison has a teacher"),
-        (("--set", "loss.spec=reverse_kl"), "give --loss instead"),
-        (("--set", "procedure.spec=gkd"), "give --procedure instead"),
-        (("--set", "training.seed=3"), "give --seeds instead"),
-        (("--set", "data.part=test"), "data.part: is varied in a comparison; leave it out"),
+        (("--difference", "inf"), "must be above 0 and finite"),
+        (("--lr", "inf"), "must be above 0 and finite"),
+        (("--kd-ratio", "0"), "the baseline at 0 is always included"),
+        (("--teacher", "none"), "a comparison needs a teacher"),
+        (("--set", "loss.spec=reverse_kl"), "use --loss instead"),
+        (("--set", "procedure.spec=gkd"), "use --procedure instead"),
+        (("--set", "training.seed=3"), "use --seeds instead"),
+        (("--set", "data.part=test"), "data.part: trials of a comparison vary this key; remove it"),
         (
             ("--set", "loss.schedules={kd_ratio: {kind: linear, start: 0.1, end: 0.5}}"),
-            "give --kd-ratio instead",
+            "use --kd-ratio instead",
         ),
         (("--yardstick", "rouge_l", "--set", "evaluation.answers=0"), "answers is 0; raise it"),
-        (("--yardstick", "exact_match"), "set evaluation.answer_pattern"),
-        (("--yardstick", "rouge_l", "--data", "builtin"), "are plain text, which asks nothing"),
+        (("--yardstick", "exact_match"), "needs evaluation.answer_pattern"),
+        (("--yardstick", "rouge_l", "--data", "builtin"), "are plain text without prompts"),
         (("--max-length", "100000"), "holds 1024 tokens"),
-        (("--no-teacher-cache", "--set", "model.teacher_cache=c"), "leave out one"),
+        (("--no-teacher-cache", "--set", "model.teacher_cache=c"), "remove one of them"),
         (("--student", "nowhere/at/all", "--teacher", "nowhere/at/all"), "nowhere"),
     ],
 )
@@ -321,12 +326,12 @@ def test_a_named_cache_is_checked_with_every_loss(tmp_path: Path, given: tuple[s
     named = ("--teacher", "builtin", "--set", f"model.teacher_cache={cache}", "--dry-run")
     losses = ("--loss", "forward_kl_chunked", "--loss", "adaptive_kl_chunked")
     line = refused("compare-losses", *QUICK, *given, *named, *losses)
-    assert "needs the teacher's whole row" in line
+    assert "needs the teacher's full distribution" in line
     shorter = (*QUICK, "--max-length", "24", *given, *named, *losses[:2])
     assert "lacks the row" in refused("compare-losses", *shorter)
     two = options(Path(rows), teachers=("builtin", "other"))
     overrides = (*two.overrides, ("model.teacher_cache", str(cache)))
-    with pytest.raises(InputError, match="holds one teacher"):
+    with pytest.raises(InputError, match="contains one teacher"):
         check_named_cache(comparison_of(replace(two, overrides=overrides)))
 
 
@@ -342,5 +347,5 @@ def test_a_dry_run_shows_trials_and_time_and_writes_nothing(
     printed = kdrun("compare-losses", *QUICK, *given, *ratios, "--dry-run").stderr
     assert "tuning" in printed
     assert "time: about" in printed
-    assert "each teacher once over all rows" in printed
+    assert "one pass of each teacher over all rows" in printed
     assert not (tmp_path / "c").exists()

@@ -56,13 +56,13 @@ def test_a_record_under_another_name_is_refused(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     ledger.add(record(0))
     (tmp_path / "records" / f"{record(0).id}.json").rename(tmp_path / "records" / "other.json")
-    with pytest.raises(InputError, match="holds the record of"):
+    with pytest.raises(InputError, match="contains the record of"):
         ledger.records()
 
 
 def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x", encoding="utf-8")
-    with pytest.raises(InputError, match="is not empty and holds no comparison"):
+    with pytest.raises(InputError, match="is not empty and contains no comparison"):
         Ledger(tmp_path)
     with pytest.raises(InputError, match="is a file"):
         Ledger(tmp_path / "mine.txt")
@@ -73,7 +73,7 @@ def test_settings_that_are_no_settings(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     assert ledger.settings() is None
     (tmp_path / "comparison.yaml").write_text("- a", encoding="utf-8")
-    with pytest.raises(InputError, match="was it edited"):
+    with pytest.raises(InputError, match="was the file edited"):
         ledger.settings()
     (tmp_path / "comparison.yaml").write_text("a: [", encoding="utf-8")
     with pytest.raises(InputError, match="not valid YAML"):

@@ -75,8 +75,8 @@ def test_a_model_that_was_changed_in_place_is_refused(
         *("--seeds", 2, "--output", folder),
     )
     assert line == (
-        f"--output {folder}: the model {pair[name]} was changed since the first trial; restore "
-        "it, or name another folder"
+        f"--output {folder}: the model {pair[name]} was changed after the first trial; restore "
+        "it, or choose another folder"
     )
     assert (folder / "comparison.yaml").read_text(encoding="utf-8") == whole
     kdrun("report", folder)  # needs no models

@@ -110,7 +110,7 @@ def test_teachers_and_students_are_axes() -> None:
     ("changes", "message"),
     [
         ({"losses": ("forward_kl", "forward_kl")}, "--loss forward_kl is given twice"),
-        ({"kd_ratios": (0.0,)}, r"--kd-ratio 0: must lie in \(0, 1\]"),
+        ({"kd_ratios": (0.0,)}, r"--kd-ratio 0: must be in \(0, 1\]"),
         ({"kd_ratios": (1.5,)}, "--kd-ratio 1.5"),
         ({"lrs": (0.0,)}, "--lr 0: must be above 0"),
         ({"seeds": 0}, "--seeds: at least one"),

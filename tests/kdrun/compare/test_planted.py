@@ -129,7 +129,7 @@ def test_an_address_that_nothing_answers_at_is_refused_at_once() -> None:
         port = server.getsockname()[1]
         check_address(f"127.0.0.1:{port}")
         check_address(f"ray://127.0.0.1:{port}")
-    with pytest.raises(InputError, match=f"127.0.0.1:{port}: nothing answers there"):
+    with pytest.raises(InputError, match=f"127.0.0.1:{port}: no connection"):
         check_address(f"127.0.0.1:{port}")
     check_address("auto")
 
@@ -150,4 +150,4 @@ def test_options_that_nothing_would_read_are_refused(arguments: tuple[object, ..
 
     done = CliRunner().invoke(cli, ["compare-losses", *map(str, arguments)])
     assert done.exit_code == UsageError.exit_code
-    assert "goes with --launcher" in done.stderr
+    assert "requires --launcher" in done.stderr

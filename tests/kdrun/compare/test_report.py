@@ -116,8 +116,8 @@ def test_each_trial_has_its_command_and_environment(page):
 def test_arms_that_train_on_a_yardstick_are_marked(page):
     text, _ = text_of(page)
     assert (
-        "The primary yardstick, cross-entropy, is trained on by cross-entropy alone (wholly) and "
-        "by all other arms (in part)"
+        "Trained on the primary yardstick, cross-entropy: cross-entropy alone (wholly) and "
+        "all other arms (in part)"
     ) in text
     rows = re.findall(
         r"<tr>\s*<th scope=\"row\"><code>(.*?)</code></th>(.*?)</tr>", page, re.DOTALL
@@ -195,7 +195,7 @@ def given_of(records, trials=(), **more):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (given_of([]), "Nothing is compared"),
+        (given_of([]), "There is nothing to compare"),
         (
             given_of([], [Trial(arm=of, seed=0) for of in (BASELINE, arm("forward_kl"))]),
             "No verdict on cross-entropy of held-out rows is possible yet",
@@ -215,8 +215,8 @@ def given_of(records, trials=(), **more):
                     *(record(arm("x"), s, {}, status="diverged") for s in (0, 1)),
                 ]
             ),
-            "No verdict on cross-entropy of held-out rows is possible: every arm diverged but the "
-            "baseline.",
+            "No verdict on cross-entropy of held-out rows is possible: every arm diverged except "
+            "the baseline.",
         ),
         (
             given_of(
@@ -239,7 +239,7 @@ def given_of(records, trials=(), **more):
         ),
         (
             given_of([record(BASELINE, 0, 1.0), record(arm("forward_kl"), 0, 1.1)]),
-            "is possible; the table says why for each arm.",
+            "is possible; the table gives the reason for each arm.",
         ),
         (
             given_of(

@@ -120,7 +120,7 @@ def test_a_tuning_that_is_not_finished_and_then_is(folder: Path) -> None:
     printed = kdrun("report", folder).stderr
     assert "No verdict is possible yet: the tuning trials are not finished." in printed
     assert "Unfinished: 5 of 8 trials have not run" in printed
-    assert "The folder holds 6 more trials, of earlier commands" in printed
+    assert "The folder contains 6 more trials from earlier commands" in printed
     add(ledger, plan, tuning[3:])
     finals = plan.open(plan.own(ledger.records()))
     assert {(trial.stage, trial.arm.lr) for trial in finals} == {("final", 2.0)}
@@ -163,7 +163,7 @@ def test_an_edited_measure_is_refused_by_its_checksum(folder: Path) -> None:
     path = folder / "records" / f"{name}.json"
     record["measures"]["ce"] -= 1.0
     path.write_text(json.dumps(record), encoding="utf-8")
-    assert f"{name}.json: was edited: its checksum" in refused("report", folder)
+    assert f"{name}.json: was edited, because its checksum" in refused("report", folder)
     del record["checksum"]  # as in folders of earlier versions
     path.write_text(json.dumps(record), encoding="utf-8")
     kdrun("report", folder)
@@ -182,7 +182,7 @@ def test_an_edited_measure_is_refused_by_its_checksum(folder: Path) -> None:
 )
 def test_edited_references_are_named(folder: Path, text: str) -> None:
     (folder / "references.json").write_text(text, encoding="utf-8")
-    assert "references.json: not the file that was written" in refused("report", folder)
+    assert "references.json: was edited or damaged" in refused("report", folder)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_edited_references_are_named(folder: Path, text: str) -> None:
         ("axes", {"losses": []}, "not the settings of a comparison"),
         ("yardstick", "bleu", "no such measure"),
         ("extra", 1, "extra"),
-        ("shared", {"training": {"max_steps": 99}}, "no record is of a trial with its shared"),
+        ("shared", {"training": {"max_steps": 99}}, "no record belongs to a trial with its shared"),
     ],
 )
 def test_edited_settings_are_named(folder: Path, key: str, value: object, message: str) -> None:
@@ -222,4 +222,4 @@ def test_a_start_that_was_killed_before_its_declaration_is_no_foreign_folder(
     (folder / "comparison.yaml").unlink()
     copied = shutil.copytree(folder, tmp_path / "copied")
     line = refused("compare-losses", "--seeds", 2, "--output", copied)
-    assert "is not empty and holds no comparison" in line
+    assert "is not empty and contains no comparison" in line

@@ -83,7 +83,7 @@ def test_a_moved_folder_goes_on_with_its_cache_and_a_damaged_one_is_built_again(
     shard.write_bytes(shard.read_bytes()[:-9])
     printed = compare(*data, "--loss", "hellinger_chunked", "--seeds", 1, "--output", folder)
     assert "is truncated" in printed
-    assert "it is built again" in printed
+    assert "rebuilding it" in printed
     assert len(records(folder)) == 4
 
 
@@ -139,7 +139,7 @@ def test_without_room_for_a_cache_the_teacher_runs_in_every_trial(
     found, printed = prepare(comparison_of(options(rows_file(tmp_path))), tmp_path / "c")
     assert found == {}
     assert "no teacher cache of builtin: it needs " in printed
-    assert "1074 MB are free, and 1074 MB are kept for the trials; every trial runs it" in printed
+    assert "1074 MB are free, and 1074 MB are reserved for the trials; every trial runs" in printed
     assert not list((tmp_path / "c" / "teacher-cache").iterdir())
 
 
@@ -149,7 +149,7 @@ def test_moving_windows_run_the_teacher_in_every_trial(tmp_path: Path) -> None:
     comparison = comparison_of(dataclasses.replace(given, overrides=moving))
     found, printed = prepare(comparison, tmp_path / "c")
     assert found == {}
-    assert "no teacher cache: data.shift_windows=true" in printed
+    assert "no teacher cache, because data.shift_windows=true" in printed
 
 
 def test_processes_that_start_together_build_one_cache(tmp_path: Path) -> None:
@@ -167,6 +167,6 @@ def test_processes_that_start_together_build_one_cache(tmp_path: Path) -> None:
     (folder / MANIFEST).unlink()
     (folder / ".rows-00002.safetensors.partial").write_bytes(b"half")
     _, again = build(comparison, tmp_path / "c")
-    assert "is incomplete (it has no manifest.json); it is built again" in again
+    assert "is incomplete (it has no manifest.json); rebuilding it" in again
     assert "row 60/60" in again
     assert not (folder / ".rows-00002.safetensors.partial").exists()

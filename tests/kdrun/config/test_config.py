@@ -112,7 +112,9 @@ def test_a_key_that_is_no_word_is_told(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     for content in ("on:\n  lr: 1\n", "training:\n  on: 1\n"):
         file.write_text(content, encoding="utf-8")
-        with pytest.raises(InputError, match=r"run\.yaml: .*read as True, not as a word"):
+        with pytest.raises(
+            InputError, match=r"run\.yaml: .*reads a key here as True, not as a word"
+        ):
             load_config(file)
     file.write_text("training:\n  seed: 2020-13-45\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"run\.yaml: not valid YAML"):

@@ -263,14 +263,14 @@ def test_devices() -> None:
     with pytest.raises(InputError, match="known: t4"):
         find_device("xyz")
     if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="there is none here"):
+        with pytest.raises(InputError, match="this machine has none"):
             find_device("cuda")
 
 
 def test_a_named_device_needs_a_dry_run() -> None:
     done = CliRunner().invoke(cli, ["--device", "h100"])
     assert done.exit_code == 2
-    assert "--device goes with --dry-run" in done.output
+    assert "--device requires --dry-run" in done.output
 
 
 def test_a_large_pair_takes_no_memory_and_little_time(tiny_pair: Any, tmp_path: Path) -> None:
@@ -332,4 +332,4 @@ def test_spread_models_need_a_number_of_processes(tiny_pair: Any) -> None:
         dry_run(config_of(tiny_pair, training__fsdp=True))
     done = CliRunner().invoke(cli, ["--processes", "2"])
     assert done.exit_code == 2
-    assert "--processes goes with --dry-run" in done.output
+    assert "--processes requires --dry-run" in done.output

@@ -142,9 +142,9 @@ def test_wrong_tasks_are_one_line(model_folder: Path, tmp_path: Path) -> None:
     own = ("--task-folder", FOLDER)
     with pytest.raises(InputError, match=r"truthfulqa_mc2_file: its questions .*--task-data"):
         invoke(model_folder, "--task", "truthfulqa_mc2_file", *own)
-    with pytest.raises(InputError, match=r"--task-data .*not there"):
+    with pytest.raises(InputError, match=r"--task-data .*not found"):
         invoke(model_folder, "--task", NAMES[0], *own, "--task-data", tmp_path / "none.json")
-    with pytest.raises(InputError, match=r"--task-folder .*not there"):
+    with pytest.raises(InputError, match=r"--task-folder .*not found"):
         invoke(model_folder, "--task", NAMES[0], "--task-folder", tmp_path / "none")
 
 
@@ -163,7 +163,7 @@ def test_without_rows_and_tasks_there_is_nothing_to_measure(model_folder: Path) 
         invoke(model_folder)
     alone = invoke(model_folder, "--task-limit", 3)
     assert alone.exit_code == 2
-    assert "goes with --task" in alone.output
+    assert "requires --task" in alone.output
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

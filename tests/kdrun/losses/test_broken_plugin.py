@@ -68,7 +68,7 @@ def test_help_and_list_do_not_import_it(environment: dict[str, str]) -> None:
 def test_a_built_in_name_that_it_claims_is_used_and_said(environment: dict[str, str]) -> None:
     done = kdrun(environment, "losses", "list", "--details")
     assert (
-        "total_variation  kdlosses-broken  ignored: the name is that of a built-in" in done.stdout
+        "total_variation  kdlosses-broken  ignored: the name belongs to a built-in" in done.stdout
     )
     code = (
         "from kdrun.losses.build import notes_on_names; "
@@ -77,7 +77,7 @@ def test_a_built_in_name_that_it_claims_is_used_and_said(environment: dict[str, 
     said = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
     ).stdout
-    assert "total_variation: the built-in one is used" in said
+    assert "total_variation: the built-in loss is used" in said
     assert "kdlosses-broken" in said
 
 

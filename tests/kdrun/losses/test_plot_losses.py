@@ -76,7 +76,7 @@ def test_show_prints_the_plot_without_a_terminal_in_any_encoding() -> None:
         assert done.returncode == 0
         text = done.stdout.decode(encoding)
         assert "gradient of the logit" in text
-        assert f"Three tokens: the teacher gives {TEACHER[0]}" in text
+        assert f"Three tokens with teacher probabilities {TEACHER[0]}" in text
         assert "\x1b" not in text
         assert ("⠀" in text) == (encoding == "utf-8")
 
@@ -104,7 +104,11 @@ def test_a_picture_is_the_same_each_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("plot.gif", "end in .png or .svg"), ("plot", "end in .png"), ("no/plot.png", "no folder")],
+    [
+        ("plot.gif", "end in .png or .svg"),
+        ("plot", "end in .png"),
+        ("no/plot.png", "does not exist"),
+    ],
 )
 def test_a_file_that_cannot_be_written_is_told_in_one_line(
     tmp_path: Path, name: str, reason: str
@@ -143,5 +147,5 @@ def test_a_loss_that_cannot_be_drawn_is_shown_without_a_plot(
     print_loss("forward_kl")
     printed = capsys.readouterr().out
     assert "curvature: 1.0" in printed
-    assert "no plot: loss 'forward_kl' cannot be drawn" in printed
+    assert "no plot: loss 'forward_kl' cannot be plotted" in printed
     assert "IndexError: needs more tokens" in printed

@@ -151,7 +151,7 @@ def test_the_temperature_is_that_of_the_sampling(table: Callable[..., Any]) -> N
 def test_nan_probabilities_end_the_run(temperature: float) -> None:
     net = model(3)
     net.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(TrainingError, match="probabilities are NaN"):
+    with pytest.raises(TrainingError, match="probabilities became NaN"):
         run([Writer(net)], draw=Draw(temperature=temperature))
 
 

@@ -73,7 +73,7 @@ def test_the_built_in_procedures_are_registered() -> None:
         ("gkd+seqkd", "only losses have weights and sums"),
         ("gkd_chunked", "expected one name"),
         ("distillm2:student_loss=skew_revers_kl", "did you mean 'skew_reverse_kl'"),
-        ("distillm2:student_loss=reverse_kl_chunked", "leave out _chunked"),
+        ("distillm2:student_loss=reverse_kl_chunked", "remove _chunked"),
         ("minillm:importance=some", "'token' or 'sequence'"),
     ],
 )
@@ -160,7 +160,7 @@ def test_show_tells_parameters_defaults_and_where_it_comes_from() -> None:
     assert code == 0
     for piece in ("arXiv:2306.13649", "lambda", "0.25", ">= 0, <= 1", "registered by kdlosses"):
         assert piece in output
-    assert "unless given: loss.kd_ratio=0.0" in invoke("procedures", "show", "seqkd")[1]
+    assert "default: loss.kd_ratio=0.0" in invoke("procedures", "show", "seqkd")[1]
     code, output = invoke("procedures", "show", "gdk")
     assert code != 0
     assert "did you mean 'gkd'" in output

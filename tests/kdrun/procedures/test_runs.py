@@ -153,7 +153,7 @@ def test_seqkd_has_the_teacher_answer_once(distil: Run, tiny_pair: Any, tmp_path
     first = distil(tmp_path / "first", said[0], **options)
     second = distil(tmp_path / "second", said[1], **options)
     assert equal(first, second)
-    assert any("the teacher answers 38 prompts, once" in line for line in said[0])
+    assert any("the teacher answers 38 prompts once" in line for line in said[0])
     (file,) = (tmp_path / "cache").glob("answers-*.json")
     assert any(f"38 answers of the teacher, from {file}" in line for line in said[1])
     assert summary(first)["procedure"]["generated_tokens"] > 0
@@ -330,10 +330,10 @@ def make_trainer(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss__kd_ratio": 0}, "at --kd-ratio 0 nothing is learned from the student's own text"),
-        ({"model__teacher_cache": "somewhere"}, "leave out --teacher-cache and name the --teacher"),
-        ({"data__packing": True}, "not with data.packing=true"),
-        ({"training__fsdp": True}, "leave out training.fsdp=true"),
+        ({"loss__kd_ratio": 0}, "with --kd-ratio 0 the student's own text has no effect"),
+        ({"model__teacher_cache": "somewhere"}, "remove --teacher-cache and pass --teacher"),
+        ({"data__packing": True}, "cannot be used with data.packing=true"),
+        ({"training__fsdp": True}, "remove training.fsdp=true"),
         ({"procedure__spec": "distillm2:student_loss=taid"}, "student_loss=taid carries state"),
         (
             {"procedure__spec": "distillm2:student_loss=skew_reverse_kl:alpha=3"},
@@ -350,7 +350,7 @@ def make_trainer(
             {"procedure__spec": "minillm", "procedure__text": "x.txt", "loss__kd_ratio": 1.0},
             "text: has no effect at --kd-ratio 1",
         ),
-        ({"procedure__text": "text.txt"}, "leave out procedure.text"),
+        ({"procedure__text": "text.txt"}, "does not use procedure.text"),
         ({"procedure__spec": "minillm", "procedure__text": "no.txt"}, "no.txt"),
         ({"procedure__max_new_tokens": 128}, "leaves no room for a prompt in data.max_length=128"),
         ({"procedure__max_new_tokens": 127}, "no prompt leaves room for 127 new tokens"),
@@ -447,7 +447,7 @@ def test_empty_answers_are_counted_skipped_and_said(table: Callable[..., Any]) -
     assert figures["empty_generations"] == 3
     assert figures["generated_tokens"] == 3 + 3  # three end tokens, and one answer to its limit
     assert session.remarks(figures) == [
-        f"6 tokens were written in {figures['generation_seconds']:.0f} s",
+        f"6 tokens were generated in {figures['generation_seconds']:.0f} s",
         "3 sampled answers were empty and were skipped",
     ]
 
@@ -458,7 +458,7 @@ def test_another_procedures_checkpoint_is_refused(distil: Run, tmp_path: Path) -
     folder = distil(tmp_path / "run", procedure__spec="gkd", training__save_steps=1, **SHORT)
     (folder / "summary.json").unlink()
     for changed, message in (
-        ({"procedure__spec": "gkd:lambda=0.2", **SHORT}, "is of GKD .*0.5.* not of GKD .*0.2"),
+        ({"procedure__spec": "gkd:lambda=0.2", **SHORT}, "belongs to GKD .*0.5.* not to GKD .*0.2"),
         ({}, "was saved by a run with a procedure, which this one has not"),
     ):
         with pytest.raises(TrainingError, match=message):
