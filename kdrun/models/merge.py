@@ -125,8 +125,16 @@ def describe_unread(source: object, names: Sequence[str], what: str) -> list[str
 
 
 def adapter_rows(folder: str | Path) -> int | None:
-    """Rows of the embeddings or head that an adapter brings; None where it brings neither."""
-    shapes = _shapes(folder)
+    """Rows of the embeddings or head that an adapter brings; None where it brings neither.
+
+    What is wrong with a damaged one is told when it is loaded.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        shapes = _shapes(folder)
+    except (OSError, SafetensorError):
+        return None
     rows = [*_rows(shapes, _TABLES), *_rows(shapes, _HEADS)]
     return min(rows) if rows else None
 

@@ -71,4 +71,7 @@ def _first_of(folder: Path, names: tuple[str, ...]) -> set[str]:
         return set()
     if found.suffix != ".json":
         return {found.name}
-    return set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values())
+    try:
+        return set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):  # told when the model is loaded
+        return set()

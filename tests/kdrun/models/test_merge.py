@@ -124,6 +124,16 @@ def test_f14_an_adapter_that_does_not_fit_says_which_weight(tiny_pair: Any, tmp_
     assert "\n" not in str(info.value)
 
 
+def test_a_damaged_adapter_is_one_line(tiny_pair: Any, tmp_path: Path) -> None:
+    adapt(tmp_path / "a", tiny_pair.teacher)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    assert find_pair(ModelConfig(teacher=str(tmp_path / "a"), student=str(tiny_pair.student)))
+    with pytest.raises(InputError, match="does not fit its base model or is broken") as info:
+        loaded(tmp_path / "a")
+    assert "\n" not in str(info.value)
+
+
 def test_a_weight_that_the_adapter_lacks_is_refused(tiny_pair: Any, tmp_path: Path) -> None:
     adapt(tmp_path / "a", tiny_pair.teacher)
     file = tmp_path / "a" / "adapter_model.safetensors"
