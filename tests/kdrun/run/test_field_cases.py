@@ -161,7 +161,7 @@ def test_p8_a_cache_of_another_day_serves_and_a_run_keeps_its_day(
     on = kdrun("--resume", "--output", tmp_path / "run", "--max-steps", 3, TZ=east)
     assert on.returncode == 0, on.stderr
     other = kdrun(*cached, "--set", "data.date=2020-01-01", "--output", tmp_path / "other")
-    assert "rendered on" in one_line(other)
+    assert "rendered with the date" in one_line(other)
 
 
 def test_p13_resume_on_rows_that_changed_since_is_refused(pair: Make, tmp_path: Path) -> None:
