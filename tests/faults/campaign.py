@@ -203,14 +203,15 @@ def judge(
         return f"exit code {code}"
     if code in (1, 2) and not any(line.startswith("kdrun: ") for line in said.splitlines()):
         return f"exit code {code} without a line"
-    if mode == "vanish" and "resume" in scenario.again[0] and code == 0:
-        return None
     if os.environ.get("KDRUN_FAULTS_KEEP"):
         shutil.copytree(out, os.environ["KDRUN_FAULTS_KEEP"], dirs_exist_ok=True)
-    code, said = recover(struck, scenario, out)
-    if code != 0 or "Traceback" in said:
-        last = said.strip().splitlines()[-1:] or [""]
-        return f"repeated: exit code {code}: {last[0]}"
+    if code != 0:
+        code, said = recover(struck, scenario, out)
+        if mode == "vanish" and code == 2 and "Traceback" not in said:
+            return None  # what is gone cannot be had again, and that is said
+        if code != 0 or "Traceback" in said:
+            last = said.strip().splitlines()[-1:] or [""]
+            return f"repeated: exit code {code}: {last[0]}"
     found = scenario.kept(out)
     if found == expected:
         return None
