@@ -47,7 +47,8 @@ def rehearse(built: Built, loaded: Loaded, start: Start) -> None:
     trainer, config = built.trainer, built.config
     if start.world.is_main:
         with _told("the student cannot be saved"):
-            _save_and_read(trainer, start.folder / runs.CHECKPOINTS / runs.REHEARSAL)
+            folder = start.folder / runs.CHECKPOINTS / runs.REHEARSAL
+            _save_and_read(trainer, folder, config.model.trust_remote_code)
     if start.world.size == 1:
         if loaded.questions:
             with _told("the student cannot answer"):
@@ -111,14 +112,14 @@ class _told:  # noqa: N801 - a context manager, read as a word
             raise InputError(f"{self._what} ({reason}); nothing was trained") from error
 
 
-def _save_and_read(trainer: Any, folder: Path) -> None:
+def _save_and_read(trainer: Any, folder: Path, trust_remote_code: bool) -> None:
     """Save what goes beside the weights, and one weight, and read it again."""
     from transformers import AutoTokenizer, GenerationConfig
 
     inner, tokenizer = causal_lm(trainer.model), trainer.processing_class
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        name, weight = next(iter(inner.state_dict().items()))
+        name, weight = min(inner.state_dict().items(), key=lambda item: item[1].numel())
         if not hasattr(weight, "full_tensor"):  # of a sharded model every process has to take part
             inner.save_pretrained(folder, state_dict={name: weight})
         inner.config.save_pretrained(folder)
@@ -127,7 +128,8 @@ def _save_and_read(trainer: Any, folder: Path) -> None:
         kept = GenerationConfig.from_pretrained(folder)
         if kept.eos_token_id != inner.generation_config.eos_token_id:
             raise InputError("the student's end tokens are lost when it is saved")
-        _same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(folder))
+        again = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        _same_tokenizer(tokenizer, again)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
