@@ -86,7 +86,8 @@ def cli(
 
     Without a command, kdrun trains: "kdrun --loss forward_kl_chunked --kd-ratio 0.5" distils the
     built-in pair; use --teacher, --student and --data for your own models and data. Exit codes:
-    0 done, 1 failure in training, 2 wrong input, 130 interrupted after saving.
+    0 done, 1 failure in training, 2 wrong input; 128 plus the number of the signal (130 for Ctrl-C,
+    143 for SIGTERM) interrupted after saving.
     """
     given = [(key.replace("__", "."), text) for key, text in flags.items() if text is not None]
     if ctx.invoked_subcommand is not None:
