@@ -106,7 +106,9 @@ def test_a_resumed_run_continues_schedules_and_state_bit_for_bit(tmp_path: Path)
 def test_a_checkpoint_of_another_loss_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path).train()
     other = trainer(tmp_path / "other", "taid_chunked")
-    with pytest.raises(TrainingError, match=r"checkpoint-3: was saved with the loss .* is taid"):
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-3: the state was saved with the loss .* is taid"
+    ):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
