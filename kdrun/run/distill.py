@@ -94,7 +94,9 @@ def _run(config: RunConfig, rows: RawRows, start: Start) -> RunResult:
         )
         config = config.model_copy(update={"data": prepared.data})
         loaded = load(config, prepared, start)
-        inputs, changes = check_unchanged(config, prepared, loaded, start)
+        inputs, changes = check_unchanged(
+            config, prepared, loaded.teacher, loaded.initial, start.begun
+        )
         built = build(config, prepared, loaded, start)
         tell_lost_mass(loaded, prepared, config.training.batch_size, start)
         rehearse(built, loaded, start)

@@ -42,7 +42,7 @@ class Loaded:
     teacher: ChosenTeacher
     student: Any
     questions: Sequence[Question]
-    initial: TeacherPrint | None
+    initial: TeacherPrint
     base: str | None = None
 
 

@@ -20,16 +20,16 @@ from kdrun.data.prepare import examples_in
 from kdrun.errors import InputError
 from kdrun.files import write_bytes
 from kdrun.run import folder as runs
+from kdrun.run.processes import World
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from kdrun.cache.choose import ChosenTeacher
     from kdrun.config.sections import DataConfig, RunConfig
     from kdrun.data.origins import Origins
     from kdrun.data.prepare import Examples
-    from kdrun.run.load import Loaded
     from kdrun.run.prepare import Prepared
-    from kdrun.run.start import Start
 
 # Where files lie, and what is done about bad ones, changes no token of the rows that are left.
 _NOT_THE_TOKENS = {"train", "eval", "test", "cache_dir", "strict", "accept_changes"}
@@ -47,6 +47,7 @@ class Sources(BaseModel):
         data: the settings that decide how rows become tokens.
         teacher: fingerprint of its weights; None without one, or where it is quantised.
         student: of the student's initial weights.
+        processes: that train together; None where an earlier version did not record it.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -54,6 +55,7 @@ class Sources(BaseModel):
     data: dict[str, Any]
     teacher: TeacherPrint | None
     student: TeacherPrint | None
+    processes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,22 +93,36 @@ class Record:
             return None
 
 
-def record_of(config: RunConfig, prepared: Prepared, loaded: Loaded) -> Record:
+def record_of(
+    config: RunConfig, prepared: Prepared, teacher: ChosenTeacher, initial: TeacherPrint
+) -> Record:
     """What a run works with, before a step is done or adapters are trained."""
     sources = Sources(
         tokenizer=print_tokenizer(prepared.pair.tokenizer),
         data=_settings(config.data),
-        teacher=_print_teacher(config, loaded),
-        student=loaded.initial,
+        teacher=_print_teacher(config, teacher),
+        student=initial,
+        processes=World().size,
     )
     examples = prepared.examples
     return Record(sources, _hashes(examples.train), _hashes(examples.held_out))
 
 
 def check_unchanged(
-    config: RunConfig, prepared: Prepared, loaded: Loaded, start: Start
+    config: RunConfig,
+    prepared: Prepared,
+    teacher: ChosenTeacher,
+    initial: TeacherPrint,
+    folder: Path | None,
 ) -> tuple[Record, list[str]]:
     """What a run works with, compared with what it began with.
+
+    Args:
+        config: of the run.
+        prepared: has its rows.
+        teacher: what is distilled.
+        initial: fingerprint of the student before any step.
+        folder: of the run that goes on; None for a new one.
 
     Returns:
         The record, and the changes that were accepted.
@@ -114,8 +130,8 @@ def check_unchanged(
     Raises:
         InputError: the first difference, and the ways out.
     """
-    now = record_of(config, prepared, loaded)
-    before = Record.read(start.folder) if start.resume else None
+    now = record_of(config, prepared, teacher, initial)
+    before = None if folder is None else Record.read(folder)
     if before is None:
         return now, []
     changes = list(_changes(before, now, prepared.examples, config.lora.rank is not None))
@@ -159,11 +175,11 @@ def _settings(data: DataConfig) -> dict[str, Any]:
     return data.model_dump(mode="json", exclude=_NOT_THE_TOKENS)
 
 
-def _print_teacher(config: RunConfig, loaded: Loaded) -> TeacherPrint | None:
+def _print_teacher(config: RunConfig, chosen: ChosenTeacher) -> TeacherPrint | None:
     from kdrun.cache.teacher import CachedTeacher
     from kdrun.models.heads import FrozenTeacher
 
-    teacher = loaded.teacher.training
+    teacher = chosen.training
     if isinstance(teacher, CachedTeacher):
         return teacher.cache.manifest.teacher
     if isinstance(teacher, FrozenTeacher) and config.model.teacher_quantization is None:

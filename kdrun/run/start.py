@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from kdrun.quiet import make_console
 from kdrun.run import folder as runs
 from kdrun.run.overwrite import check_keeps_inputs
 from kdrun.run.processes import World
+from kdrun.run.record import Record
 from kdrun.training.checkpoint import SHARDS, Found, find_checkpoint, is_last, step_of
 
 if TYPE_CHECKING:
@@ -52,6 +54,11 @@ class Start:
     def first_step(self) -> int:
         """Optimiser steps that are done already."""
         return 0 if self.checkpoint is None else step_of(self.checkpoint)
+
+    @property
+    def begun(self) -> Path | None:
+        """The folder, if the run in it goes on."""
+        return self.folder if self.resume else None
 
     @property
     def finished(self) -> Mapping[str, Any] | None:
@@ -144,8 +151,6 @@ _FIXED = (
     "optimizer.lr",
     "optimizer.weight_decay",
     "optimizer.betas",
-    "training.batch_size",
-    "training.gradient_accumulation_steps",
     "training.seed",
     "lora.rank",
     "lora.alpha",
@@ -190,6 +195,7 @@ def compare_settings(config: RunConfig, file: Path) -> tuple[str, ...]:
                 f"{now[section][name]!r}; a run keeps it to its end: leave it out, or begin a new "
                 f"run from the student (--student {file.parent})"
             )
+    _check_step(before.get("training", {}), config.training, file.parent)
     changed = [
         f"{section}.{name} {now[section][name]!r} (was {value!r})"
         for section, content in before.items()
@@ -198,6 +204,27 @@ def compare_settings(config: RunConfig, file: Path) -> tuple[str, ...]:
         and now.get(section, {}).get(name, value) != value
     ]
     return (f"from here on: {', '.join(changed)}",) if changed else ()
+
+
+def _check_step(before: Mapping[str, Any], now: TrainingConfig, folder: Path) -> None:
+    """Refuse steps of another number of rows: some would be trained on twice, and others never.
+
+    Fewer processes may take larger batches, and the reverse.
+    """
+    record = Record.read(folder)
+    processes = None if record is None else record.sources.processes
+    if processes is None:
+        return
+    names = ("batch_size", "gradient_accumulation_steps")
+    was = [int(before.get(name, getattr(now, name))) for name in names]
+    has = [getattr(now, name) for name in names]
+    world = World().size
+    if math.prod(was) * processes != math.prod(has) * world:
+        raise InputError(
+            f"--resume: a step had {math.prod(was) * processes} rows when the run began "
+            f"(training.batch_size {was[0]}, gradient_accumulation_steps {was[1]}, {processes} "
+            f"processes) and has {math.prod(has) * world}; keep the number of rows"
+        )
 
 
 def _is_trained(checkpoint: Path | None, training: TrainingConfig) -> bool:

@@ -194,7 +194,7 @@ def test_p13_resume_on_rows_that_changed_since_is_refused(pair: Make, tmp_path: 
         (("--set", "data.max_length=16"), "data.max_length was 32 when the run began and is 16"),
         (("--lr", "0.5"), "optimizer.lr was 0.0001 when the run began and is 0.5"),
         (("--set", "optimizer.weight_decay=0.5"), "optimizer.weight_decay"),
-        (("--batch-size", "3"), "training.batch_size was 2"),
+        (("--batch-size", "3"), "a step had 2 rows when the run began (training.batch_size 2"),
         (("--seed", "7"), "training.seed was 0"),
         (("--lora-rank", "2"), "lora.rank was None"),
         (("--loss", "reverse_kl_chunked"), "loss.spec was 'forward_kl_chunked'"),
