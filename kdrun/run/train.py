@@ -6,12 +6,14 @@ import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrun.errors import STOPPING, Interrupted
+from kdrun.errors import STOPPING, InputError, Interrupted
 from kdrun.evaluation.measures import KEYS
 from kdrun.files import write_json
 from kdrun.run import folder as runs
+from kdrun.training.checkpoint import damage_of
 from kdrun.training.progress import StopOnRequest
 
 if TYPE_CHECKING:
@@ -39,8 +41,9 @@ def train(built: Built, start: Start) -> dict[str, Any]:
         set_seed(built.config.training.seed)
     if start.trained:  # the run ended between its last checkpoint and its summary
         assert start.checkpoint is not None, "what is trained has a checkpoint"
-        trainer.load_weights(start.checkpoint)
-        trainer.load_objective(start.checkpoint)
+        with _telling_damage(start.checkpoint):
+            trainer.load_weights(start.checkpoint)
+            trainer.load_objective(start.checkpoint)
         trainer.state.global_step = start.first_step
         return before
     try:
@@ -89,7 +92,7 @@ def _steps(trainer: DistillTrainer, start: Start) -> None:
 
     trainer.stops_evaluating = lambda: stop.signum is not None
     checkpoint = None if start.checkpoint is None else str(start.checkpoint)
-    with _handlers(request):
+    with _handlers(request), _telling_damage(start.checkpoint):
         trainer.train(resume_from_checkpoint=checkpoint)
     if stop.signum is not None:
         raise Interrupted(
@@ -97,6 +100,25 @@ def _steps(trainer: DistillTrainer, start: Start) -> None:
             f"--resume --output {start.folder}",
             stop.signum,
         )
+
+
+@contextmanager
+def _telling_damage(checkpoint: Path | None) -> Iterator[None]:
+    """Turn a failure into one line if the checkpoint was damaged after it had been checked.
+
+    Raises:
+        InputError: with the file.
+    """
+    try:
+        yield
+    except Exception as error:  # libraries raise whatever their readers raise
+        problem = None if checkpoint is None else damage_of(checkpoint)
+        if checkpoint is None or problem is None or not checkpoint.is_dir():
+            raise
+        raise InputError(
+            f"--resume: {checkpoint} was damaged while the run was starting: {problem}; resume "
+            "again to continue from the checkpoint before it"
+        ) from error
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def find_checkpoint(folder: Path) -> Found:
         if not (path / COMPLETE).is_file():
             notes.append(f"{path.name} is incomplete and left out")
             continue
-        problem = _damage(path)
+        problem = damage_of(path)
         if problem is None:
             return Found(path, tuple(notes))
         damaged += 1
@@ -125,10 +125,12 @@ def newest_complete(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def _damage(checkpoint: Path) -> str | None:
+def damage_of(checkpoint: Path) -> str | None:
     """What has become of a checkpoint since it was completed; None where it is whole."""
     try:
         listed = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8") or "{}")
+    except OSError:
+        return f"{COMPLETE} is missing"
     except ValueError:
         listed = {}
     files = listed.get("files", {}) if isinstance(listed, dict) else {}

@@ -41,7 +41,7 @@ def strike(tmp_path: Path, *arguments: str) -> dict[str, object]:
         ("resume", "kill", 31),
         ("merge", "kill", 59),
         ("cache", "kill", 11),
-        ("evaluate", "kill", 5),
+        ("evaluate", "kill", 2),
         ("compare", "kill", 97),
         ("train", "full", 47),
         ("cache", "full", 13),
