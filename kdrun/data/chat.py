@@ -357,7 +357,7 @@ def as_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
 def refused_by_template(error: Exception) -> BadRowError:
     """What is said of a conversation that a template fails on."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return BadRowError(f"is refused by the chat template ({reason})")
+    return BadRowError(f"is rejected by the chat template ({reason})")
 
 
 def _as_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -164,7 +164,7 @@ def _learned(tokens: _Tokens, row: ChatRow) -> _Tokens | BadRowError:
     if len(learned) != len(tokens.answers):
         return BadRowError(
             "marks answers as not to be learned, which the template's {% generation %} blocks do "
-            "not tell apart"
+            "not distinguish"
         )
     chosen = [answer for answer, own in zip(tokens.answers, learned, strict=True) if own]
     return _Tokens(tokens.ids, chosen, tokens.lost)
@@ -263,8 +263,9 @@ def _by_generation_blocks(
     template = template_of(tokenizer, rendering)
     if "generation %}" not in template and "generation -%}" not in template:
         raise InputError(
-            f"{row.position}: the chat template writes earlier messages otherwise when later ones "
-            "follow, so that its answers cannot be found; use rows with one answer, or mark the "
+            f"{row.position}: the chat template writes earlier messages differently when later "
+            "ones "
+            "follow, so its answers cannot be found; use rows with one answer, or mark the "
             "answers in the template with {% generation %}"
         )
     try:

@@ -56,16 +56,16 @@ class EncodeReport:
             )
         for kind, found in self.lost.items():
             lines.append(
-                f"{found[0].file}: the chat template leaves out or changes {kind} in {len(found)} "
+                f"{found[0].file}: the chat template omits or changes {kind} in {len(found)} "
                 f"of {self.rows} rows ({len(found) / self.rows:.0%}): {name_positions(found)}: "
                 f"{CONSEQUENCES[kind]}"
             )
         if self.controls and not self.rendered:
             lines.append(
                 f"{self.controls[0].file}: the text of {len(self.controls)} of {self.rows} rows "
-                f"holds control tokens of the tokenizer, such as {self.control!r}: "
-                f"{name_positions(self.controls)}; where rows are rendered already, set "
-                "data.rendered=true, so that they are joined as they are"
+                f"contains control tokens of the tokenizer, such as {self.control!r}: "
+                f"{name_positions(self.controls)}; if the rows are already rendered, set "
+                "data.rendered=true to concatenate them unchanged"
             )
         return lines
 
@@ -148,7 +148,7 @@ def _refuse_losses(rows: Sequence[ChatRow], encoding: Encoding, max_length: int)
     if found:
         number, reason = min(found)
         raise InputError(
-            f"{rows[number].position}: the row {reason}; mend the row or the template, or "
+            f"{rows[number].position}: the row {reason}; fix the row or the template, or "
             "set data.strict=false"
         )
 

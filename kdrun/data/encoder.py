@@ -40,7 +40,7 @@ class Kept(Sequence[Any]):
 
 
 def _knows_not(token: str) -> str:
-    return f"has the token {token!r}, which not both models know"
+    return f"has the token {token!r}, which only one of the models knows"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Encoder:
         try:
             windows = TextWindows(tokens, length, seed=seed, phase=phase)
         except ValueError as error:
-            raise InputError(f"{error} Give more text, or a smaller --max-length.") from error
+            raise InputError(f"{error} Pass more text, or lower --max-length.") from error
         note = f"{len(rows)} documents, {len(windows)} windows of {length} tokens"
         return Encoded(windows, [note, *skipped], Origins())
 
@@ -107,7 +107,9 @@ class Encoder:
             isinstance(rows[0], ChatRow)
             and ChatRenderer(self.tokenizer, self.rendering).reads_parts
         ):
-            return ["the chat template reads lists of parts only; each text is given as one part"]
+            return [
+                "the chat template accepts only lists of parts; each text is passed as one part"
+            ]
         return []
 
     def _without_left_out(self, rows: Sequence[Any]) -> tuple[list[TextRow], list[str]]:

@@ -160,7 +160,7 @@ def _close_key(field: str, keys: Sequence[str]) -> str:
 
 def _unrecognised(source: str, keys: Sequence[str]) -> InputError:
     return InputError(
-        f"{source}: no fields that kdrun knows: {_found(keys)}; name the fields with "
+        f"{source}: no fields known to kdrun: {_found(keys)}; name the fields with "
         "data.prompt_field and data.response_field, or use text, prompt and response, "
         "instruction and output, or messages"
     )

@@ -15,12 +15,12 @@ from kdrun.data.fields import BadRowError
 from kdrun.data.messages import Message
 
 _WORD = re.compile(r"\w+")
-_OF_ROLES = {"system": "the system message", "user": "a message of the user"}
+_OF_ROLES = {"system": "the system message", "user": "a user message"}
 _OF_LAST_ANSWER = "part of the answer"
 _OF_EARLIER_ANSWERS = "part of an earlier answer"
 CONSEQUENCES = {
     "the system message": "neither model reads it; use a template that writes it",
-    "a message of the user": "neither model reads it whole; use a template that writes it",
+    "a user message": "neither model reads all of it; use a template that writes it",
     _OF_LAST_ANSWER: "the student does not learn it; use a template that writes whole answers",
     _OF_EARLIER_ANSWERS: "templates of reasoning models do so on purpose",
 }
@@ -58,7 +58,7 @@ def find_lost(messages: Sequence[Message], places: Sequence[Place]) -> tuple[str
         kind = _OF_ROLES.get(message.role)
         if kind is None:
             if message.learned and _nothing_left(message.content, place.own):
-                raise BadRowError("has an answer that the chat template leaves out")
+                raise BadRowError("has an answer that the chat template omits")
             kind = _OF_LAST_ANSWER if turn == len(messages) - 1 else _OF_EARLIER_ANSWERS
         found[kind] = True
     return tuple(found)

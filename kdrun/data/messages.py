@@ -83,7 +83,7 @@ def conversation(fields: Fields, field: str, position: Position) -> tuple[Messag
     kept = _between_first_question_and_last_answer(messages, fields)
     for message in kept:
         if not message.content and message.role != "system":
-            raise BadRowError(f"has an empty message of the {message.role}")
+            raise BadRowError(f"has an empty {message.role} message")
     return check_answers(tuple(m for m in kept if m.content))
 
 
@@ -108,7 +108,7 @@ def history(fields: Fields) -> list[Message]:
     for pair in pairs if isinstance(pairs, list) else [pairs]:
         whole = isinstance(pair, list) and len(pair) == 2
         if not whole or not all(isinstance(text, str) and text.strip() for text in pair):
-            raise BadRowError("has a 'history' that is no list of questions with their answers")
+            raise BadRowError("has a 'history' that is not a list of questions with their answers")
         messages += [Message("user", pair[0]), Message("assistant", pair[1])]
     return messages
 
@@ -121,7 +121,7 @@ def check_answers(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """
     answers = [message for message in messages if message.role == "assistant"]
     if not answers:
-        raise BadRowError("has no answer of the assistant to a message of the user")
+        raise BadRowError("has no assistant answer to a user message")
     if not any(answer.learned for answer in answers):
         raise BadRowError("has no answer to learn: all are marked as not to be learned")
     return messages
@@ -156,7 +156,7 @@ def _message(fields: Fields, turn: object, number: int, field: str, position: Po
     given = str(named).strip().casefold()
     role = _ROLES.get(given)
     if role is None and given in _UNUSABLE_ROLES:
-        raise BadRowError(f"has a message of the role {given!r}, which kdrun does not learn from")
+        raise BadRowError(f"has a message with the role {given!r}, which kdrun does not learn from")
     if role is None:
         close = difflib.get_close_matches(given, _ROLES, n=1)
         cure = f"did you mean {close[0]}?" if close else "use system, user or assistant"

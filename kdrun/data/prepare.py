@@ -99,8 +99,8 @@ def read_rows(config: DataConfig) -> RawRows:
     shared = shared_prompts(train, held_out)
     if shared:
         notes.append(
-            f"held-out rows: {shared} of {len(held_out)} ask what a training row asks too, so that "
-            "their measures flatter the student"
+            f"held-out rows: {shared} of {len(held_out)} have the same prompt as a training row, "
+            "which flatters the student"
         )
     return RawRows(train, held_out, tuple(notes))
 
@@ -109,8 +109,9 @@ def _halve(held_out: Sequence[Any], config: DataConfig) -> tuple[list[Any], list
     """The held-out rows to choose by, and those to report on."""
     if len({content_hash(row) for row in held_out}) < 2:
         raise InputError(
-            f"{held_out[0].position.file}: data.part={config.part} takes one half of the held-out "
-            "rows, which needs two that differ; add rows, or name those of the test in data.test"
+            f"{held_out[0].position.file}: data.part={config.part} takes half of the held-out "
+            "rows, "
+            "so at least two must differ; add rows, or put the test rows in data.test"
         )
     return hold_out(held_out, 0.5, config.hold_out)
 
@@ -175,8 +176,9 @@ def check_packed_rows(config: DataConfig, rows: RawRows) -> None:
     """
     if config.packing and isinstance(rows.train[0], TextRow):
         raise InputError(
-            "data.packing: the training rows are plain text, whose windows are full already; leave "
-            "it out"
+            "data.packing: the training rows are plain text, whose windows are already full; "
+            "remove "
+            "it"
         )
 
 

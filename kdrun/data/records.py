@@ -73,7 +73,7 @@ def read_records(source: str | Path, *, as_text: bool = False) -> list[Record]:
     """
     path = expand_home(source)
     if path.is_dir():
-        raise InputError(f"{source} is a folder; name one data file in it{_files_in(path)}")
+        raise InputError(f"{source} is a folder; choose one data file in it{_files_in(path)}")
     if not path.exists():
         if _is_hub_id(str(source)):
             return _read_hub(str(source))
@@ -84,7 +84,7 @@ def read_records(source: str | Path, *, as_text: bool = False) -> list[Record]:
         return _numbered(read_parquet(path, name), name)
     text = _decode(data, name)
     if not text.strip():
-        raise InputError(f"{name}: the file is empty; it must hold at least one row")
+        raise InputError(f"{name}: the file is empty; it must contain at least one row")
     delimiter = DELIMITERS.get(path.suffix.lower())
     if delimiter is not None:
         rows = parse_csv(text, name, delimiter)
@@ -104,7 +104,7 @@ def read_records(source: str | Path, *, as_text: bool = False) -> list[Record]:
 
 def _some(records: list[Record], name: str) -> list[Record]:
     if not records:
-        raise InputError(f"{name}: the file holds no rows")
+        raise InputError(f"{name}: the file contains no rows")
     return records
 
 
@@ -228,7 +228,7 @@ def _broken_json(name: str, line: int, error: ValueError) -> InputError:
         else str(error).splitlines()[0]
     )
     return InputError(
-        f"{name}, line {line}: broken JSON ({what}); mend the line, or for plain text "
+        f"{name}, line {line}: broken JSON ({what}); fix the line, or for plain text "
         "use the extension .txt and data.format=text"
     )
 
@@ -257,9 +257,9 @@ def _read_hub(source: str) -> list[Record]:
         # The package raises whatever its many back-ends raise; the user needs one line of it.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{source}: no such file, and not a data set that the hub gives ({reason})"
+            f"{source}: no such file, and not a data set that the hub can provide ({reason})"
         ) from error
     records = [Record(dict(row), Position(source, i, "row")) for i, row in enumerate(rows, 1)]
     if not records:
-        raise InputError(f"{source}: the data set's split 'train' holds no rows")
+        raise InputError(f"{source}: the data set's split 'train' contains no rows")
     return records

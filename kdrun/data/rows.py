@@ -77,7 +77,7 @@ def describe_bad_rows(bad: Sequence[BadRow], total: int) -> list[str]:
     for row in bad:
         by_reason[row.position.file, row.reason].append(row.position)
     return [
-        f"{file}: left out {len(found)} of {total} rows: {name_positions(found)}: {reason}"
+        f"{file}: skipped {len(found)} of {total} rows: {name_positions(found)}: {reason}"
         for (file, reason), found in by_reason.items()
     ]
 
@@ -135,8 +135,8 @@ def load_rows(
         except BadRowError as error:
             if strict:
                 raise InputError(
-                    f"{record.position}: the row {error}; mend it, or leave such rows out "
-                    "with data.strict=false"
+                    f"{record.position}: the row {error}; fix it, or skip such rows with "
+                    "data.strict=false"
                 ) from error
             bad.append(BadRow(record.position, str(error)))
     if not rows:

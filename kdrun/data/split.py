@@ -64,7 +64,7 @@ def hold_out(
     if len(set(hashes)) < 2:
         raise InputError(
             f"{rows[0].position.file if rows else 'the data'}: at least two different rows are "
-            "needed to hold some out for evaluation; add rows, or give --eval-data"
+            "needed to hold some out for evaluation; add rows, or pass --eval-data"
         )
     prompts = [prompt_hash(row) for row in rows]
     groups = prompts if by == "prompt" and len(set(prompts)) > 1 else hashes

@@ -40,13 +40,13 @@ def parse_csv(text: str, name: str, delimiter: str) -> list[tuple[int, dict[str,
             if len(values) > len(header):
                 raise InputError(
                     f"{name}, line {reader.line_num}: {len(values)} fields, but the first line "
-                    f"names {len(header)}; put fields that hold {delimiter!r} in double quotes"
+                    f"names {len(header)}; put fields that contain {delimiter!r} in double quotes"
                 )
             if values:
                 rows.append((reader.line_num, dict(zip(header, values, strict=False))))
     except csv.Error as error:
         raise InputError(
-            f"{name}, line {reader.line_num}: broken CSV ({error}); mend the line"
+            f"{name}, line {reader.line_num}: broken CSV ({error}); fix the line"
         ) from error
     finally:
         csv.field_size_limit(limit)
@@ -63,7 +63,7 @@ def read_parquet(path: Path, name: str) -> list[dict[str, Any]]:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise InputError(
-            f"{name} is a Parquet file, which needs one package more: pip install 'kdlosses[data]'"
+            f"{name} is a Parquet file, which needs one more package: pip install 'kdlosses[data]'"
         ) from error
     try:
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()

@@ -83,7 +83,7 @@ class TokenCache:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"data.cache_dir={given}: {error.strerror}; name a folder that can be written"
+                f"data.cache_dir={given}: {error.strerror}; choose a writable folder"
             ) from error
         return cls(folder)
 

@@ -55,8 +55,8 @@ class TurnEnds:
         if end is None:
             raise InputError(
                 f"{name_of(self._tokenizer)}: its tokenizer has no end-of-text token, and no chat "
-                "template that ends answers with a token, so that the student would never learn "
-                "to stop; name one as eos_token in its tokenizer_config.json"
+                "template that ends answers with a token, so the student would never learn to "
+                "stop; set one as eos_token in its tokenizer_config.json"
             )
         return str(end)
 

@@ -23,7 +23,7 @@ def concatenate(texts: Iterable[str], tokenizer: Any) -> list[int]:
     if eos is None:
         raise InputError(
             f"{getattr(tokenizer, 'name_or_path', '') or 'the model'}: its tokenizer has no "
-            "end-of-text token, which has to part documents of plain text; name one as eos_token "
+            "end-of-text token, which must separate documents of plain text; set one as eos_token "
             "in its tokenizer_config.json"
         )
     tokens: list[int] = []
