@@ -1,4 +1,4 @@
-"""Tables as named fields: CSV and Parquet."""
+"""Read tables as named fields: CSV and Parquet."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _LONGEST_FIELD = 2**31 - 1
 
 
 def parse_csv(text: str, name: str, delimiter: str) -> list[tuple[int, dict[str, str]]]:
-    """Rows under the names of the first line, each with the line that it ends on.
+    """Yield rows with the names of the first line, each with the line that it ends on.
 
     Args:
         text: the file's content.
         name: the file, for messages.
-        delimiter: between fields.
+        delimiter: separator of fields.
 
     Raises:
         InputError: no header, a field without a name, or a row with more fields than names.
@@ -54,7 +54,7 @@ def parse_csv(text: str, name: str, delimiter: str) -> list[tuple[int, dict[str,
 
 
 def read_parquet(path: Path, name: str) -> list[dict[str, Any]]:
-    """The rows of a Parquet file.
+    """Read the rows of a Parquet file.
 
     Raises:
         InputError: it is broken, or the package that reads it is missing.

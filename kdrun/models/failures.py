@@ -51,7 +51,7 @@ def _line(source: ModelSource, what: str, error: Exception) -> str:
             "this name is on the hub or in its cache (is the hub reachable?)"
         )
     if "no file named" in text or "does not appear to have a file named" in text:
-        return f"{source} has no weights; it needs model.safetensors beside config.json"
+        return f"{source} has no weights; it needs model.safetensors next to config.json"
     if unfit := re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", text):
         return f"{source} is not a causal language model ({unfit[1]})"
     if unknown := re.search(r"has model type `([^`]*)` but", text):

@@ -141,7 +141,7 @@ def open_teacher(
     Args:
         pair: locates the teacher.
         config: provides its data type and quantisation.
-        say: is told what of its files is not used.
+        say: called with a line for each unused file.
 
     Raises:
         InputError: it cannot be loaded, or its head is narrower than the vocabulary.
@@ -164,7 +164,7 @@ def load_student(
         pair: locates the student.
         config: provides its data type.
         seed: seed of initial weights, if the configuration gives none.
-        say: is told what of its files is not used.
+        say: called with a line for each unused file.
 
     Raises:
         InputError: it cannot be loaded, or its head is narrower than the vocabulary.
