@@ -4,27 +4,27 @@ import signal
 
 
 class InputError(Exception):
-    """Something the user gave is wrong.
+    """The user's input is wrong.
 
     The message is one line that names the file, row, field or token at fault and says how to
-    mend it. The command line prints it and exits with code 2.
+    fix it. The command line prints it and exits with code 2.
     """
 
 
 class TrainingError(Exception):
-    """Training failed on input that was right, such as a loss that became NaN: exit code 1."""
+    """Training failed on valid input, such as a loss that became NaN: exit code 1."""
 
 
 class UnwritableError(OSError):
-    """A run's folder cannot be written any more, such as on a full disk: exit code 1."""
+    """A run's folder is no longer writable, for example because the disk is full: exit code 1."""
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the run was saved and can go on
-    """A signal stopped the run, which has been saved: exit code 128 and the signal's number.
+class Interrupted(Exception):  # noqa: N818 - not an error: the run was saved and can be resumed
+    """A signal stopped the run, which was saved: exit code 128 plus the signal's number.
 
     Args:
-        message: one line that says how to go on.
-        signum: of the signal; by default Ctrl-C's, which gives 130.
+        message: one line that says how to continue.
+        signum: number of the signal; by default Ctrl-C's, which gives 130.
     """
 
     def __init__(self, message: str, signum: int = signal.SIGINT) -> None:
@@ -36,7 +36,7 @@ class Stopped(KeyboardInterrupt):
     """A signal other than Ctrl-C that asks the process to end, such as a scheduler's SIGTERM.
 
     Args:
-        signum: of the signal.
+        signum: number of the signal.
     """
 
     def __init__(self, signum: int) -> None:
@@ -53,5 +53,5 @@ STOPPING = tuple(
 
 
 def signal_of(error: BaseException) -> int:
-    """The number of the signal that an exception stands for; of a plain one Ctrl-C's."""
+    """Return the signal number of an exception; Ctrl-C's for a plain one."""
     return int(getattr(error, "signum", signal.SIGINT))

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and folders that one process holds."""
+"""Atomic file writes, and folders that one process locks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from kdrun.errors import InputError
 LOCK = ".lock"
 _BEAT_SECONDS = 10.0
 _DEAD_AFTER = 60.0
-"""A holder on another machine that has not touched its lock for so long is gone."""
+"""A holder on another machine that has not touched its lock for this long is considered dead."""
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as stream:
@@ -41,22 +41,22 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text whole or not at all."""
+    """Write a text file atomically."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write an object as indented JSON, whole or not at all."""
+    """Write an object as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_lines(path: Path, values: Iterable[Any]) -> None:
-    """Write objects as JSON lines, whole or not at all."""
+    """Write objects as JSON lines, atomically."""
     write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file below a folder, each of which is on the disk afterwards."""
+    """Return size and SHA-256 of every file below a folder, after flushing each to disk."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.name.endswith(".partial"):
@@ -69,33 +69,33 @@ def list_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def find_damage(folder: Path, listed: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The first file of a folder that is not as :func:`list_files` found it; None for none."""
+    """Describe the first file that differs from :func:`list_files`' record; None if all match."""
     for name, known in listed.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         size = path.stat().st_size
         if size != known["bytes"]:
-            return f"{name} has {size:,} bytes, and had {known['bytes']:,}"
+            return f"{name} has {size:,} bytes instead of {known['bytes']:,}"
     for name, known in listed.items():
         with open(folder / name, "rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != known["sha256"]:
-                return f"{name} was changed (its SHA-256 is another one)"
+                return f"{name} was changed (its SHA-256 differs)"
     return None
 
 
 @contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
-    """Be the only process that writes into a folder, on this machine or another.
+    """Lock a folder, so that no other process on any machine writes to it.
 
-    A dead holder keeps nothing: the system drops its lock. Where a file system has no locks, or
-    keeps them from other machines, the lock's file says who holds it and is touched regularly.
+    The system releases the lock of a dead process. For file systems without locks, or whose locks
+    other machines cannot see, the lock file names its holder and is touched regularly.
 
     Args:
-        folder: that exists.
+        folder: an existing folder.
 
     Raises:
-        InputError: another process holds it, with its host and process id.
+        InputError: another process uses it; names its host and process id.
     """
     path = folder / LOCK
     stream = _take(path, folder)
@@ -119,7 +119,7 @@ def _take(path: Path, folder: Path) -> IO[str]:
             holder = _holder(stream)
             if not locked or (holder is not None and _lives(holder, path)):
                 raise _held(folder, holder)
-            if _same_file(stream, path):  # else the last holder removed it meanwhile
+            if _same_file(stream, path):  # otherwise the last holder has removed it
                 stream.seek(0)
                 stream.truncate()
                 json.dump(_me(), stream)
@@ -136,16 +136,16 @@ def lock_file(stream: IO[str], wait: bool = False) -> bool:
 
     Args:
         stream: open for writing.
-        wait: until it is free.
+        wait: wait until it is free.
 
     Returns:
-        Whether it is locked now; True too where the file system has no locks.
+        Whether it is locked now; also True if the file system has no locks.
     """
     try:
         import fcntl
     except ImportError:
         return _lock_on_windows(stream, wait)
-    # flock first: it tells two holders in one process apart, which lockf does not.
+    # flock first: unlike lockf, it distinguishes two holders in one process.
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -183,13 +183,13 @@ def _holder(stream: IO[str]) -> dict[str, Any] | None:
 
 
 def _lives(holder: Mapping[str, Any], path: Path) -> bool:
-    """Whether the process that a lock's file names still holds it."""
+    """Return whether the process that a lock file names still holds it."""
     if holder.get("host") != socket.gethostname():
         return _seconds_since_touched(path) < _DEAD_AFTER
     pid = holder.get("pid")
     if not isinstance(pid, int) or pid == os.getpid() or pid <= 0:
         return False
-    if sys.platform == "win32":  # the system's own lock is kept from no machine there
+    if sys.platform == "win32":  # its locks work across machines
         return False
     try:
         os.kill(pid, 0)
@@ -197,12 +197,12 @@ def _lives(holder: Mapping[str, Any], path: Path) -> bool:
         return False
     except PermissionError:
         pass
-    # A number is given to another process in time, which began later.
+    # Process ids are reused, but the new process began later.
     return _began(pid) == holder.get("began")
 
 
 def _began(pid: int) -> str | None:
-    """When a process began, in the system's own count; None where it does not tell."""
+    """Return the system's start time of a process; None if it is not available."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
@@ -211,7 +211,7 @@ def _began(pid: int) -> str | None:
 
 
 def _seconds_since_touched(path: Path) -> float:
-    """By the clock of the file system, which machines share that share the file."""
+    """Return the age by the file system's clock, which all machines that use it share."""
     probe = path.with_name(f"{path.name}.{os.getpid()}.now")
     try:
         probe.touch()
@@ -234,7 +234,8 @@ def _held(folder: Path, holder: Mapping[str, Any] | None) -> InputError:
     if holder is not None:
         who = f"process {holder.get('pid')} on {holder.get('host')}"
     return InputError(
-        f"{folder} is held by {who}, which is still running; wait for it to end, stop it, or name "
+        f"{folder} is in use by {who}, which is still running; wait for it to end, stop it, or "
+        "choose "
         "another folder"
     )
 

@@ -9,7 +9,7 @@ from kdrun.errors import InputError
 
 
 def expand_home(given: str | Path) -> Path:
-    """A path with the home folder in the place of ``~`` or ``~user``.
+    """Return a path with ``~`` or ``~user`` replaced by the home folder.
 
     Raises:
         InputError: there is no such home folder.
@@ -18,20 +18,20 @@ def expand_home(given: str | Path) -> Path:
         return Path(given).expanduser()
     except RuntimeError as error:
         raise InputError(
-            f"{given}: no home folder is known for {Path(given).parts[0]}; write the path out, or "
-            f"./{given} for what is called so here"
+            f"{given}: no home folder is known for {Path(given).parts[0]}; write the full path, or "
+            f"./{given} for a name in this folder"
         ) from error
 
 
 def close_paths(path: Path, limit: int = 3) -> list[str]:
-    """Existing paths whose last differing part is spelled much like that of ``path``.
+    """Return existing paths whose last differing part is spelled like that of ``path``.
 
     Args:
         path: A path that does not exist.
         limit: The most paths to return.
 
     Returns:
-        Paths as the user would write them, the closest first; empty where nothing is close.
+        Paths as the user would write them, the closest first; empty if nothing is close.
     """
     missing = path
     while not missing.parent.is_dir():

@@ -1,4 +1,4 @@
-"""What reaches the screen: the console of a command, and no other library's bars and advice."""
+"""Screen output: the console of a command, without progress bars and advice of libraries."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-# The latter two speak where torchao is installed, which transformers then imports: of CUDA
-# libraries that a CPU has no use for, and of changes that later versions of torch will ask for.
+# The last two log if torchao is installed, which transformers then imports: about CUDA
+# libraries that a CPU does not need, and about changes that later versions of torch require.
 _NOISY = ("torch.distributed", "torchao", "torch.utils._pytree")
 
 
 def make_console() -> Console:
-    """The console of a command: standard error, so that output can be piped."""
+    """Return the console of a command: standard error, so that output can be piped."""
     from rich.console import Console
 
     return Console(file=sys.stderr, highlight=False, soft_wrap=True)
 
 
 def quiet_environment() -> None:
-    """For a process that trains; before the libraries are imported."""
-    # A tokenizer's threads and the forks of data loaders do not mix; silence its advice about it.
+    """Set the environment of a training process, before the libraries are imported."""
+    # Tokenizer threads conflict with forked data loaders; silence the advice about it.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # a run shows its own progress
+    os.environ.setdefault("TQDM_DISABLE", "1")  # a run displays its own progress
     _quiet_loggers()
 
 
@@ -40,7 +40,7 @@ def _quiet_loggers() -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Show only errors of transformers, and no progress bar but the run's own."""
+    """Show only errors of transformers, and only the run's own progress bar."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -48,6 +48,6 @@ def quiet_libraries() -> Iterator[None]:
     _quiet_loggers()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        # peft looks for the base model's config.json, which a GGUF file has not.
+        # peft looks for the base model's config.json, which does not exist for a GGUF file.
         warnings.filterwarnings("ignore", message="Could not find a config file in")
         yield

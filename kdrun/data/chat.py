@@ -1,17 +1,17 @@
-"""Conversations as text, and where in that text the assistant's answers stand.
+"""Rendering conversations as text, and locating the assistant's answers in it.
 
-The tokenizer's chat template renders a conversation. A tokenizer without one gets `PLAIN_TEMPLATE`:
-every message of the system or the user is followed by a line break, every answer by the
-end-of-text token. A question and its answer are then ``question\\nanswer<eos>``.
+The tokenizer's chat template renders a conversation. Without one, `PLAIN_TEMPLATE` is used:
+every system or user message is followed by a line break, every answer by the end-of-text token.
+A question and its answer are then ``question\\nanswer<eos>``.
 
 A template does not say where an answer begins. It is found by rendering twice: the messages before
-the answer with the prompt for a generation are what the model is given, so what follows them in the
-whole conversation is what it has to say. It ends where the same messages, rendered alone, end; a
-template that writes the last answer otherwise is rendered with a mark behind the answer.
+the answer, rendered with the generation prompt, are the model's input, so the text after them in
+the full conversation is its output. It ends where the same messages end when rendered alone; for
+a template that writes the last answer differently, a mark is inserted after the answer.
 
-An answer that the template does not end gets the end-of-text token behind its words, since the
-student would learn never to stop. Whether a turn has an end is read from what the template writes
-behind the answer, never from the answer's own words.
+If the template does not end an answer, the end-of-text token is appended, since the student would
+otherwise learn never to stop. Whether a turn has an end is determined from what the template writes
+after the answer, never from the answer itself.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ PLAIN_TEMPLATE = (
 _JOINED_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 _CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<form>.*?)(?P=quote)\s*\)""")
 _MARK = "\ue000"
-"""A character of the private use areas, which no template writes or strips."""
+"""A private use character, which no template writes or strips."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerSpan:
-    """The characters of one turn of the assistant: the answer and what the template ends it with.
+    """The characters of one assistant turn: the answer and its end in the template.
 
     Attributes:
         start: The first character after the prompt for the answer.
-        end: The end of the turn, white space after it included.
+        end: The end of the turn, including white space after it.
     """
 
     start: int
@@ -64,12 +64,12 @@ class AnswerSpan:
 
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
-    """A conversation as the template writes it.
+    """A rendered conversation.
 
     Attributes:
-        text: All of it; every answer has an end.
-        answers: The turns of the assistant in it.
-        lost: What the template leaves out, as the keys of `kdrun.data.lost.CONSEQUENCES`.
+        text: The full text; every answer has an end.
+        answers: The assistant turns in it.
+        lost: What the template omits, as keys of `kdrun.data.lost.CONSEQUENCES`.
     """
 
     text: str
@@ -79,11 +79,11 @@ class RenderedChat:
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """What the text of a conversation follows from besides the tokenizer's template.
+    """Settings that determine the text of a conversation besides the tokenizer's template.
 
     Attributes:
-        date: The day, in ISO form, that templates write which write one; None is today.
-        rendered: Whether messages are rendered already and only joined.
+        date: The date, in ISO form, for templates that include one; None is today.
+        rendered: Whether messages are already rendered and only concatenated.
     """
 
     date: str | None = None
@@ -91,14 +91,14 @@ class Rendering:
 
     @classmethod
     def of(cls, data: DataConfig) -> Rendering:
-        """The rendering of a run's rows."""
+        """Return the rendering of a run's rows."""
         return cls(data.date, data.rendered)
 
     def dated(self, template: str) -> str:
-        """A chat template that writes :attr:`date` where it asks for the present day.
+        """Return a chat template that uses :attr:`date` as the current date.
 
         transformers gives every template a clock, ``strftime_now``, which those of Llama 3 and
-        others ask: the rows of a run would differ from those of the day before.
+        others use: a run's rows would otherwise change from day to day.
         """
         if self.date is None:
             return template
@@ -110,24 +110,24 @@ USUAL_RENDERING = Rendering()
 
 
 class HiddenAnswersError(Exception):
-    """The template gives no way to tell the answers from the rest of the conversation."""
+    """The template does not allow locating the answers in the conversation."""
 
 
 class ChatRenderer:
-    """Renders conversations with a tokenizer's chat template, or else with `PLAIN_TEMPLATE`.
+    """Render conversations with a tokenizer's chat template, or else with `PLAIN_TEMPLATE`.
 
     Args:
         tokenizer: The tokenizer that both models use.
-        rendering: What the text follows from besides the template.
+        rendering: Settings that determine the text besides the template.
 
     Raises:
-        InputError: The tokenizer has several templates, and none of them is the usual one.
+        InputError: The tokenizer has several templates, and none is the default.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering = USUAL_RENDERING
     ) -> None:
-        """Take the tokenizer's template."""
+        """Read the tokenizer's template."""
         self._tokenizer = tokenizer
         self._endings: dict[bool, str] = {}
         self._rendered = rendering.rendered
@@ -136,9 +136,9 @@ class ChatRenderer:
 
     @cached_property
     def reads_parts(self) -> bool:
-        """Whether the template writes texts only where they come as lists of parts.
+        """Whether the template writes texts only if passed as lists of parts.
 
-        Those of models that also see images may: a plain text then renders to nothing.
+        Some templates of vision models do: a plain text then renders to nothing.
         """
         if not self._brought or "text" not in self._template:
             return False
@@ -157,19 +157,19 @@ class ChatRenderer:
         return TurnEnds(self._tokenizer)
 
     def render(self, messages: Sequence[Message], *, for_generation: bool = False) -> str:
-        """The conversation as text, special tokens included: tokenise it without adding any.
+        """Render a conversation, including special tokens: tokenise it without adding any.
 
         Args:
             messages: The conversation.
-            for_generation: End with the template's prompt for the assistant's next answer.
+            for_generation: End with the template's generation prompt.
 
         Raises:
-            BadRowError: The template refuses the conversation.
+            BadRowError: The template rejects the conversation.
         """
         return self._apply(self.given(messages), for_generation)
 
     def given(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """Messages in the form that this template reads."""
+        """Return messages in the form that this template accepts."""
         return _as_parts(messages) if self.reads_parts else as_dicts(messages)
 
     def _apply(self, given: list[dict[str, Any]], for_generation: bool = False) -> str:
@@ -181,15 +181,15 @@ class ChatRenderer:
                 add_generation_prompt=for_generation,
             )
         except Exception as error:
-            # A template is code that comes with a model, and fails in as many ways.
+            # Templates are code that comes with a model, and may raise any error.
             raise refused_by_template(error) from error
         return rendered
 
     def render_prompt(self, messages: Sequence[Message]) -> str:
-        """What a model is given to answer a conversation, exactly as in training.
+        """Return the prompt for a model's answer to a conversation, exactly as in training.
 
         Raises:
-            BadRowError: The template refuses the conversation.
+            BadRowError: The template rejects the conversation.
             InputError: Neither the template nor the tokenizer has an end for earlier answers.
         """
         prompt = self.render(messages, for_generation=True)
@@ -205,12 +205,12 @@ class ChatRenderer:
         return ended + prompt[len(text) :]
 
     def render_with_answers(self, messages: Sequence[Message]) -> RenderedChat:
-        """Render a conversation that ends with an answer, and find its answers.
+        """Render a conversation that ends with an answer, and locate its answers.
 
         Raises:
-            BadRowError: The template refuses the conversation, or leaves out an answer.
-            HiddenAnswersError: The template writes a message otherwise when others follow it, and
-                so that the end of an answer cannot be told.
+            BadRowError: The template rejects the conversation, or omits an answer.
+            HiddenAnswersError: The template writes a message differently when others follow it, so
+                that the end of an answer cannot be determined.
             InputError: Neither the template nor the tokenizer has an end for answers.
         """
         text = self.render(messages)
@@ -237,7 +237,7 @@ class ChatRenderer:
     def _end_turns(
         self, messages: Sequence[Message], text: str, answers: Sequence[AnswerSpan]
     ) -> RenderedChat:
-        """Give an end to each answer to which the template gives none."""
+        """Append an end to each answer that the template does not end."""
         turns = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
         ended, place = "", 0
         spans = []
@@ -249,12 +249,12 @@ class ChatRenderer:
                 is_last = turn == len(messages) - 1
                 opening = 0 if is_last else self._ends.opening(text[place:])
                 if opening:
-                    # GLM's templates end no turn: the token that opens the next one is the end.
+                    # GLM's templates do not end turns: the token that opens the next one does.
                     ended += text[place : place + opening]
                     place += opening
                 else:
                     words = ended[: max(start, len(ended.rstrip()))]
-                    # In the turn is also the white space that some special tokens swallow.
+                    # The turn includes white space that some special tokens absorb.
                     behind = "" if is_last else ended[len(words) :]
                     ended = words + self._ends.end_of_text() + behind
                     place = len(text) if is_last else place
@@ -264,10 +264,10 @@ class ChatRenderer:
     def _needs_end(
         self, messages: Sequence[Message], turn: int, text: str, span: AnswerSpan
     ) -> bool:
-        """Whether the template leaves an answer without an end.
+        """Return whether the template leaves an answer without an end.
 
-        What it writes behind a turn in the middle, and behind the last one, is found with the first
-        row and kept: it follows from the template.
+        What it writes after a middle turn and after the last one depends only on the template, so
+        it is determined with the first row and kept.
         """
         own = text[span.start : span.end]
         if self._rendered:
@@ -277,7 +277,7 @@ class ChatRenderer:
         if ending is None or not own.endswith(ending):
             try:
                 ending = text[self._end_of_content(messages, turn, text) : span.end]
-            except HiddenAnswersError:  # what stands before an answer follows from it
+            except HiddenAnswersError:  # text before an answer depends on it
                 ending = own
             else:
                 self._endings.setdefault(is_last, ending)
@@ -288,10 +288,10 @@ class ChatRenderer:
     def _end_of_answer(
         self, messages: Sequence[Message], turn: int, text: str, through: str
     ) -> int:
-        """The end of a turn in the middle that differs from the same turn at the end.
+        """Return the end of a middle turn if it differs from that of the last turn.
 
         Qwen3's template drops the reasoning from all answers but the last, and ends both alike;
-        that of gpt-oss ends the last one alone with ``<|return|>`` and others with ``<|end|>``.
+        that of gpt-oss ends only the last one with ``<|return|>`` and others with ``<|end|>``.
         """
         rest = text[self._end_of_content(messages, turn, text) :]
         ending = through[self._end_of_content(messages[: turn + 1], turn, through) :]
@@ -300,11 +300,11 @@ class ChatRenderer:
             ending = max((t for t in self._ends.special if rest.startswith(t)), key=len, default="")
             if not ending:
                 raise HiddenAnswersError
-        # With the white space behind it, which some special tokens swallow.
+        # Includes white space after it, which some special tokens absorb.
         return len(text) - len(rest[len(ending) :].lstrip())
 
     def _end_of_content(self, messages: Sequence[Message], turn: int, text: str) -> int:
-        """Where the words of an answer end in a rendered conversation."""
+        """Return where an answer ends in a rendered conversation."""
         message = messages[turn]
         marked = Message(message.role, message.content + _MARK)
         other = self.render([*messages[:turn], marked, *messages[turn + 1 :]])
@@ -317,18 +317,18 @@ class ChatRenderer:
         prompt = self.render(before, for_generation=True)
         if text.startswith(prompt):
             return len(prompt)
-        # Templates of reasoning models end the prompt with an opening <think> that a given answer
-        # need not have: what both share beyond the earlier messages is the head of the turn.
+        # Templates of reasoning models end the prompt with an opening <think> that an answer may
+        # lack: the part that both share after the earlier messages is the head of the turn.
         if text.startswith(self.render(before)):
             return _shared_length(text, prompt)
         raise HiddenAnswersError
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> str:
-    """The template that conversations are rendered with.
+    """Return the template for rendering conversations.
 
     Raises:
-        InputError: the tokenizer brings several, and none is the default.
+        InputError: the tokenizer has several, and none is the default.
     """
     if rendering.rendered:
         return _JOINED_TEMPLATE
@@ -345,19 +345,19 @@ def template_of(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> str
 
 
 def uses_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template asks for the present day."""
+    """Return whether the chat template uses the current date."""
     return "strftime_now" in json.dumps(tokenizer.chat_template)
 
 
 def as_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages in the form that chat templates read."""
+    """Return messages in the form that chat templates accept."""
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def refused_by_template(error: Exception) -> BadRowError:
-    """What is said of a conversation that a template fails on."""
+    """Return the error for a conversation that a template fails on."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return BadRowError(f"is refused by the chat template ({reason})")
+    return BadRowError(f"is rejected by the chat template ({reason})")
 
 
 def _as_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -373,7 +373,7 @@ def _shared_length(left: str, right: str) -> int:
 
 
 def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """`PLAIN_TEMPLATE`, after a begin-of-text token where the tokenizer puts one before texts."""
+    """Return `PLAIN_TEMPLATE`, after a begin-of-text token if the tokenizer prepends one."""
     bos = tokenizer.bos_token_id
     begins = bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
     return ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE

@@ -1,4 +1,4 @@
-"""From examples to a padded batch, and the one place where labels are shifted."""
+"""Collate examples to a padded batch; the only place where labels are shifted."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 LABELS = ("labels", "shift_labels")
 ROW = "row"
-"""Under this name an example may carry its number in the training set."""
+"""Optional field of an example with its number in the training set."""
 
 
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:
     """Align labels with logits: the target of position i is the label of token i + 1.
 
     Args:
-        labels: ``[..., length]``, each label at the place of its own token.
+        labels: ``[..., length]``, each label at the position of its own token.
 
     Returns:
         ``[..., length]``; the last position has no target.
@@ -30,7 +30,7 @@ def shift_labels(labels: torch.Tensor) -> torch.Tensor:
 
 
 def split_inputs(inputs: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The labels of a batch, aligned with the logits, and what a model is called with."""
+    """Return the aligned labels of a batch, and the model's inputs."""
     labels = inputs.get("shift_labels")
     if labels is None:
         labels = shift_labels(inputs["labels"])
@@ -40,31 +40,31 @@ def split_inputs(inputs: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads examples on the right to the longest of the batch.
+    """Pad examples on the right to the longest of the batch.
 
-    Padding is told from text by its place, not by its id: with ``pad == eos`` the end-of-text
-    token of an answer is text, attended to and a target.
+    Padding is identified by position, not by id: with ``pad == eos`` the end-of-text token of an
+    answer is text, attended to and a target.
 
     Attributes:
-        pad_token_id: What to pad with; any id will do, since nothing looks at it. `None`, where
-            the tokenizer has no padding token, means 0.
+        pad_token_id: Padding id; any id works, since nothing attends to it. `None`, if the
+            tokenizer has no padding token, means 0.
     """
 
     pad_token_id: int | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Make a batch.
+        """Build a batch.
 
         Args:
             examples: ``input_ids`` and ``labels`` of equal length, as `kdrun.data.encode` makes
-                them; or all with ``position_ids`` too, as `kdrun.data.pack` does.
+                them; or all with ``position_ids`` as well, as `kdrun.data.pack` makes them.
 
         Returns:
             Tensors ``[rows, length]``: ``input_ids``; ``attention_mask``; ``labels``, each at its
             own token, in Hugging Face's convention; ``shift_labels``, aligned with the logits.
-            Packed rows have ``position_ids`` in the place of the mask, as transformers wants it;
-            their padding is one more example, which nothing looks at. ``row``, where the examples
-            carry their numbers, is ``[rows]``.
+            Packed rows have ``position_ids`` instead of the mask, as transformers requires; their
+            padding is one more example, which nothing attends to. ``row`` is ``[rows]``, if the
+            examples have numbers.
         """
         import torch
 

@@ -1,9 +1,9 @@
-"""Conversations as token ids and labels.
+"""Encode conversations as token ids and labels.
 
 Labels follow Hugging Face's convention: ``labels[i] == input_ids[i]`` where token i is a target,
 -100 elsewhere. Nothing is shifted here; `kdrun.data.collate` does that. Only the assistant's
 answers are targets, each with its end-of-turn token, and nothing that the template writes after it.
-Whether a token is a target is decided by its place, never by its id, so that an end-of-text token
+Whether a token is a target depends on its position, never on its id, so that an end-of-text token
 that is also the padding token stays a target.
 """
 
@@ -42,7 +42,7 @@ LongRows = Literal["cut", "skip"]
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """A whole conversation: its ids, the ranges of them that are answers, and what is missing."""
+    """A tokenised conversation: its ids, the ranges of answers, and what is missing."""
 
     ids: list[int]
     answers: list[range]
@@ -58,21 +58,21 @@ def encode_chats(
 ) -> EncodedRows:
     """Turn conversations into examples.
 
-    An example that is longer than `max_length` is cut at its end, or its row is skipped. Where
-    nothing of an answer would be left, because the prompt fills the length, the row is skipped.
+    An example longer than `max_length` is cut at its end, or its row is skipped. If no part of an
+    answer would remain, because the prompt fills the length, the row is skipped.
 
     Args:
         rows: Conversations.
-        tokenizer: The tokenizer of both models; its chat template is used where it has one.
-        max_length: The most tokens in an example.
-        long_rows: What becomes of rows with more.
-        rendering: What their text follows from besides the template.
+        tokenizer: The tokenizer of both models; its chat template is used if it has one.
+        max_length: Maximum number of tokens in an example.
+        long_rows: What to do with longer rows.
+        rendering: Settings that determine their text besides the template.
 
     Returns:
         At least one example.
 
     Raises:
-        InputError: No row is left, or the chat template hides where answers are.
+        InputError: No row remains, or the chat template does not allow locating answers.
     """
     return report_on(rows, encode(rows, tokenizer, max_length, long_rows, rendering), max_length)
 
@@ -84,7 +84,7 @@ def encode(
     long_rows: LongRows = "cut",
     rendering: Rendering = USUAL_RENDERING,
 ) -> Encoding:
-    """As `encode_chats`, without the report; there may be no example."""
+    """Like `encode_chats`, without the report; there may be no examples."""
     if max_length < 2:
         raise InputError(f"data.max_length={max_length}: must be at least 2")
     examples: list[Example] = []
@@ -104,7 +104,7 @@ def encode(
             skipped.append((number, too_long(max_length)))
             continue
         example = _example(tokens, max_length)
-        # The first token of a row has nothing before it that could predict it.
+        # The first token of a row has no context that could predict it.
         labels = example["labels"][1:]
         targets = len(labels) - labels.count(IGNORE_INDEX)
         if not targets:
@@ -157,14 +157,14 @@ def _tokenise(
 
 
 def _learned(tokens: _Tokens, row: ChatRow) -> _Tokens | BadRowError:
-    """The answers that are targets; the others stay in the text."""
+    """Return the answers that are targets; the others remain in the text."""
     learned = [message.learned for message in row.messages if message.role == "assistant"]
     if all(learned):
         return tokens
     if len(learned) != len(tokens.answers):
         return BadRowError(
             "marks answers as not to be learned, which the template's {% generation %} blocks do "
-            "not tell apart"
+            "not distinguish"
         )
     chosen = [answer for answer, own in zip(tokens.answers, learned, strict=True) if own]
     return _Tokens(tokens.ids, chosen, tokens.lost)
@@ -182,10 +182,10 @@ def _render(
 def _encode_texts(
     tokenizer: PreTrainedTokenizerBase, texts: list[str]
 ) -> list[tuple[list[int], list[int] | None]]:
-    """Token ids of rendered conversations, and where in the text each token ends.
+    """Return the token ids of rendered conversations, and where each token ends in the text.
 
-    The special tokens stand in the text already, so none is added: a second begin-of-text token
-    would follow otherwise. A tokenizer written in Python does not know where its tokens end.
+    The text already contains the special tokens, so none is added: otherwise there would be a
+    second begin-of-text token. A tokenizer written in Python does not know where its tokens end.
     """
     if not texts:
         return []
@@ -203,7 +203,7 @@ def _encode_texts(
 
 
 class _AnswerFinder:
-    """Finds the tokens of answers, up to and with the end-of-turn token of each."""
+    """Find the tokens of answers, up to and including the end-of-turn token of each."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -215,7 +215,7 @@ class _AnswerFinder:
             ids, answers = self._tokenise_in_pieces(chat)
         else:
             # A token belongs to the span that it ends in: one that joins the last character of
-            # the prompt to the first of the answer is still for the model to say.
+            # the prompt to the first of the answer is part of the model's output.
             answers = [
                 range(bisect_right(ends, span.start), bisect_right(ends, span.end))
                 for span in chat.answers
@@ -230,7 +230,7 @@ class _AnswerFinder:
         return range(answer.start, stop)
 
     def _is_blank(self, ids: list[int]) -> bool:
-        """Whether tokens are white space; the template may put some after its end-of-turn token."""
+        """Return whether tokens are white space, which may follow the end-of-turn token."""
         key = tuple(ids)
         if key not in self._blank:
             text: str = self._tokenizer.decode(ids)
@@ -259,12 +259,13 @@ def _by_generation_blocks(
     row: ChatRow,
     rendering: Rendering,
 ) -> _Tokens | BadRowError:
-    """Answers as the template itself marks them, with ``{% generation %}`` blocks."""
+    """Locate answers by the template's own ``{% generation %}`` blocks."""
     template = template_of(tokenizer, rendering)
     if "generation %}" not in template and "generation -%}" not in template:
         raise InputError(
-            f"{row.position}: the chat template writes earlier messages otherwise when later ones "
-            "follow, so that its answers cannot be found; use rows with one answer, or mark the "
+            f"{row.position}: the chat template writes earlier messages differently when later "
+            "ones "
+            "follow, so its answers cannot be found; use rows with one answer, or mark the "
             "answers in the template with {% generation %}"
         )
     try:
@@ -291,7 +292,7 @@ def _by_generation_blocks(
 
 
 def _blocks(row: ChatRow, text: str, turns: Sequence[str]) -> list[Place]:
-    """Where messages have to stand: answers in their blocks, others anywhere."""
+    """Return where messages must appear: answers in their blocks, others anywhere."""
     answers = [message for message in row.messages if message.role == "assistant"]
     # A template may write several answers as one block, or one as several.
     blocks = iter(turns if len(turns) == len(answers) else ["".join(turns)] * len(answers))

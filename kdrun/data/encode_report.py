@@ -1,4 +1,4 @@
-"""What became of the rows of a file when they were encoded, in words."""
+"""Reports on encoding the rows of a file."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What became of the rows.
+    """Report on encoded rows.
 
     Attributes:
-        rows: How many there were.
-        kept: How many became examples.
-        skipped: The others, with the reason.
+        rows: Number of rows.
+        kept: Number of rows that became examples.
+        skipped: The other rows, with the reason.
         cut: The rows whose end did not fit.
-        lost: What the chat template leaves out, with the rows of each kind of loss.
-        controls: The rows whose text holds a control token of the tokenizer.
+        lost: The rows of each kind of loss in the chat template.
+        controls: The rows whose text contains a control token of the tokenizer.
         control: The first such token.
-        tokens: Tokens of all examples.
-        supervised_tokens: Those of them that are targets.
+        tokens: Number of tokens in all examples.
+        supervised_tokens: Number of targets among them.
     """
 
     rows: int
@@ -47,7 +47,7 @@ class EncodeReport:
     rendered: bool = False
 
     def warnings(self) -> list[str]:
-        """One line for each kind of loss, with the numbers of the first five rows."""
+        """Return one line for each kind of loss, with the numbers of the first five rows."""
         lines = describe_bad_rows(self.skipped, self.rows)
         if self.cut:
             lines.append(
@@ -56,16 +56,16 @@ class EncodeReport:
             )
         for kind, found in self.lost.items():
             lines.append(
-                f"{found[0].file}: the chat template leaves out or changes {kind} in {len(found)} "
+                f"{found[0].file}: the chat template omits or changes {kind} in {len(found)} "
                 f"of {self.rows} rows ({len(found) / self.rows:.0%}): {name_positions(found)}: "
                 f"{CONSEQUENCES[kind]}"
             )
         if self.controls and not self.rendered:
             lines.append(
                 f"{self.controls[0].file}: the text of {len(self.controls)} of {self.rows} rows "
-                f"holds control tokens of the tokenizer, such as {self.control!r}: "
-                f"{name_positions(self.controls)}; where rows are rendered already, set "
-                "data.rendered=true, so that they are joined as they are"
+                f"contains control tokens of the tokenizer, such as {self.control!r}: "
+                f"{name_positions(self.controls)}; if the rows are already rendered, set "
+                "data.rendered=true to concatenate them unchanged"
             )
         return lines
 
@@ -86,19 +86,19 @@ def report_on(
     strict: bool = False,
     part: str = "",
 ) -> EncodedRows:
-    """Name the rows that were skipped, cut, or not written whole by the chat template.
+    """Report the rows that were skipped, cut, or not written in full by the chat template.
 
     Args:
-        rows: What was encoded.
-        encoding: What `encode` returned.
-        max_length: What it was given.
-        rendered: Whether the rows were rendered already, and control tokens belong to them.
-        strict: Refuse the first row that the chat template refuses or does not write whole; what
-            does not fit the length is no mistake of a row.
-        part: Which rows they are, such as ``held-out``.
+        rows: The encoded rows.
+        encoding: The result of `encode`.
+        max_length: Its maximum length.
+        rendered: Whether the rows were already rendered, so that they may contain control tokens.
+        strict: Refuse the first row that the chat template rejects or does not write in full;
+            rows that are too long are no errors.
+        part: Kind of rows, such as ``held-out``.
 
     Raises:
-        InputError: No row is left, or with ``strict`` one is not whole.
+        InputError: No row remains, or with ``strict`` one is incomplete.
     """
     examples = encoding.examples
     skipped = [BadRow(rows[number].position, reason) for number, reason in encoding.skipped]
@@ -127,7 +127,7 @@ def report_on(
 def find_controls(
     rows: Sequence[ChatRow], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[int, str]]:
-    """Rows whose own text the tokenizer would take for its control tokens."""
+    """Return rows whose own text contains control tokens of the tokenizer."""
     tokens = sorted(special_tokens(tokenizer), key=len, reverse=True)
     if not tokens:
         return []
@@ -148,7 +148,7 @@ def _refuse_losses(rows: Sequence[ChatRow], encoding: Encoding, max_length: int)
     if found:
         number, reason = min(found)
         raise InputError(
-            f"{rows[number].position}: the row {reason}; mend the row or the template, or "
+            f"{rows[number].position}: the row {reason}; fix the row or the template, or "
             "set data.strict=false"
         )
 
@@ -176,10 +176,10 @@ def _nothing_left(
 
 
 def no_room(max_length: int) -> str:
-    """Why a row is left out whose prompt is as long as a row may be."""
+    """Return the reason for skipping a row whose prompt fills the maximum length."""
     return f"has a prompt that leaves no room for an answer in {max_length} tokens"
 
 
 def too_long(max_length: int) -> str:
-    """Why a row is left out with ``data.long_rows=skip``."""
+    """Return the reason for skipping a row with ``data.long_rows=skip``."""
     return f"has more than {max_length} tokens"

@@ -1,4 +1,4 @@
-"""Texts and conversations as training or held-out examples, with notes on the rest."""
+"""Encode texts and conversations as training or held-out examples, with notes on the rest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Kept(Sequence[Any]):
 
     Args:
         rows: the data set.
-        numbers: of the rows that are kept.
+        numbers: numbers of the rows to keep.
     """
 
     def __init__(self, rows: Any, numbers: Sequence[int]) -> None:
@@ -35,17 +35,17 @@ class Kept(Sequence[Any]):
         return len(self._numbers)
 
     def __getitem__(self, index: Any) -> Any:
-        """One of them."""
+        """Return one of them."""
         return self._rows[self._numbers[index]]
 
 
 def _knows_not(token: str) -> str:
-    return f"has the token {token!r}, which not both models know"
+    return f"has the token {token!r}, which only one of the models knows"
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples, what is to be said about them, and where they come from."""
+    """Examples, notes about them, and their origins."""
 
     examples: Dataset[Any]
     notes: list[str]
@@ -54,16 +54,16 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """How rows become examples.
+    """Encodes rows as examples.
 
     Attributes:
         tokenizer: encodes them.
-        max_length: tokens a row, or a window of plain text.
-        long_rows: what becomes of conversations that are longer.
-        cache: where encoded rows are kept for the next run.
-        rendering: what the text of conversations follows from besides the template.
-        left_out: tokens, with their ids, that not both models know; rows with them are skipped.
-        strict: refuse rows that the chat template refuses or does not write whole.
+        max_length: tokens per row, or per window of plain text.
+        long_rows: what to do with longer conversations.
+        cache: keeps encoded rows for the next run.
+        rendering: settings that determine the text of conversations besides the template.
+        left_out: tokens, with their ids, that only one model knows; rows with them are skipped.
+        strict: refuse rows that the chat template rejects or does not write in full.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -80,15 +80,15 @@ class Encoder:
         Args:
             rows: all texts, or all conversations.
             seed: decides where windows of text start.
-            phase: whether they move from epoch to epoch.
-            part: which rows they are, ``training`` or ``held-out``, for messages.
+            phase: whether they shift from epoch to epoch.
+            part: ``training`` or ``held-out``, for messages.
 
         Raises:
-            InputError: none fits ``max_length``, or with ``strict`` one is not whole.
+            InputError: none fits ``max_length``, or with ``strict`` one is incomplete.
         """
         if isinstance(rows[0], ChatRow):
             return self._chats(rows, part)  # type: ignore[arg-type]
-        # Imported here: this module also reads rows, before torch is needed.
+        # Imported here because this module also reads rows, before torch is needed.
         from kdrun.data.windows import TextWindows
 
         length = self.max_length
@@ -97,21 +97,23 @@ class Encoder:
         try:
             windows = TextWindows(tokens, length, seed=seed, phase=phase)
         except ValueError as error:
-            raise InputError(f"{error} Give more text, or a smaller --max-length.") from error
+            raise InputError(f"{error} Pass more text, or lower --max-length.") from error
         note = f"{len(rows)} documents, {len(windows)} windows of {length} tokens"
         return Encoded(windows, [note, *skipped], Origins())
 
     def notes_on_template(self, rows: Sequence[Row]) -> list[str]:
-        """What is to be said of the chat template, whatever the rows say."""
+        """Return notes about the chat template, independent of the rows."""
         if (
             isinstance(rows[0], ChatRow)
             and ChatRenderer(self.tokenizer, self.rendering).reads_parts
         ):
-            return ["the chat template reads lists of parts only; each text is given as one part"]
+            return [
+                "the chat template accepts only lists of parts; each text is passed as one part"
+            ]
         return []
 
     def _without_left_out(self, rows: Sequence[Any]) -> tuple[list[TextRow], list[str]]:
-        """The texts without a token that not both models know, and a note on the others."""
+        """Return the texts without tokens that only one model knows, and a note on the others."""
         bad = []
         for row in rows if self.left_out else ():
             token = next((token for token in self.left_out if token in row.text), None)
@@ -146,7 +148,7 @@ class Encoder:
     def _known(
         self, examples: Any, positions: list[Position]
     ) -> tuple[Any, list[Position], list[str]]:
-        """The examples without a token that not both models know, and a note on the others."""
+        """Return examples without tokens that only one model knows, and a note on the others."""
         names = {number: token for token, number in self.left_out.items()}
         numbers, bad = [], []
         for number, example in enumerate(examples):

@@ -1,4 +1,4 @@
-"""What rows become: examples, and what became of the rows that are none."""
+"""Encoded rows: examples, and the reasons for rows without one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypedDict
 
 
 class Example(TypedDict):
-    """One row as the models see it."""
+    """One row as models receive it."""
 
     input_ids: list[int]
     labels: list[int]
@@ -16,17 +16,17 @@ class Example(TypedDict):
 
 @dataclass(frozen=True)
 class Encoding:
-    """Examples, and what became of the other rows, by the rows' places in the list.
+    """Examples and other results, by the rows' positions in the list.
 
     Attributes:
         examples: In the order of the rows.
-        skipped: Rows that became no example, and why.
+        skipped: Rows without an example, and why.
         cut: Rows whose end did not fit.
-        lost: Rows of which the chat template leaves something out, with each kind of loss.
-        controls: Rows whose text holds a control token of the tokenizer, and the first such token.
-        shortest: The fewest tokens that stand before an answer, and the fewest of a row.
-        tokens: Tokens of all examples.
-        supervised: Those of them that are targets.
+        lost: Rows that the chat template does not write in full, with each kind of loss.
+        controls: Rows whose text contains a control token of the tokenizer, and the first one.
+        shortest: The fewest tokens before an answer, and the fewest in a row.
+        tokens: Number of tokens in all examples.
+        supervised: Number of targets among them.
     """
 
     examples: Sequence[Example]

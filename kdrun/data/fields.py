@@ -1,4 +1,4 @@
-"""The named fields of a record, which remember what was read: nothing is dropped in silence."""
+"""The named fields of a record, which track what was read: nothing is dropped silently."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any
 
-# In the order in which they are asked for: true is a number too, and a moment is a date.
+# Checked in this order: true is also a number, and a datetime is also a date.
 _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (bool, "true or false"),
     ((int, float, Decimal), "a number"),
@@ -27,14 +27,14 @@ class BadRowError(Exception):
 
 
 class Fields:
-    """The fields of an object, which knows which of them were read.
+    """The fields of an object, tracking which of them were read.
 
     Args:
-        value: what stands in the file.
-        prefix: before the names of the fields, where the object is part of another.
+        value: the value in the file.
+        prefix: prefix of field names, if the object is part of another.
 
     Raises:
-        BadRowError: it is no object.
+        BadRowError: it is not an object.
     """
 
     def __init__(self, value: Any, prefix: str = "") -> None:
@@ -50,19 +50,19 @@ class Fields:
         return name in self._values
 
     def has(self, name: str) -> bool:
-        """Whether a field is there and says something; it does not count as read."""
+        """Return whether a field exists with a value; it does not count as read."""
         return _says_something(self._values.get(name))
 
     def get(self, name: str) -> Any:
-        """What a field holds, or None."""
+        """Return the value of a field, or None."""
         self._read.add(name)
         return self._values.get(name)
 
     def text(self, name: str) -> str:
-        """The text of a field that must not be empty.
+        """Return the text of a field that must not be empty.
 
         Raises:
-            BadRowError: it is absent, missing, empty, or no text.
+            BadRowError: it is absent, missing, empty, or not text.
         """
         if name not in self._values:
             raise BadRowError(f"has no field {name!r}")
@@ -74,7 +74,7 @@ class Fields:
         return text
 
     def optional_text(self, name: str | None) -> str:
-        """The text of a field, or an empty string where it is absent, missing or blank.
+        """Return the text of a field, or an empty string if it is absent, missing or blank.
 
         Raises:
             BadRowError: it is neither text nor a number.
@@ -96,21 +96,21 @@ class Fields:
         return value if value.strip() else ""
 
     def inner(self, value: Any, name: str) -> Fields:
-        """The fields of an object inside a field.
+        """Return the fields of an object inside a field.
 
         Raises:
-            BadRowError: it is no object.
+            BadRowError: it is not an object.
         """
         fields = Fields(value, f"{self._prefix}{name}.")
         self._inner.append(fields)
         return fields
 
     def leave_out(self, what: str) -> None:
-        """Note that something is read and not used."""
+        """Note that something was read but not used."""
         self._left_out.append(f"{self._prefix}{what}")
 
     def unused(self) -> Iterator[str]:
-        """What says something and was not read, by name, and what was left out."""
+        """Return the names of unread fields with a value, and of noted ones."""
         for name, value in self._values.items():
             if name not in self._read and _says_something(value):
                 yield f"{self._prefix}{name}"
@@ -120,12 +120,12 @@ class Fields:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value stands for none: null, or what tables write for it."""
+    """Return whether a value is missing: null, or its equivalent in tables."""
     return value is None or (isinstance(value, float | Decimal) and not math.isfinite(value))
 
 
 def kind_of(value: object) -> str:
-    """What a value of JSON or of a table is, in words."""
+    """Describe the type of a value of JSON or of a table."""
     if value is None:
         return "null"
     found = next((words for kind, words in _KINDS if isinstance(value, kind)), None)

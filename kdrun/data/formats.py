@@ -1,15 +1,15 @@
-"""What a row is, and how a record of each data format becomes one.
+"""Rows, and their conversion from records of each data format.
 
 - ``text``: ``{"text": ...}``, or a document of a plain text file;
-- ``prompt_response``: a prompt and a response under configurable names, or the usual ones;
+- ``prompt_response``: a prompt and a response with configurable or common names;
 - ``alpaca``: ``instruction``, ``input`` (may be empty or absent), ``output``; also Self-Instruct's
   ``instruction`` with ``instances``, a list of inputs with their outputs;
 - ``messages``: ``{"messages": [{"role": ..., "content": ...}]}``, or ShareGPT's
   ``{"conversations": [{"from": ..., "value": ...}]}``.
 
-A prompt and its response are a conversation, after the row's system prompt (``system``,
-``system_prompt``) and ``history``, so that everything after this module knows only texts and
-conversations. Fields that no converter reads are named (`kdrun.data.fields`).
+A prompt and its response form a conversation, after the row's system prompt (``system``,
+``system_prompt``) and ``history``, so that everything after this module handles only texts and
+conversations. Fields that no converter reads are reported (`kdrun.data.fields`).
 """
 
 from __future__ import annotations
@@ -65,22 +65,22 @@ def choose_converter(
     response_field: str | None,
     source: str,
 ) -> tuple[DataFormat, Converter]:
-    """Decide how the records of one source are read.
+    """Choose how the records of one source are read.
 
     Args:
-        records: All records of the source; the fields of all of them count, since a key may be
-            missing in some rows.
-        data_format: What the user asked for; ``auto`` decides by the names of the fields.
-        prompt_field: The name of the prompt's field where it is not a usual one.
+        records: All records of the source; the fields of all of them count, since some rows may
+            lack a key.
+        data_format: The configured format; ``auto`` detects it from the field names.
+        prompt_field: The name of the prompt field, if it is not a common one.
         response_field: The same for the response.
         source: The file or data set, for messages.
 
     Returns:
-        The format, and the function that turns the fields of a record into rows or raises
+        The format, and the function that converts the fields of a record to rows or raises
         ``BadRowError``.
 
     Raises:
-        InputError: No format fits the fields, or a field that the user named is in no row.
+        InputError: No format fits the fields, or no row has a configured field.
     """
     if data_format not in get_args(DataFormat):
         raise InputError(
@@ -160,7 +160,7 @@ def _close_key(field: str, keys: Sequence[str]) -> str:
 
 def _unrecognised(source: str, keys: Sequence[str]) -> InputError:
     return InputError(
-        f"{source}: no fields that kdrun knows: {_found(keys)}; name the fields with "
+        f"{source}: no fields known to kdrun: {_found(keys)}; name the fields with "
         "data.prompt_field and data.response_field, or use text, prompt and response, "
         "instruction and output, or messages"
     )
@@ -175,7 +175,7 @@ def _text_row(fields: Fields, position: Position) -> list[Row]:
 
 
 def _ask(fields: Fields, prompt: str, answer: str, position: Position) -> list[Row]:
-    """A conversation of one question, after the row's system prompt and history."""
+    """Build a conversation with one question, after the row's system prompt and history."""
     messages = (*system_prompt(fields), *history(fields), Message("user", prompt))
     return [ChatRow((*messages, Message("assistant", answer)), position)]
 
@@ -190,7 +190,7 @@ def _alpaca(fields: Fields, position: Position, extra: str | None, output: str) 
 
 
 def _instances(fields: Fields, position: Position) -> list[Row]:
-    """Self-Instruct's form: one instruction and a list of inputs with their outputs."""
+    """Read Self-Instruct's form: one instruction and a list of inputs with their outputs."""
     instruction, instances = fields.text("instruction"), fields.get("instances")
     if not isinstance(instances, list) or not instances:
         raise BadRowError("has no list 'instances'")

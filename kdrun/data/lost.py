@@ -1,8 +1,8 @@
-"""What goes into a chat template must come out: what it leaves out of a conversation.
+"""Detection of parts of a conversation that a chat template omits.
 
-Templates of reasoning models cut what stands before ``</think>``, some pass system messages over,
-and some write nothing where they expect a list of parts. The models then learn something else than
-stands in the rows.
+Templates of reasoning models cut text before ``</think>``, some ignore system messages, and some
+write nothing if they expect a list of parts. The student then learns from different text than the
+rows contain.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from kdrun.data.fields import BadRowError
 from kdrun.data.messages import Message
 
 _WORD = re.compile(r"\w+")
-_OF_ROLES = {"system": "the system message", "user": "a message of the user"}
+_OF_ROLES = {"system": "the system message", "user": "a user message"}
 _OF_LAST_ANSWER = "part of the answer"
 _OF_EARLIER_ANSWERS = "part of an earlier answer"
 CONSEQUENCES = {
     "the system message": "neither model reads it; use a template that writes it",
-    "a message of the user": "neither model reads it whole; use a template that writes it",
+    "a user message": "neither model reads all of it; use a template that writes it",
     _OF_LAST_ANSWER: "the student does not learn it; use a template that writes whole answers",
     _OF_EARLIER_ANSWERS: "templates of reasoning models do so on purpose",
 }
-"""What follows from each kind of loss, for messages."""
+"""Consequence of each kind of loss, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The rendered text in which a message has to stand.
+    """The rendered text in which a message must appear.
 
     Attributes:
-        own: of an answer its own turn; of another message what surrounds it.
-        before: the text before it, since a prompt may end with the first words of an answer, such
+        own: the turn of an answer; for another message, the text around it.
+        before: the text before it, since a prompt may end with the beginning of an answer, such
             as an opening ``<think>``.
     """
 
@@ -42,14 +42,14 @@ class Place:
 
 
 def find_lost(messages: Sequence[Message], places: Sequence[Place]) -> tuple[str, ...]:
-    """The kinds of loss in a conversation, each once, as the keys of `CONSEQUENCES`.
+    """Return the kinds of loss in a conversation, each once, as keys of `CONSEQUENCES`.
 
     Args:
-        messages: what went into the template.
-        places: where each of them has to stand in what came out.
+        messages: the template's input.
+        places: where each of them must appear in the output.
 
     Raises:
-        BadRowError: nothing is left of an answer that is to be learned.
+        BadRowError: an answer that is a target is omitted completely.
     """
     found = {}
     for turn, (message, place) in enumerate(zip(messages, places, strict=True)):
@@ -58,7 +58,7 @@ def find_lost(messages: Sequence[Message], places: Sequence[Place]) -> tuple[str
         kind = _OF_ROLES.get(message.role)
         if kind is None:
             if message.learned and _nothing_left(message.content, place.own):
-                raise BadRowError("has an answer that the chat template leaves out")
+                raise BadRowError("has an answer that the chat template omits")
             kind = _OF_LAST_ANSWER if turn == len(messages) - 1 else _OF_EARLIER_ANSWERS
         found[kind] = True
     return tuple(found)
@@ -67,12 +67,12 @@ def find_lost(messages: Sequence[Message], places: Sequence[Place]) -> tuple[str
 def places(
     messages: Sequence[Message], text: str, answers: Sequence[tuple[int, int]]
 ) -> list[Place]:
-    """Where each message has to stand: a system message anywhere, others in their order.
+    """Return where each message must appear: a system message anywhere, others in order.
 
     Args:
-        messages: what went into the template.
-        text: what came out.
-        answers: where in it the turns of the assistant begin and end.
+        messages: the template's input.
+        text: the template's output.
+        answers: where the assistant turns begin and end in it.
     """
     found, end, rest = [], 0, [*answers]
     for message in messages:
@@ -87,7 +87,7 @@ def places(
 
 
 def _stands(content: str, place: Place) -> bool:
-    """Whether the words are there; templates may write other white space around and in them."""
+    """Return whether the words are present; templates may change white space around and in them."""
     words = content.strip()
     if words in place.own or words in _with_head(place.own, place.before, len(words)):
         return True
@@ -97,7 +97,7 @@ def _stands(content: str, place: Place) -> bool:
 
 
 def _with_head(own: str, before: str, length: int) -> str:
-    """A text and what stands before it, as far as words of a length may begin there."""
+    """Return a text and as much text before it as words of a given length may need."""
     return before[max(0, len(before) - length + 1) :] + own
 
 

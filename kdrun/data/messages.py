@@ -1,4 +1,4 @@
-"""Conversations: the messages of a row, and which of the assistant's answers are learned."""
+"""Conversations: the messages of a row, and which of the assistant's answers are targets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ROLES: dict[str, Role] = {
     "bot": "assistant",
     "model": "assistant",
 }
-# What tools say and are asked has no place in a text that a student learns from without tools.
+# A student without tools cannot learn from tool calls and results.
 _UNUSABLE_ROLES = frozenset(
     {
         "developer",
@@ -41,7 +41,7 @@ _UNUSABLE_ROLES = frozenset(
     }
 )
 _CALL_NAMES = ("tool_calls", "function_call")
-# By these names messages say whether they are learned: OpenAI and others, axolotl, ms-swift, verl.
+# Fields that mark targets in OpenAI's format and others, axolotl, ms-swift and verl.
 _LEARNED_NAMES = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 
 
@@ -50,9 +50,9 @@ class Message:
     """One turn of a conversation.
 
     Attributes:
-        role: who speaks.
-        content: what is said.
-        learned: of the assistant: whether the answer is a target, or only read.
+        role: author of the message.
+        content: text of the message.
+        learned: for the assistant: whether the answer is a target or only context.
     """
 
     role: Role
@@ -61,12 +61,12 @@ class Message:
 
 
 def conversation(fields: Fields, field: str, position: Position) -> tuple[Message, ...]:
-    """The messages of a row that has them in a field, from the first question to the last answer.
+    """Return the messages in a field of a row, from the first question to the last answer.
 
-    A system prompt beside the messages comes first, unless one stands among them.
+    A system prompt in its own field comes first, unless the messages contain one.
 
     Raises:
-        BadRowError: no answer, an empty message, none that is learned, or a message of a tool.
+        BadRowError: no answer, an empty message, no target, or a tool message.
         InputError: an unknown role.
     """
     turns = fields.get(field)
@@ -83,12 +83,12 @@ def conversation(fields: Fields, field: str, position: Position) -> tuple[Messag
     kept = _between_first_question_and_last_answer(messages, fields)
     for message in kept:
         if not message.content and message.role != "system":
-            raise BadRowError(f"has an empty message of the {message.role}")
+            raise BadRowError(f"has an empty {message.role} message")
     return check_answers(tuple(m for m in kept if m.content))
 
 
 def system_prompt(fields: Fields) -> list[Message]:
-    """The system prompt in a field of its own, or none."""
+    """Return the system prompt in its own field, if any."""
     for name in SYSTEM_NAMES:
         if fields.has(name):
             return [Message("system", fields.optional_text(name))]
@@ -96,7 +96,7 @@ def system_prompt(fields: Fields) -> list[Message]:
 
 
 def history(fields: Fields) -> list[Message]:
-    """Earlier questions and answers: ``history``, a list of pairs.
+    """Return earlier questions and answers: ``history``, a list of pairs.
 
     Raises:
         BadRowError: it has another form.
@@ -108,20 +108,20 @@ def history(fields: Fields) -> list[Message]:
     for pair in pairs if isinstance(pairs, list) else [pairs]:
         whole = isinstance(pair, list) and len(pair) == 2
         if not whole or not all(isinstance(text, str) and text.strip() for text in pair):
-            raise BadRowError("has a 'history' that is no list of questions with their answers")
+            raise BadRowError("has a 'history' that is not a list of questions with their answers")
         messages += [Message("user", pair[0]), Message("assistant", pair[1])]
     return messages
 
 
 def check_answers(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The messages as they are.
+    """Return the messages unchanged.
 
     Raises:
-        BadRowError: there is no answer, or none is to be learned.
+        BadRowError: there is no answer, or none is a target.
     """
     answers = [message for message in messages if message.role == "assistant"]
     if not answers:
-        raise BadRowError("has no answer of the assistant to a message of the user")
+        raise BadRowError("has no assistant answer to a user message")
     if not any(answer.learned for answer in answers):
         raise BadRowError("has no answer to learn: all are marked as not to be learned")
     return messages
@@ -130,7 +130,7 @@ def check_answers(messages: tuple[Message, ...]) -> tuple[Message, ...]:
 def _between_first_question_and_last_answer(
     messages: list[Message], fields: Fields
 ) -> list[Message]:
-    """Leave out answers to nothing at the start, and questions without an answer at the end."""
+    """Drop answers without a question at the start, and questions without an answer at the end."""
     head = [m for m in messages[:1] if m.role == "system"]
     rest = messages[len(head) :]
     while rest and rest[0].role == "assistant":
@@ -148,7 +148,7 @@ def _message(fields: Fields, turn: object, number: int, field: str, position: Po
     if not isinstance(turn, dict):
         raise BadRowError(f"has {kind_of(turn)} as message {number}, not an object")
     inner = fields.inner(_joined_parts(turn), field)
-    # Tables give every turn the fields of all turns, and null where one has none.
+    # Tables give every turn the fields of all turns, with null for absent ones.
     role_field = "from" if turn.get("role") is None and "from" in turn else "role"
     if role_field not in turn:
         raise BadRowError(f"has no role in message {number}")
@@ -156,7 +156,7 @@ def _message(fields: Fields, turn: object, number: int, field: str, position: Po
     given = str(named).strip().casefold()
     role = _ROLES.get(given)
     if role is None and given in _UNUSABLE_ROLES:
-        raise BadRowError(f"has a message of the role {given!r}, which kdrun does not learn from")
+        raise BadRowError(f"has a message with the role {given!r}, which kdrun does not learn from")
     if role is None:
         close = difflib.get_close_matches(given, _ROLES, n=1)
         cure = f"did you mean {close[0]}?" if close else "use system, user or assistant"
@@ -172,7 +172,7 @@ def _message(fields: Fields, turn: object, number: int, field: str, position: Po
 
 
 def _is_learned(turn: Fields, role: Role, number: int) -> bool:
-    """Whether an answer is a target; it is, unless the message says that it is not."""
+    """Return whether an answer is a target, which it is unless marked otherwise."""
     learned = True
     for name in _LEARNED_NAMES:
         if not turn.has(name):
@@ -191,7 +191,7 @@ def _is_learned(turn: Fields, role: Role, number: int) -> bool:
 
 
 def _joined_parts(turn: dict[str, Any]) -> dict[str, Any]:
-    """Join content given as a list of parts, all of them text, to one text."""
+    """Join content given as a list of text parts to one text."""
     joined = dict(turn)
     for field in ("content", "value"):
         parts = turn.get(field)

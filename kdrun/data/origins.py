@@ -1,4 +1,4 @@
-"""Where training rows stand in the user's data, for messages about some of them."""
+"""Positions of training rows in the user's data, for messages."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from kdrun.data.rows import name_positions
 
 @dataclass(frozen=True)
 class Origins:
-    """Where the rows of a training set come from.
+    """Origins of the rows of a training set.
 
     Attributes:
-        positions: of each example; None for windows of plain text, which are in no one place.
-        members: for each packed row the numbers of its examples; None where nothing is packed.
+        positions: position of each example; None for windows of plain text, which have none.
+        members: for each packed row the numbers of its examples; None without packing.
     """
 
     positions: Sequence[Position] | None = None
     members: Sequence[Sequence[int]] | None = None
 
     def name(self, rows: Sequence[int]) -> str:
-        """Words for rows of the training set, by their numbers."""
+        """Describe rows of the training set, given by number."""
         if self.positions is None:
             shown = ", ".join(str(row + 1) for row in rows)
             return f"window{'s' if len(rows) > 1 else ''} {shown} of the text"
@@ -36,10 +36,10 @@ class Origins:
 
 
 class Numbered(Sequence[dict[str, Any]]):
-    """A training set whose examples carry their numbers.
+    """A training set whose examples include their numbers.
 
     Args:
-        data: examples; where it moves from epoch to epoch, so does this.
+        data: examples; may change from epoch to epoch.
     """
 
     def __init__(self, data: Any) -> None:
@@ -56,6 +56,6 @@ class Numbered(Sequence[dict[str, Any]]):
         return (self[index] for index in range(len(self)))
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the data which epoch it is."""
+        """Set the epoch of the data."""
         if hasattr(self._data, "set_epoch"):
             self._data.set_epoch(epoch)

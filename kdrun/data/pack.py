@@ -1,9 +1,9 @@
-"""Several examples to a row, so that short ones do not leave rows half empty.
+"""Pack several examples into a row, so that short ones do not leave rows half empty.
 
-A packed row carries ``position_ids`` that start anew with each example. transformers reads from
-them which tokens belong together and lets attention look at no others; `kdrun.models.packing`
-checks that a model does so. The first token of an example is no target, as it is none at the start
-of a row: nothing is learned across a seam.
+A packed row has ``position_ids`` that restart with each example. From them, transformers infers
+which tokens belong together and restricts attention to these; `kdrun.models.packing` checks that a
+model does so. The first token of an example is not a target, as at the start of an unpacked row,
+so nothing is learned across examples.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ class PackedExample(Example):
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[PackedExample]:
-    """Put examples together into rows; see :func:`arrange`.
+    """Pack examples into rows; see :func:`arrange`.
 
     Returns:
-        Rows that hold every example once.
+        Rows that contain every example once.
     """
     rows = arrange(examples, max_length)
     return [join([examples[number] for number in row]) for row in rows]
 
 
 def arrange(examples: Sequence[Example], max_length: int) -> list[list[int]]:
-    """Decide which examples go into a row together.
+    """Choose which examples share a row.
 
-    The longest go first, each into the row where it leaves the least room, so that the result
-    follows from the lengths alone.
+    The longest are placed first, each in the row where it leaves the least room, so that the result
+    depends only on the lengths.
 
     Args:
-        examples: none is longer than `max_length`.
-        max_length: the most tokens in a row.
+        examples: examples no longer than `max_length`.
+        max_length: maximum number of tokens in a row.
 
     Returns:
         For each row the numbers of its examples.
     """
     lengths = [len(example["input_ids"]) for example in examples]
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # what is left in each row, and which one it is, ascending
+    room: list[tuple[int, int]] = []  # free tokens and number of each row, ascending
     for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         place = bisect_left(room, (lengths[number], 0))
         left, row = room.pop(place) if place < len(room) else (max_length, len(rows))
@@ -58,7 +58,7 @@ def arrange(examples: Sequence[Example], max_length: int) -> list[list[int]]:
 
 
 def join(examples: Sequence[Example]) -> PackedExample:
-    """One row of several examples, in their order."""
+    """Build one row from several examples, in order."""
     joined = PackedExample(input_ids=[], labels=[], position_ids=[])
     for example in examples:
         joined["input_ids"] += example["input_ids"]

@@ -1,4 +1,4 @@
-"""From a configuration to the training and held-out examples."""
+"""Prepare training and held-out examples from a configuration."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Examples:
 
     Attributes:
         train: examples with ``input_ids`` and ``labels``.
-        held_out: likewise, for evaluation.
-        notes: what was read, skipped and cut, a line each.
-        origins: where the training examples come from.
-        held_out_origins: likewise of the held-out examples.
+        held_out: the same for evaluation.
+        notes: what was read, skipped and cut, one line each.
+        origins: origins of the training examples.
+        held_out_origins: origins of the held-out examples.
     """
 
     train: Dataset[Any]
@@ -51,12 +51,12 @@ class Examples:
 
 @dataclass(frozen=True)
 class RawRows:
-    """Training and held-out rows before they are tokens.
+    """Training and held-out rows before tokenisation.
 
     Attributes:
         train: rows to learn from.
-        held_out: rows to measure on.
-        notes: what was read and left out, a line each.
+        held_out: rows to evaluate on.
+        notes: what was read and skipped, one line each.
     """
 
     train: Sequence[Any]
@@ -65,10 +65,10 @@ class RawRows:
 
 
 def read_rows(config: DataConfig) -> RawRows:
-    """Read and split the rows of a run; nothing heavy is imported.
+    """Read and split the rows of a run, without heavy imports.
 
     Raises:
-        InputError: nothing usable, naming the file and the cure.
+        InputError: no row is usable; names the file and the cure.
     """
     notes: list[str] = []
     if config.train == BUILT_IN:
@@ -99,29 +99,30 @@ def read_rows(config: DataConfig) -> RawRows:
     shared = shared_prompts(train, held_out)
     if shared:
         notes.append(
-            f"held-out rows: {shared} of {len(held_out)} ask what a training row asks too, so that "
-            "their measures flatter the student"
+            f"held-out rows: {shared} of {len(held_out)} have the same prompt as a training row, "
+            "which flatters the student"
         )
     return RawRows(train, held_out, tuple(notes))
 
 
 def _halve(held_out: Sequence[Any], config: DataConfig) -> tuple[list[Any], list[Any]]:
-    """The held-out rows to choose by, and those to report on."""
+    """Return the held-out rows for selection, and those for reporting."""
     if len({content_hash(row) for row in held_out}) < 2:
         raise InputError(
-            f"{held_out[0].position.file}: data.part={config.part} takes one half of the held-out "
-            "rows, which needs two that differ; add rows, or name those of the test in data.test"
+            f"{held_out[0].position.file}: data.part={config.part} takes half of the held-out "
+            "rows, "
+            "so at least two must differ; add rows, or put the test rows in data.test"
         )
     return hold_out(held_out, 0.5, config.hold_out)
 
 
 def read_held_out(source: str, config: DataConfig) -> tuple[Sequence[Any], list[str]]:
-    """All rows of a source to measure on, and notes on them.
+    """Read all rows of a source to evaluate on, and notes on them.
 
-    Of the built-in text it is the held-out part.
+    For the built-in text, this is the held-out part.
 
     Raises:
-        InputError: nothing usable, naming the file and the cure.
+        InputError: no row is usable; names the file and the cure.
     """
     if source == BUILT_IN:
         return _documents(load_text().held_out), []
@@ -137,15 +138,15 @@ def encode_for(
     shift_windows: bool,
     left_out: Mapping[str, int] = MappingProxyType({}),
 ) -> Examples:
-    """Turn the rows of a run into examples, or take them from an earlier run.
+    """Encode the rows of a run as examples, or reuse those of an earlier run.
 
     Args:
-        data: how rows become tokens.
-        rows: of the run.
+        data: how rows are tokenised.
+        rows: rows of the run.
         tokenizer: encodes them.
         seed: decides where windows of plain text start.
-        shift_windows: whether those of training text move from epoch to epoch.
-        left_out: tokens, with their ids, that not both models know; rows with them are skipped.
+        shift_windows: whether those of training text shift from epoch to epoch.
+        left_out: tokens, with their ids, that only one model knows; rows with them are skipped.
 
     Raises:
         InputError: no row fits ``data.max_length``, or ``data.cache_dir`` cannot be written.
@@ -168,20 +169,21 @@ def encode_for(
 
 
 def check_packed_rows(config: DataConfig, rows: RawRows) -> None:
-    """Refuse to pack plain text; nothing is encoded.
+    """Refuse to pack plain text, without encoding anything.
 
     Raises:
-        InputError: with the reason.
+        InputError: the rows are plain text.
     """
     if config.packing and isinstance(rows.train[0], TextRow):
         raise InputError(
-            "data.packing: the training rows are plain text, whose windows are full already; leave "
-            "it out"
+            "data.packing: the training rows are plain text, whose windows are already full; "
+            "remove "
+            "it"
         )
 
 
 def pack_training(examples: Examples, max_length: int) -> Examples:
-    """Put training examples together into rows; held-out ones stay as they are."""
+    """Pack training examples into rows; held-out ones are unchanged."""
     from kdrun.data.pack import arrange, join
 
     loose: Any = examples.train
@@ -208,22 +210,22 @@ def encode_rows(
     left_out: Mapping[str, int] = MappingProxyType({}),
     strict: bool = False,
 ) -> Examples:
-    """Turn rows into examples.
+    """Encode rows as examples.
 
     Args:
         rows: training and held-out rows.
         tokenizer: encodes them.
-        max_length: tokens a row, or a window of plain text.
+        max_length: tokens per row, or per window of plain text.
         seed: decides where windows start.
-        shift_windows: whether the windows of training text move from epoch to epoch.
-        long_rows: what becomes of conversations that are longer.
-        cache: where encoded rows are kept for the next run.
-        rendering: what the text of conversations follows from besides the template.
+        shift_windows: whether the windows of training text shift from epoch to epoch.
+        long_rows: what to do with longer conversations.
+        cache: keeps encoded rows for the next run.
+        rendering: settings that determine the text of conversations besides the template.
         left_out: as for :func:`encode_for`.
-        strict: refuse rows that the chat template refuses or does not write whole.
+        strict: refuse rows that the chat template rejects or does not write in full.
 
     Raises:
-        InputError: no row fits ``max_length``, or a row is not whole.
+        InputError: no row fits ``max_length``, or a row is incomplete.
     """
     encode = Encoder(tokenizer, max_length, long_rows, cache, rendering, left_out, strict)
     train = encode(rows.train, seed, shift_windows, "training")
@@ -239,7 +241,7 @@ def encode_rows(
 
 
 def examples_in(data: Any) -> Iterator[Mapping[str, Sequence[int]]]:
-    """The examples of a data set, in its order; of moving windows those of the present epoch."""
+    """Return the examples of a data set in order; for shifting windows, of the current epoch."""
     return (data[index] for index in range(len(data)))
 
 
@@ -253,10 +255,10 @@ def encode_held_out(
     left_out: Mapping[str, int] = MappingProxyType({}),
     strict: bool = False,
 ) -> tuple[Dataset[Any], list[str]]:
-    """Rows to measure on as examples, and notes on them; windows of text stay in their places.
+    """Encode rows to evaluate on, with notes on them; windows of text do not shift.
 
     Raises:
-        InputError: no row fits ``max_length``, or with ``strict`` one is not whole.
+        InputError: no row fits ``max_length``, or with ``strict`` one is incomplete.
     """
     encode = Encoder(tokenizer, max_length, long_rows, cache, rendering, left_out, strict)
     encoded = encode(rows, 0, False, "held-out")

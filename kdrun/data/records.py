@@ -1,13 +1,13 @@
-"""Raw records of a data set: what stands in a file, before any meaning is given to it.
+"""Raw records of a data set: the contents of a file, before interpretation.
 
-The kind of a file is told from its content. A file that begins like JSON (``[{``, ``["``, ``{"``)
-is a JSON list, a JSON object that holds one, or JSON lines; everything else is plain text. The
-extension only decides what is broken: a file called ``.json`` or ``.jsonl`` that is not JSON is an
-error and not a text. Tables are the exception: nothing but the extension ``.csv`` or ``.tsv`` tells
-them from text. A Parquet file is known by its first bytes.
+The file type is detected from the content. A file that begins like JSON (``[{``, ``["``, ``{"``)
+is a JSON list, a JSON object that contains one, or JSON lines; everything else is plain text. The
+extension only decides what is an error: a file called ``.json`` or ``.jsonl`` that is not JSON is
+broken, not plain text. Tables are the exception: only the extension ``.csv`` or ``.tsv``
+distinguishes them from text. A Parquet file is recognised by its first bytes.
 
-In a plain text file the documents are separated by blank lines; where there is no blank line,
-every line is a document.
+In a plain text file documents are separated by blank lines; if there is no blank line, every line
+is a document.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a row stands, for messages: a file (or data set) and a number that counts from 1."""
+    """The position of a row, for messages: a file (or data set) and a number from 1."""
 
     file: str
     number: int
@@ -51,7 +51,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A JSON value, or a document of plain text, and where it stands."""
+    """A JSON value or a document of plain text, and its position."""
 
     value: Any
     position: Position
@@ -61,19 +61,19 @@ def read_records(source: str | Path, *, as_text: bool = False) -> list[Record]:
     """Read every record of a file, or of a data set of the Hugging Face hub.
 
     Args:
-        source: A file; or ``owner/name`` or ``owner/name:configuration``, where no such file
+        source: A file; or ``owner/name`` or ``owner/name:configuration``, if no such file
             exists, for a data set that the optional package ``datasets`` loads.
-        as_text: The user says that this is text: a file that only looks like JSON is plain text.
+        as_text: Treat the file as plain text, even if it looks like JSON.
 
     Returns:
         At least one record, in the order of the file.
 
     Raises:
-        InputError: Nothing is there, it is empty, it is not UTF-8, or its JSON is broken.
+        InputError: It does not exist, is empty, is not UTF-8, or its JSON is broken.
     """
     path = expand_home(source)
     if path.is_dir():
-        raise InputError(f"{source} is a folder; name one data file in it{_files_in(path)}")
+        raise InputError(f"{source} is a folder; choose one data file in it{_files_in(path)}")
     if not path.exists():
         if _is_hub_id(str(source)):
             return _read_hub(str(source))
@@ -84,7 +84,7 @@ def read_records(source: str | Path, *, as_text: bool = False) -> list[Record]:
         return _numbered(read_parquet(path, name), name)
     text = _decode(data, name)
     if not text.strip():
-        raise InputError(f"{name}: the file is empty; it must hold at least one row")
+        raise InputError(f"{name}: the file is empty; it must contain at least one row")
     delimiter = DELIMITERS.get(path.suffix.lower())
     if delimiter is not None:
         rows = parse_csv(text, name, delimiter)
@@ -104,7 +104,7 @@ def read_records(source: str | Path, *, as_text: bool = False) -> list[Record]:
 
 def _some(records: list[Record], name: str) -> list[Record]:
     if not records:
-        raise InputError(f"{name}: the file holds no rows")
+        raise InputError(f"{name}: the file contains no rows")
     return records
 
 
@@ -118,7 +118,7 @@ def _files_in(folder: Path) -> str:
 
 
 def _is_hub_id(source: str) -> bool:
-    """Tell ``owner/name`` from a path with a spelling mistake."""
+    """Distinguish ``owner/name`` from a misspelled path."""
     if not _HUB_ID.fullmatch(source):
         return False
     path = Path(source)
@@ -137,8 +137,8 @@ def _decode(data: bytes, name: str) -> str:
         if data.startswith(start):
             raise InputError(f"{name} {cure}")
     try:
-        # Decoding the bytes, not opening as text: no platform's default encoding has a say, and
-        # "utf-8-sig" takes away the byte-order mark that Windows editors write.
+        # Decode bytes instead of opening as text, to be independent of the platform's encoding;
+        # "utf-8-sig" removes the byte-order mark that Windows editors write.
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
@@ -180,12 +180,12 @@ def _parse_json(text: str, name: str) -> list[Record]:
 
 
 def _ends_early(error: ValueError, line: str) -> bool:
-    """Whether a line is JSON that goes on in the next line."""
+    """Return whether a line is JSON that continues on the next line."""
     return isinstance(error, json.JSONDecodeError) and error.pos >= len(line.rstrip())
 
 
 def _parse_spread_out(text: str, name: str) -> list[Record]:
-    """Parse one object spread over lines; else JSON lines whose first line is cut off."""
+    """Parse one object on several lines, or else JSON lines whose first line is truncated."""
     try:
         return _from_document(_load_document(text, name), name)
     except InputError:
@@ -203,7 +203,7 @@ def _is_object(line: str) -> bool:
 
 def _parse_json_lines(text: str, name: str) -> list[Record]:
     records = []
-    # Not splitlines(): it also splits at U+2028 and others that may stand inside a JSON string.
+    # Not splitlines(), which also splits at U+2028 and others that JSON strings may contain.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -228,7 +228,7 @@ def _broken_json(name: str, line: int, error: ValueError) -> InputError:
         else str(error).splitlines()[0]
     )
     return InputError(
-        f"{name}, line {line}: broken JSON ({what}); mend the line, or for plain text "
+        f"{name}, line {line}: broken JSON ({what}); fix the line, or for plain text "
         "use the extension .txt and data.format=text"
     )
 
@@ -254,12 +254,12 @@ def _read_hub(source: str) -> list[Record]:
     try:
         rows = datasets.load_dataset(name, configuration or None, split="train")
     except Exception as error:
-        # The package raises whatever its many back-ends raise; the user needs one line of it.
+        # The package raises any error of its many back-ends; report it as one line.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{source}: no such file, and not a data set that the hub gives ({reason})"
+            f"{source}: no such file, and not a data set that the hub can provide ({reason})"
         ) from error
     records = [Record(dict(row), Position(source, i, "row")) for i, row in enumerate(rows, 1)]
     if not records:
-        raise InputError(f"{source}: the data set's split 'train' holds no rows")
+        raise InputError(f"{source}: the data set's split 'train' contains no rows")
     return records

@@ -1,4 +1,4 @@
-"""Reading rows: from a file or a hub data set to texts and conversations."""
+"""Reading rows: texts and conversations from a file or a hub data set."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class RowSet:
 
     Attributes:
         rows: The usable rows, in the source's order.
-        data_format: How they were read; never ``auto``.
+        data_format: Their format; never ``auto``.
         source: The file or data set, as the user named it.
-        bad: The rows that were left out.
-        unused: What the rows hold and nobody read, with the number of rows that hold it.
-        records: How many objects the source holds.
+        bad: The rows that were skipped.
+        unused: Fields that were not read, with the number of rows that have them.
+        records: Number of objects in the source.
     """
 
     rows: tuple[Row, ...]
@@ -59,7 +59,7 @@ class RowSet:
     records: int = 0
 
     def warnings(self) -> list[str]:
-        """One line for each reason that rows were left out for, and one for what is not used."""
+        """Return one line for each reason for skipping rows, and one for unused fields."""
         lines = describe_bad_rows(self.bad, len(self.rows) + len(self.bad))
         if self.unused:
             shares = [
@@ -72,18 +72,18 @@ class RowSet:
 
 
 def describe_bad_rows(bad: Sequence[BadRow], total: int) -> list[str]:
-    """One line for each reason, with the file, the count and the numbers of the first five rows."""
+    """Return one line per reason, with the file, the count and the first five row numbers."""
     by_reason: dict[tuple[str, str], list[Position]] = defaultdict(list)
     for row in bad:
         by_reason[row.position.file, row.reason].append(row.position)
     return [
-        f"{file}: left out {len(found)} of {total} rows: {name_positions(found)}: {reason}"
+        f"{file}: skipped {len(found)} of {total} rows: {name_positions(found)}: {reason}"
         for (file, reason), found in by_reason.items()
     ]
 
 
 def _share(count: int, total: int) -> str:
-    """A number of rows as a share of all."""
+    """Format a number of rows as a share of all."""
     if count == total:
         return "all rows"
     return f"{count} of {total} rows" if count * 100 < total else f"{count / total:.0%} of rows"
@@ -108,13 +108,13 @@ def load_rows(
 
     Args:
         source: A text file, a JSON list, JSON lines, or ``owner/name`` of a hub data set.
-        data_format: ``auto`` decides by the names of the fields.
-        prompt_field: The field of the prompt, where it has an unusual name.
-        response_field: The field of the response, likewise.
-        strict: Refuse the first row that cannot be used, rather than leaving such rows out.
+        data_format: ``auto`` detects it from the field names.
+        prompt_field: The field of the prompt, if its name is not a common one.
+        response_field: The field of the response, if its name is not a common one.
+        strict: Refuse the first row that cannot be used, rather than skipping such rows.
 
     Returns:
-        At least one usable row, and the ones that were left out.
+        At least one usable row, and the skipped ones.
 
     Raises:
         InputError: The source cannot be read, no row is usable, a message has an unknown role,
@@ -135,8 +135,8 @@ def load_rows(
         except BadRowError as error:
             if strict:
                 raise InputError(
-                    f"{record.position}: the row {error}; mend it, or leave such rows out "
-                    "with data.strict=false"
+                    f"{record.position}: the row {error}; fix it, or skip such rows with "
+                    "data.strict=false"
                 ) from error
             bad.append(BadRow(record.position, str(error)))
     if not rows:

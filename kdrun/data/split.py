@@ -1,4 +1,4 @@
-"""Holding out rows by the hash of their content, rows of one prompt together."""
+"""Hold out rows by the hash of their content, keeping rows with the same prompt together."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _AnyRow = TypeVar("_AnyRow", TextRow, ChatRow, Row)
 
 
 def content_hash(row: Row) -> str:
-    """A hash of what a row says, whatever its file, its place there, or its format."""
+    """Hash the content of a row, independent of its file, position and format."""
     return _hash(row.text if isinstance(row, TextRow) else _contents(row.messages))
 
 
 def prompt_hash(row: Row) -> str:
-    """A hash of all that stands before a row's last answer; of a text, of all of it."""
+    """Hash everything before a row's last answer, or all of a text."""
     return _hash(row.text if isinstance(row, TextRow) else _contents(row.messages[:-1]))
 
 
 def shared_prompts(train: Sequence[Row], held_out: Sequence[Row]) -> int:
-    """Held-out rows that ask what a training row asks too."""
+    """Return held-out rows with the same prompt as a training row."""
     asked = {prompt_hash(row) for row in train}
     return sum(prompt_hash(row) in asked for row in held_out)
 
@@ -44,32 +44,32 @@ def hold_out(
 ) -> tuple[list[_AnyRow], list[_AnyRow]]:
     """Split rows into those to train on and those to evaluate on.
 
-    The rows with the smallest hashes are held out. So the order of the rows and the seed of a run
-    have no say, and a grown data set keeps most of its held-out rows. Rows that ask the same, all
-    before the last answer, go to one side: a prompt that was trained on with another answer would
-    flatter the measures. Where all rows ask the same, they are split by their answers.
+    The rows with the smallest hashes are held out. The split is therefore independent of the order
+    of rows and the seed, and a data set that grows keeps most of its held-out rows. Rows with the
+    same prompt (everything before the last answer) stay on one side: held-out prompts that were
+    trained on would flatter the measures. If all prompts are equal, rows are split by answer.
 
     Args:
         rows: All rows.
-        fraction: The share to hold out; at least one row is, and at least one is not.
-        by: ``content`` keeps only equal rows together, as runs of earlier versions did.
+        fraction: The share to hold out; at least one row stays on each side.
+        by: ``content`` keeps only identical rows together, as earlier versions did.
 
     Returns:
         The training rows and the held-out rows, both in the order of `rows`.
 
     Raises:
-        InputError: There are not two rows that differ.
+        InputError: There are no two different rows.
     """
     hashes = [content_hash(row) for row in rows]
     if len(set(hashes)) < 2:
         raise InputError(
             f"{rows[0].position.file if rows else 'the data'}: at least two different rows are "
-            "needed to hold some out for evaluation; add rows, or give --eval-data"
+            "needed to hold some out for evaluation; add rows, or pass --eval-data"
         )
     prompts = [prompt_hash(row) for row in rows]
     groups = prompts if by == "prompt" and len(set(prompts)) > 1 else hashes
     sizes = Counter(groups)
-    # A group stands where its first row by content does, so that single rows keep their order.
+    # A group is ordered by its first row's hash, so that single rows keep their order.
     place: dict[str, str] = {}
     for group, own in zip(groups, hashes, strict=True):
         place[group] = min(own, place.get(group, own))

@@ -1,4 +1,4 @@
-"""Tables as named fields: CSV and Parquet."""
+"""Read tables as named fields: CSV and Parquet."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _LONGEST_FIELD = 2**31 - 1
 
 
 def parse_csv(text: str, name: str, delimiter: str) -> list[tuple[int, dict[str, str]]]:
-    """Rows under the names of the first line, each with the line that it ends on.
+    """Yield rows with the names of the first line, each with the line that it ends on.
 
     Args:
         text: the file's content.
         name: the file, for messages.
-        delimiter: between fields.
+        delimiter: separator of fields.
 
     Raises:
         InputError: no header, a field without a name, or a row with more fields than names.
@@ -40,13 +40,13 @@ def parse_csv(text: str, name: str, delimiter: str) -> list[tuple[int, dict[str,
             if len(values) > len(header):
                 raise InputError(
                     f"{name}, line {reader.line_num}: {len(values)} fields, but the first line "
-                    f"names {len(header)}; put fields that hold {delimiter!r} in double quotes"
+                    f"names {len(header)}; put fields that contain {delimiter!r} in double quotes"
                 )
             if values:
                 rows.append((reader.line_num, dict(zip(header, values, strict=False))))
     except csv.Error as error:
         raise InputError(
-            f"{name}, line {reader.line_num}: broken CSV ({error}); mend the line"
+            f"{name}, line {reader.line_num}: broken CSV ({error}); fix the line"
         ) from error
     finally:
         csv.field_size_limit(limit)
@@ -54,7 +54,7 @@ def parse_csv(text: str, name: str, delimiter: str) -> list[tuple[int, dict[str,
 
 
 def read_parquet(path: Path, name: str) -> list[dict[str, Any]]:
-    """The rows of a Parquet file.
+    """Read the rows of a Parquet file.
 
     Raises:
         InputError: it is broken, or the package that reads it is missing.
@@ -63,7 +63,7 @@ def read_parquet(path: Path, name: str) -> list[dict[str, Any]]:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise InputError(
-            f"{name} is a Parquet file, which needs one package more: pip install 'kdlosses[data]'"
+            f"{name} is a Parquet file, which needs one more package: pip install 'kdlosses[data]'"
         ) from error
     try:
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()

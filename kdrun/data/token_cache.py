@@ -1,9 +1,8 @@
-"""Tokenised rows, kept on disk for the next run on the same rows.
+"""Cache of tokenised rows on disk, for the next run on the same rows.
 
-The name of a file is a hash of everything that its content follows from: what the rows say, the
-tokenizer, its chat template, the settings, and the code that encodes. A changed tokenizer, an
-edited row or a new version asks for another file, never for a stale one. Files may be removed at
-any time.
+The name of a file is a hash of everything that its content depends on: the rows, the tokenizer,
+its chat template, the settings, and the code that encodes. A changed tokenizer, an edited row or a
+new version uses another file, never a stale one. Files may be removed at any time.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _CODE = (
     "turn_ends.py",
     "windows.py",
 )
-"""The files that decide what is encoded, and what is kept of it."""
+"""The source files that determine the encoding and its cache."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ class TokenCache:
     """A folder of tokenised rows.
 
     Attributes:
-        folder: It is made when the first file is written.
-        everything: Keep small sets of rows too, which are as quickly encoded again.
+        folder: Created when the first file is written.
+        everything: Also keep small sets of rows, which are quick to encode again.
     """
 
     folder: Path
@@ -62,11 +61,11 @@ class TokenCache:
 
     @classmethod
     def at(cls, given: str | None) -> TokenCache | None:
-        """The cache of ``data.cache_dir``.
+        """Return the cache of ``data.cache_dir``.
 
         Args:
-            given: a folder; ``none``; or None for the user's cache folder, which keeps only what
-                takes a while to encode.
+            given: a folder; ``none``; or None for the user's cache folder, which keeps only
+                large sets of rows.
 
         Raises:
             InputError: the folder cannot be written.
@@ -75,7 +74,7 @@ class TokenCache:
             return None
         if given is None:
             base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-            if base.startswith("~"):  # users of containers may have no home folder
+            if base.startswith("~"):  # users in containers may have no home folder
                 return None
             return cls(Path(base) / "kdrun" / "tokens", everything=False)
         folder = expand_home(given)
@@ -83,7 +82,7 @@ class TokenCache:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"data.cache_dir={given}: {error.strerror}; name a folder that can be written"
+                f"data.cache_dir={given}: {error.strerror}; choose a writable folder"
             ) from error
         return cls(folder)
 
@@ -95,7 +94,7 @@ class TokenCache:
         long_rows: LongRows,
         rendering: Rendering,
     ) -> Encoding:
-        """As `kdrun.data.encode.encode`."""
+        """Like `kdrun.data.encode.encode`."""
         content = [[[m.role, m.content, m.learned] for m in row.messages] for row in rows]
         size = sum(len(m.content) for row in rows for m in row.messages)
         day = (rendering.date or date.today().isoformat()) if uses_date(tokenizer) else None
@@ -113,7 +112,7 @@ class TokenCache:
         return encoding
 
     def text(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """As `kdrun.data.windows.concatenate`."""
+        """Like `kdrun.data.windows.concatenate`."""
         from kdrun.data.windows import concatenate
 
         file = self._file(tokenizer, sum(map(len, texts)), list(texts))
@@ -127,8 +126,8 @@ class TokenCache:
         return tokens
 
     def _file(self, tokenizer: PreTrainedTokenizerBase, size: int, what: Any) -> Path | None:
-        """Where the rows belong; None where they are not kept."""
-        # What a tokenizer written in Python does is not known from its content.
+        """Return the file of the rows; None if they are not cached."""
+        # The content of a tokenizer written in Python does not determine its behaviour.
         if not tokenizer.is_fast or (size < _WORTHWHILE and not self.everything):
             return None
         key = hashlib.sha256(_print_code().encode())
@@ -139,7 +138,7 @@ class TokenCache:
 
 @lru_cache
 def _print_code() -> str:
-    """The code that encodes, here and in the libraries that it stands on."""
+    """Hash the code that encodes, here and in the libraries that it uses."""
     here = Path(__file__).parent
     digest = hashlib.sha256(b"".join((here / name).read_bytes() for name in _CODE))
     versions = [version(name) for name in ("transformers", "tokenizers", "jinja2")]
@@ -147,7 +146,7 @@ def _print_code() -> str:
 
 
 def _print_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """A tokenizer's whole content, its chat template and special tokens."""
+    """Hash a tokenizer's full content, with its chat template and special tokens."""
     template = json.dumps(tokenizer.chat_template)
     content = [
         tokenizer.backend_tokenizer.to_str(),
@@ -191,8 +190,8 @@ def _unpack(arrays: dict[str, np.ndarray], rest: dict[str, Any]) -> Encoding:
 
 
 class _Stored(Sequence[Example]):
-    """Examples in flat arrays, turned into lists when they are asked for: a list for every row at
-    once takes longer than all else.
+    """Examples in flat arrays, converted to lists on access: converting all rows at once would
+    take longer than everything else.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:
@@ -207,7 +206,7 @@ class _Stored(Sequence[Example]):
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """One example, or a list of them."""
+        """Return one example, or a list of them."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         number = range(len(self))[index]
@@ -219,7 +218,7 @@ class _Stored(Sequence[Example]):
 
 
 def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-    """A file's arrays and the rest; None where it is absent or damaged."""
+    """Read a file's arrays and the rest; None if it is absent or damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -232,7 +231,7 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
 
 
 def _write(file: Path, arrays: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
-    """Write a file whole or not at all; without space or leave, nothing is kept."""
+    """Write a file atomically; without space or permission, nothing is kept."""
     from safetensors.numpy import save
 
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")

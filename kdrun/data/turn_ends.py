@@ -1,4 +1,4 @@
-"""What ends an answer in rendered text: a token of the template's, or the end-of-text token."""
+"""The end of an answer in rendered text: a token of the template, or the end-of-text token."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class TurnEnds:
         )
 
     def is_end(self, ending: str) -> bool:
-        """Whether what a template writes behind an answer ends with a token of its own."""
+        """Return whether the text that a template writes after an answer ends it with a token."""
         return ending.rstrip().endswith(self._added)
 
     def ends_itself(self, answer: str) -> bool:
-        """Whether an answer that is rendered already brings its end along."""
+        """Return whether a rendered answer already includes its end."""
         return answer.rstrip().endswith(self.special)
 
     def opening(self, text: str) -> int:
-        """The length of the special token that a text begins with, white space before it included.
+        """Return the length of a text's leading special token, including white space before it.
 
-        The begin-of-text token is none: no model ends an answer with it.
+        The begin-of-text token does not count: no model ends an answer with it.
         """
         rest = text.lstrip()
         begin = self._tokenizer.bos_token
@@ -46,23 +46,23 @@ class TurnEnds:
         return len(text) - len(rest) + len(token) if token else 0
 
     def end_of_text(self) -> str:
-        """The end-of-text token.
+        """Return the end-of-text token.
 
         Raises:
-            InputError: There is none.
+            InputError: It does not exist.
         """
         end = self._tokenizer.eos_token
         if end is None:
             raise InputError(
                 f"{name_of(self._tokenizer)}: its tokenizer has no end-of-text token, and no chat "
-                "template that ends answers with a token, so that the student would never learn "
-                "to stop; name one as eos_token in its tokenizer_config.json"
+                "template that ends answers with a token, so the student would never learn to "
+                "stop; set one as eos_token in its tokenizer_config.json"
             )
         return str(end)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The ids of the tokens that no text stands for, such as the end of a turn."""
+    """Return the ids of control tokens, such as the end of a turn."""
     added = tokenizer.added_tokens_decoder
     found = {token.content: number for number, token in added.items() if token.special}
     own = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
@@ -70,5 +70,5 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The name of a tokenizer's folder, for messages."""
+    """Return the name of a tokenizer's folder, for messages."""
     return getattr(tokenizer, "name_or_path", "") or "the model"

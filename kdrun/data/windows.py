@@ -1,4 +1,4 @@
-"""Plain text as fixed windows over one long list of tokens."""
+"""Split plain text into fixed windows over one long list of tokens."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,18 +17,18 @@ def concatenate(texts: Iterable[str], tokenizer: Any) -> list[int]:
         tokenizer: A Hugging Face tokenizer with an `eos_token_id`.
 
     Raises:
-        InputError: It has none.
+        InputError: The tokenizer has none.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
         raise InputError(
             f"{getattr(tokenizer, 'name_or_path', '') or 'the model'}: its tokenizer has no "
-            "end-of-text token, which has to part documents of plain text; name one as eos_token "
+            "end-of-text token, which must separate documents of plain text; set one as eos_token "
             "in its tokenizer_config.json"
         )
     tokens: list[int] = []
     for text in texts:
-        # `verbose=False`: a document may be longer than the model's context, a window is not.
+        # `verbose=False`: a document may be longer than the model's context, but a window is not.
         encoded = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         tokens.extend(encoded)
         tokens.append(eos)
@@ -36,20 +36,20 @@ def concatenate(texts: Iterable[str], tokenizer: Any) -> list[int]:
 
 
 def window_phase(seed: int, epoch: int, length: int) -> int:
-    """Where the first window of an epoch starts: uniform in `0 .. length - 1`."""
+    """Return where the first window of an epoch starts: uniform in `0 .. length - 1`."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return int(torch.randint(length, (), generator=generator))
 
 
 class TextWindows(Dataset[dict[str, list[int]]]):
-    """Windows of `length` tokens that do not overlap.
+    """Non-overlapping windows of `length` tokens.
 
-    With `phase=True` every epoch cuts the text at other places, so that over the epochs every
-    token is predicted from contexts of every length. The number of windows stays the same: it is
-    the number that fits after the largest phase, and the ragged end is dropped.
+    With `phase=True` every epoch cuts the text at different places, so that over the epochs every
+    token is predicted from contexts of every length. The number of windows is constant: it is
+    the number that fits after the largest phase, and the remainder is dropped.
 
-    A training loop has to call `set_epoch`. Where loader processes persist over epochs they hold
-    copies of the data set, which such a call does not reach.
+    A training loop must call `set_epoch`. Loader processes that persist over epochs have copies
+    of the data set, which such a call does not reach.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class TextWindows(Dataset[dict[str, list[int]]]):
         Args:
             tokens: One list of tokens, such as `concatenate` returns.
             length: Tokens per window.
-            seed: Decides the phases, together with the epoch.
-            phase: Whether the windows move from epoch to epoch; `False` for evaluation.
+            seed: Determines the phases, together with the epoch.
+            phase: Whether the windows shift from epoch to epoch; `False` for evaluation.
 
         Raises:
             ValueError: The tokens do not fill one window.
@@ -82,7 +82,7 @@ class TextWindows(Dataset[dict[str, list[int]]]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Move the windows to their places in an epoch; no effect without `phase`."""
+        """Shift the windows to their positions in an epoch; no effect without `phase`."""
         if self._phase:
             self._start = window_phase(self._seed, epoch, self._length)
 

@@ -1,1 +1,1 @@
-"""Finding, loading and making models and tokenizers."""
+"""Locating, loading and creating models and tokenizers."""

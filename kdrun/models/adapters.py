@@ -1,4 +1,4 @@
-"""Low-rank adapters through peft: put on a student, and described."""
+"""Low-rank adapters through peft: adding them to a student, and describing them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kdrun.config.sections import LoraConfig
 
 INSTALL_PEFT = "pip install 'kdlosses[lora]'"
-# What parts of stacked experts are called in checkpoints.
+# Names of the parts of stacked experts in checkpoints.
 _FORMER = {
     "w1": "gate_up_proj",
     "w3": "gate_up_proj",
@@ -27,10 +27,10 @@ _FORMER = {
 
 
 def check_peft(config: LoraConfig) -> None:
-    """Refuse adapters where peft is not installed; it is not imported yet.
+    """Refuse adapters if peft is not installed, without importing it.
 
     Raises:
-        InputError: with the command that installs it.
+        InputError: peft is not installed; gives the command.
     """
     from importlib.util import find_spec
 
@@ -39,18 +39,18 @@ def check_peft(config: LoraConfig) -> None:
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, base: str, seed: int) -> Any:
-    """Freeze a model and put trainable adapters on it.
+    """Freeze a model and add trainable adapters to it.
 
     Args:
         model: the student.
-        config: with a rank.
+        config: configuration with a rank.
         base: the model's folder or hub id, which is saved with the adapters.
-        seed: of their initial weights. They follow from it alone, whatever random numbers were
+        seed: seed of their initial weights, which depend on nothing else, such as random numbers
             drawn before.
 
     Raises:
-        InputError: a layer that does not exist, the output head, or settings that peft has no
-            adapters for.
+        InputError: a layer that does not exist, the output head, or settings that peft does
+            not support.
     """
     import peft
     from transformers import set_seed
@@ -74,10 +74,10 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, base: str, seed: in
     try:
         with without_advice():
             adapted = peft.get_peft_model(model, settings)
-    except ValueError as error:  # such as dropout or DoRA on stacked experts
+    except ValueError as error:  # for example dropout or DoRA on stacked experts
         reason = " ".join(str(error).split())
         raise InputError(
-            f"lora: peft cannot put such adapters on the student ({reason}); change lora.dropout, "
+            f"lora: peft cannot add these adapters to the student ({reason}); change lora.dropout, "
             "lora.dora or lora.target_modules"
         ) from error
     for kept in adapted.peft_config.values():
@@ -86,10 +86,10 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, base: str, seed: in
 
 
 def _resolve(model: PreTrainedModel, names: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """What peft is to adapt: linear layers by module, experts and routers by parameter.
+    """Return what peft should adapt: linear layers by module, experts and routers by parameter.
 
     Raises:
-        InputError: a name that is neither, or that of the output head.
+        InputError: a name is neither, or is the output head.
     """
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -104,7 +104,7 @@ def _resolve(model: PreTrainedModel, names: tuple[str, ...]) -> tuple[list[str],
         if any(module is head for module in hit):
             raise InputError(
                 f"lora.target_modules: {wanted} is the output head; the losses project with its "
-                "own weight, so that an adapter on it would not be trained; leave it out"
+                "own weight, so an adapter on it would not be trained; remove it"
             )
         if hit:
             modules.append(wanted)
@@ -118,10 +118,10 @@ def _resolve(model: PreTrainedModel, names: tuple[str, ...]) -> tuple[list[str],
 
 
 def _experts_and_routers(model: PreTrainedModel) -> dict[str, str]:
-    """Parameters of a mixture of experts that can be adapted, by the names that may be given.
+    """Return the adaptable parameters of a mixture of experts, by their accepted names.
 
-    Experts are stacked in parameters of three dimensions, and routers are modules of their own, so
-    that neither is a linear layer.
+    Experts are stacked in three-dimensional parameters, and routers are separate modules, so
+    neither is a linear layer.
     """
     import torch
 
@@ -152,7 +152,7 @@ def _no_such_layer(wanted: str, known: list[str]) -> str:
 
 
 def describe_adapters(model: Any, config: LoraConfig) -> str:
-    """Kind, rank, size and places of adapters."""
+    """Describe kind, rank, size and places of adapters."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kind = "DoRA" if config.dora else "LoRA"
     tuner = model.base_model
@@ -166,9 +166,9 @@ def describe_adapters(model: Any, config: LoraConfig) -> str:
 
 @contextmanager
 def without_advice() -> Iterator[None]:
-    """Leave out what peft's own calls bring up, in transformers and in peft: not the user's."""
+    """Suppress warnings caused by peft's own calls, in transformers and in peft."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
-        # Of experts, whose ranks peft itself has set.
+        # About experts, whose ranks peft itself has set.
         warnings.filterwarnings("ignore", ".*_pattern keys did not match", RuntimeWarning)
         yield

@@ -1,4 +1,4 @@
-"""Whether the model below an adapter is the one that the adapter was trained on."""
+"""Check that an adapter's base model is the one that it was trained on."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from kdrun.models.locate import ModelSource
 from kdrun.models.unread import weight_files
 
 BASE_PRINT = "base_model.json"
-"""Beside an adapter: what its base model was."""
+"""File next to an adapter that identifies its base model."""
 _KEY = "weights"
 _BLOCKS, _BLOCK = 1024, 16384
 
 
 def print_weights(source: ModelSource) -> str | None:
-    """A hash of a model's weight files as they lie on disk, of whatever type it is loaded in.
+    """Hash a model's weight files as stored on disk, whatever type they are loaded in.
 
-    A sample of each file is read, so that it takes no time with large models; training changes
-    weights everywhere.
+    Only a sample of each file is read, to be fast for large models; training changes weights
+    everywhere.
 
     Args:
-        source: the model, and adapters on it.
+        source: the model and its adapters.
 
     Returns:
-        The hash; None of a model on the hub, or of one without weights.
+        The hash; None for a model on the hub or without weights.
     """
     files = weight_files(source)
     if not source.is_local or not files:
@@ -45,21 +45,21 @@ def print_weights(source: ModelSource) -> str | None:
 
 
 def keep_base_print(folder: Path, weights: str | None) -> None:
-    """Write down beside an adapter what :func:`print_weights` gave of its base model."""
+    """Save the result of :func:`print_weights` for the base model next to an adapter."""
     if weights is not None:
         write_json(folder / BASE_PRINT, {_KEY: weights})
 
 
 def check_base(source: ModelSource) -> None:
-    """Refuse adapters whose base model holds other weights than they were trained on.
+    """Refuse adapters whose base model has other weights than they were trained on.
 
-    Adapters that nothing was written down beside are taken as they are.
+    Adapters without such a file are accepted.
 
     Args:
         source: the model with its adapters.
 
     Raises:
-        InputError: naming the adapter and the base model.
+        InputError: the weights differ; names the adapter and the base model.
     """
     for number, adapter in enumerate(source.adapters):
         file = Path(adapter) / BASE_PRINT
@@ -73,6 +73,6 @@ def check_base(source: ModelSource) -> None:
         if print_weights(base) not in (None, kept):
             raise InputError(
                 f"{adapter}: the weights of its base model {base} are not those that the adapter "
-                f"was trained on; restore them, or remove {file} if they are the same in other "
-                "files"
+                f"was trained on; restore them, or remove {file} if the same weights are stored "
+                "in other files"
             )

@@ -2,9 +2,9 @@
 
     python -m kdrun.models.build_builtin --output DIR [--steps N] [--seed S]
 
-DIR receives the folders `teacher` and `student`. On one thread of a desktop processor the default
-takes about twenty minutes. The teacher is trained on the training topics and on docstrings of the
-standard library; the held-out topics are seen by neither the tokenizer nor the teacher.
+DIR receives the folders `teacher` and `student`. The default takes about twenty minutes on
+one thread of a desktop processor. The teacher is trained on the training topics and on docstrings
+of the standard library; neither the tokenizer nor the teacher sees the held-out topics.
 """
 
 import argparse
@@ -31,7 +31,7 @@ BATCH_SIZE: Final = 8
 STEPS: Final = 6000
 END_OF_TEXT: Final = "<|endoftext|>"
 
-# `generation` marks what an assistant said, so that only that is supervised. A line break ends the
+# `generation` marks the assistant's words, so that only they are supervised. A line break ends the
 # role because no token crosses it: the prompt alone has the same tokens as in the whole dialogue.
 CHAT_TEMPLATE: Final = (
     "{% for message in messages %}"
@@ -45,7 +45,7 @@ CHAT_TEMPLATE: Final = (
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the training text: every string has an encoding, none is unknown."""
+    """Byte-level BPE over the training text: every string can be encoded, no token is unknown."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -80,7 +80,7 @@ def student_config() -> LlamaConfig:
 def held_out_cross_entropy(
     model: Any, tokens: Sequence[int], length: int = WINDOW, batch_size: int = 16
 ) -> float:
-    """Mean cross-entropy, in nats per token, over windows that do not overlap."""
+    """Return the mean cross-entropy, in nats per token, over non-overlapping windows."""
     windows = TextWindows(tokens, length, phase=False)
     total, count = 0.0, 0
     with torch.inference_mode():
@@ -129,22 +129,22 @@ def train_teacher(windows: TextWindows, steps: int, seed: int) -> LlamaForCausal
         )
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
-    # The trainer switches the cache off in the configuration, where it would slow generation.
+    # The trainer disables the cache in the configuration, which would slow down generation.
     model.config.use_cache = True
     return model.eval()
 
 
 def build(output: Path, steps: int = STEPS, seed: int = 0) -> dict[str, object]:
-    """Write `output/teacher` and `output/student`; return the record that stands beside them."""
+    """Write `output/teacher` and `output/student`; return the record saved with them."""
     text = load_text()
     docstrings = standard_library_docstrings(text.held_out)
     tokenizer = train_tokenizer(text.train)
     # Each topic once: a teacher that saw them three times an epoch had the same held-out
-    # cross-entropy, but knew by heart what the student trains on, and taught much less.
+    # cross-entropy, but had memorised the student's training text and taught much less.
     tokens = concatenate([*text.train, *docstrings], tokenizer)
     model = train_teacher(TextWindows(tokens, WINDOW, seed=seed), steps, seed)
 
-    # Measured after rounding, as the teacher will be used: stored in bfloat16, loaded as float32.
+    # Measured after rounding, as the teacher is used: stored in bfloat16, loaded as float32.
     rounded = model.to(torch.bfloat16).to(torch.float32)
     held_out = concatenate(text.held_out, tokenizer)
     record = _record(text, docstrings, steps, seed, held_out_cross_entropy(rounded, held_out))
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class _Progress(transformers.TrainerCallback):
-    """One line per log step."""
+    """Print one line per log step."""
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs["logs"]
@@ -192,7 +192,7 @@ def _llama(hidden_size: int, intermediate_size: int, layers: int, heads: int) ->
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        # Narrow layers learn faster from larger weights than the usual 0.02.
+        # Narrow layers learn faster with larger initial weights than the usual 0.02.
         initializer_range=0.06,
         max_position_embeddings=1024,
         tie_word_embeddings=True,

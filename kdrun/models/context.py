@@ -1,4 +1,4 @@
-"""How long a row a model can read."""
+"""The context length of models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kdrun.models.locate import ModelSource
 
 
 def load_model_config(source: ModelSource, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model; no weights are read.
+    """Return the configuration of a model, without reading weights.
 
     Raises:
         InputError: it cannot be loaded.
@@ -26,38 +26,38 @@ def load_model_config(source: ModelSource, trust_remote_code: bool = False) -> A
 
 
 def context_limit(config: Any) -> int | None:
-    """The longest row that a model was made for; None where it has no limit.
+    """Return the maximum row length of a model; None if it has no limit.
 
     Args:
-        config: of transformers.
+        config: configuration of transformers.
     """
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
     rope = getattr(text, "rope_parameters", None) or {}
-    # YaRN and the like stretch the positions; most configurations state the stretched length.
+    # YaRN and similar methods stretch positions; most configurations state the stretched length.
     if isinstance(rope, dict) and rope.get("original_max_position_embeddings") == limit:
         limit = int(limit * (rope.get("factor") or 1))
     return limit
 
 
 def check_length(source: ModelSource, max_length: int, trust_remote_code: bool = False) -> None:
-    """Refuse rows that are longer than a model's context; no weights are read.
+    """Refuse rows that are longer than a model's context, without reading weights.
 
     Raises:
-        InputError: with the length that is possible.
+        InputError: the rows are too long; gives the maximum.
     """
     limit = context_of(source, trust_remote_code)
     if limit is not None and max_length > limit:
         raise InputError(
-            f"data.max_length={max_length}: the context of {source} holds {limit} tokens; give "
-            f"--max-length {limit} or less"
+            f"data.max_length={max_length}: the context of {source} is limited to {limit} tokens; "
+            f"pass --max-length {limit} or less"
         )
 
 
 def context_of(source: ModelSource, trust_remote_code: bool = False) -> int | None:
-    """As `context_limit`, of a model that is not loaded; no weights are read.
+    """Like `context_limit`, for a model that is not loaded; no weights are read.
 
     Raises:
         InputError: its configuration cannot be loaded.

@@ -1,4 +1,4 @@
-"""The tokens that end answers, and generation settings that say so to every server."""
+"""The tokens that end answers, and their entry in the generation settings."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 _LOOKED_AT = 1000
 _USUAL = 0.05
-"""Answers of which share end with a token that the student is taught to end with."""
+"""Minimum share of answers that end with a token for the student to learn it."""
 
 
 def own_ends(model: PreTrainedModel) -> set[int]:
-    """The tokens that end a text of a model, by its own generation settings."""
+    """Return the tokens that end a model's text, by its own generation settings."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     return set(ids if isinstance(ids, list) else [ids]) - {None}
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an answer: the tokenizer's, the model's, and the chat template's."""
+    """Return the tokens that end an answer, from tokenizer, model and chat template."""
     from kdrun.data.encode import encode_chats
     from kdrun.data.formats import ChatRow
     from kdrun.data.records import Position
@@ -36,7 +36,7 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
     turn = ChatRow((Message("user", "a"), Message("assistant", "b")), Position("", 0))
     try:
         example = encode_chats([turn], tokenizer, 1 << 20).examples[0]
-    except InputError:  # a template that refuses so short a conversation
+    except InputError:  # a template that rejects such a short conversation
         return found - {None}
     answer = [label for label in example["labels"] if label >= 0]
     if answer[-1] in tokenizer.added_tokens_decoder:
@@ -47,7 +47,7 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
 def taught_ends(
     examples: Iterable[Mapping[str, Sequence[int]]], tokenizer: PreTrainedTokenizerBase
 ) -> set[int]:
-    """The special tokens that answers end with, of those that the first rows supervise."""
+    """Return the special tokens that end answers in the first rows."""
     special = set(special_tokens(tokenizer).values())
     found: Counter[int] = Counter()
     for example in islice(examples, _LOOKED_AT):
@@ -62,18 +62,18 @@ def taught_ends(
 
 
 def settle_generation(model: PreTrainedModel, ends: set[int], pad: int | None) -> list[str]:
-    """Write the end tokens into a model's generation settings, and mend what cannot be saved.
+    """Add the end tokens to a model's generation settings, and fix settings that cannot be saved.
 
-    A server that knows nothing of kdrun stops where the student was taught to stop, since the
-    settings are saved with it.
+    The settings are saved with the student, so that any server stops where the student was
+    trained to stop.
 
     Args:
-        model: the student; its settings are changed.
+        model: the student, whose settings are changed.
         ends: the tokens that its answers end with.
-        pad: the padding token, for models that name none.
+        pad: the padding token, for models without one.
 
     Returns:
-        What was mended, a line each.
+        The fixes, one line each.
     """
     from transformers import GenerationConfig
 
@@ -87,12 +87,12 @@ def settle_generation(model: PreTrainedModel, ends: set[int], pad: int | None) -
     problem = _problem(settings)
     if problem is None:
         return []
-    if not settings.do_sample:  # settings of sampling without it: whoever wrote them samples
+    if not settings.do_sample:  # sampling settings imply sampling
         settings.do_sample = True
         if _problem(settings) is None:
             return [
-                "generation settings of the student: those of sampling are there without "
-                "do_sample, which cannot be saved; do_sample=true is added"
+                "generation settings of the student: sampling settings without do_sample "
+                "cannot be saved; do_sample=true is added"
             ]
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     model.generation_config = GenerationConfig(**{name: getattr(settings, name) for name in names})
@@ -103,7 +103,7 @@ def settle_generation(model: PreTrainedModel, ends: set[int], pad: int | None) -
 
 
 def _problem(settings: Any) -> str | None:
-    """Why settings cannot be saved, or None."""
+    """Return why settings cannot be saved, or None."""
     try:
         settings.validate(strict=True)
     except ValueError as error:

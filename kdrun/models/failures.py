@@ -1,4 +1,4 @@
-"""What transformers raises when a model cannot be loaded, as one line for the user."""
+"""Errors of transformers when a model cannot be loaded, as one line for the user."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def one_clear_line(source: ModelSource, what: str) -> Iterator[None]:
         what: Its kind, such as "model" or "tokenizer".
 
     Raises:
-        InputError: In place of the error, which is its cause.
+        InputError: Instead of the error, which is its cause.
     """
     from safetensors import SafetensorError
 
@@ -30,7 +30,7 @@ def one_clear_line(source: ModelSource, what: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise InputError(_line(source, what, error)) from error
     except RuntimeError as error:
-        # Wrong shapes in a file are the user's matter; a device out of memory is not.
+        # Wrong shapes in a file are input errors; a device out of memory is not.
         if "size mismatch" not in str(error) and "mismatched" not in str(error):
             raise
         raise InputError(_line(source, what, error)) from error
@@ -41,17 +41,17 @@ def _line(source: ModelSource, what: str, error: Exception) -> str:
     if "trust_remote_code" in text:
         return (
             f"{source}: the {what} needs Python code that comes with it, which kdrun does not run "
-            "unasked; where you trust it, add --set model.trust_remote_code=true"
+            "by default; if you trust it, pass --set model.trust_remote_code=true"
         )
     if "couldn't connect" in text or "valid model identifier" in text:
         if source.is_local:
-            return f"{source} holds no usable {what}"
+            return f"{source} contains no usable {what}"
         return (
             f"{source}: no such folder or file{did_you_mean(Path(source.path))}, and no model of "
             "this name is on the hub or in its cache (is the hub reachable?)"
         )
     if "no file named" in text or "does not appear to have a file named" in text:
-        return f"{source} has no weights; it needs model.safetensors beside config.json"
+        return f"{source} has no weights; it needs model.safetensors next to config.json"
     if unfit := re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", text):
         return f"{source} is not a causal language model ({unfit[1]})"
     if unknown := re.search(r"has model type `([^`]*)` but", text):
@@ -60,8 +60,8 @@ def _line(source: ModelSource, what: str, error: Exception) -> str:
             "upgrade transformers"
         )
     if source.gguf_file and isinstance(error, ImportError):
-        return f"{source}: GGUF files need two packages more: pip install 'kdlosses[gguf]'"
+        return f"{source}: GGUF files need two more packages: pip install 'kdlosses[gguf]'"
     if "backend tokenizer" in text:
-        return f"{source} holds no tokenizer that can be read; save one into the folder"
+        return f"{source} contains no readable tokenizer; save one in the folder"
     reason = (text.strip() or type(error).__name__).splitlines()[0]
     return f"{source}: the {what} cannot be loaded ({reason})"

@@ -1,4 +1,4 @@
-"""Text from a model: batches of prompts to token ids, and one answer for a look at a student."""
+"""Text generation: batches of prompts, and single answers to inspect a student."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def generate(
 ) -> list[list[int]]:
     """Continue prompts, in batches of similar length padded on the left.
 
-    Nothing is inherited from the model's generation settings but its end-of-text tokens: a
-    repetition penalty that a model brings along would make answers another model's.
+    Of the model's generation settings, only the end-of-text tokens are used: a repetition penalty,
+    for example, would change the distribution of answers.
 
     Args:
-        model: in evaluation mode meanwhile; no gradient is recorded.
-        tokenizer: gives padding and end tokens.
-        prompts: token ids; none is empty.
-        max_new_tokens: where a continuation is cut.
-        sampling_temperature: 0 takes the most likely token; else the whole distribution is
+        model: temporarily in evaluation mode; no gradient is recorded.
+        tokenizer: provides padding and end tokens.
+        prompts: token ids, none empty.
+        max_new_tokens: maximum length of a continuation.
+        sampling_temperature: 0 takes the most likely token; otherwise the full distribution is
             sampled at this temperature, with torch's global generator.
-        batch_size: prompts at once.
+        batch_size: prompts per batch.
 
     Returns:
         The new ids of each prompt, in the order of the prompts, without the end token.
@@ -90,10 +90,10 @@ def encode_prompt(
     messages: Sequence[Message],
     rendering: Rendering = USUAL_RENDERING,
 ) -> list[int]:
-    """The ids that a model is given to answer a conversation, exactly as in training.
+    """Return the prompt ids for a model's answer to a conversation, exactly as in training.
 
     Raises:
-        BadRowError: the chat template refuses the conversation.
+        BadRowError: the chat template rejects the conversation.
         InputError: neither the chat template nor the tokenizer has an end for earlier answers.
     """
     text = ChatRenderer(tokenizer, rendering).render_prompt(messages)
@@ -113,15 +113,15 @@ def answer(
 
     Args:
         model_name: a model's folder or hub id, a run's folder, or 'builtin'.
-        prompt: the user's message; given as it is to a model without a chat template.
-        max_new_tokens: where the answer is cut.
+        prompt: the user's message; passed unchanged to a model without a chat template.
+        max_new_tokens: maximum length of the answer.
         sampling_temperature: 0 takes the most likely token.
-        seed: of the sampling.
+        seed: seed of the sampling.
         trust_remote_code: run Python code that comes with the model.
-        say: is told what of the model's files is not used, a line each; None tells nobody.
+        say: called with a line for each unused file of the model; None reports nothing.
 
     Yields:
-        The text, so far all at once.
+        The text, currently all at once.
 
     Raises:
         InputError: no such model, or an empty prompt.
@@ -137,7 +137,7 @@ def answer(
         else:
             ids = list(tokenizer(prompt)["input_ids"])
         if not ids:
-            raise InputError("--prompt is empty; give the model something to answer")
+            raise InputError("--prompt is empty; pass a text to answer")
         torch.manual_seed(seed)
         (new,) = generate(
             model,
@@ -150,10 +150,10 @@ def answer(
 
 
 def find_model(name: str) -> ModelSource:
-    """Where a model is that is looked at: as for training, or the student of a run's folder.
+    """Locate a model to inspect: as for training, or the student in a run's folder.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no model.
     """
     if name == BUILT_IN:
         return ModelSource(str(TEACHER_DIR))
@@ -164,7 +164,7 @@ def find_model(name: str) -> ModelSource:
 
 @contextmanager
 def _for_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and no generation settings of the model's own, for a while."""
+    """Temporarily set evaluation mode and default generation settings."""
     from transformers import GenerationConfig
 
     training, own = model.training, model.generation_config

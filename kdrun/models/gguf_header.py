@@ -1,4 +1,4 @@
-"""One number out of the head of a GGUF file, without the seconds that reading all of it takes."""
+"""Read one number from the header of a GGUF file, much faster than the whole file."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import BinaryIO
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
-_LONGEST_KEY = 2**16  # as the format has it; a damaged length would take all memory
-# Of the types of values, the format and the size of those that have one.
+_LONGEST_KEY = 2**16  # limit of the format; a damaged length would take all memory
+# Format and size of each value type of fixed size.
 _FORMATS = {
     0: "B",
     1: "b",
@@ -26,16 +26,16 @@ _FORMATS = {
 
 
 def context_length(file: Path) -> int | None:
-    """The longest row that a GGUF file's model was made for; None where the file does not tell.
+    """Return the maximum row length of a GGUF file's model; None if the file does not state it.
 
     Args:
-        file: little-endian, of version 2 or later, as they are today.
+        file: little-endian, version 2 or later, as all current files are.
     """
     try:
         with open(file, "rb") as stream:
             if stream.read(4) != _MAGIC or _number(stream, "I") < 2:
                 return None
-            _number(stream, "Q")  # the count of tensors
+            _number(stream, "Q")  # the number of tensors
             for _ in range(_number(stream, "Q")):
                 key = stream.read(min(_number(stream, "Q"), _LONGEST_KEY))
                 kind = _number(stream, "I")
@@ -43,7 +43,7 @@ def context_length(file: Path) -> int | None:
                     return _number(stream, _FORMATS[kind])
                 _skip(stream, kind)
     except (OSError, struct.error, KeyError, ValueError, OverflowError, RecursionError):
-        return None  # a damaged file is told of where it is loaded
+        return None  # damage is reported when the file is loaded
     return None
 
 

@@ -1,8 +1,8 @@
-"""A model as backbone and output head, so that its logits need never exist as a whole.
+"""Split a model into backbone and output head, so that its logits need never exist in full.
 
-The model is called as always, through whatever wraps it (DDP, FSDP, peft): its own ``forward`` is
-replaced by one that runs the backbone and then calls the head with the head's ``forward`` swapped
-for the consumer of hidden states and weight. So hooks gather and reduce as they always do.
+The model is called as usual, through any wrapper (DDP, FSDP, peft): its own ``forward`` is
+replaced by one that runs the backbone and then calls the head, whose ``forward`` is replaced by
+the consumer of hidden states and weight. Hooks therefore gather and reduce as usual.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ Consumer = Callable[["Logits | Projected"], dict[str, "Tensor"]]
 
 _CONSUME = "consume_logits"
 BALANCING = "aux_loss"
-"""In what a call returns, the load-balancing loss of a mixture of experts."""
+"""Key of the load-balancing loss of a mixture of experts in the outputs."""
 _TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class HeadSplit:
-    """How a model makes logits from its last hidden states.
+    """How a model computes logits from its last hidden states.
 
     Attributes:
         logit_scale: factor on the head's output.
         softcap: bound of the scaled output, or None.
-        reason: why the model cannot be split; None where it can.
+        reason: why the model cannot be split; None if it can.
     """
 
     logit_scale: float = 1.0
@@ -45,22 +45,22 @@ class HeadSplit:
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
-    """The innermost causal language model, below peft."""
+    """Return the innermost causal language model, below peft."""
     inner: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inner
 
 
 def find_split(model: nn.Module) -> HeadSplit:
-    """Read a model's post-processing from its configuration and compare it with the model itself.
+    """Read a model's post-processing from its configuration and verify it on the model.
 
-    The probe makes the head return known numbers for a short row. What the model gives back must
-    be what the table says, and what the head was given must be the backbone's output.
+    The probe makes the head return known numbers for a short row. The model's output must match
+    the table, and the head's input must be the backbone's output.
 
     Args:
         model: a causal language model, on any device.
 
     Returns:
-        The split; with a ``reason`` where the logits have to be made by the model.
+        The split; with a ``reason`` if the model itself must compute the logits.
     """
     import torch
 
@@ -76,7 +76,7 @@ def find_split(model: nn.Module) -> HeadSplit:
     try:
         with torch.no_grad():
             problem = _probe(inner, head, split)
-    except Exception as error:  # any failure of a foreign forward means: do not rely on the split
+    except Exception as error:  # any failure of the model's forward rules out the split
         problem = f"the probe of its head failed ({type(error).__name__}: {error})"
     finally:
         inner.train(training)
@@ -84,7 +84,7 @@ def find_split(model: nn.Module) -> HeadSplit:
 
 
 def _tabulated(config: Any) -> tuple[float, float | None]:
-    """Scale and soft cap by the names under which configurations carry them."""
+    """Return scale and soft cap, by their names in configurations."""
     scale = 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         scale *= getattr(config, name, None) or 1.0
@@ -113,7 +113,7 @@ def _probe(model: PreTrainedModel, head: nn.Linear, split: HeadSplit) -> str | N
         scaled = split.softcap * torch.tanh(scaled / split.softcap)
     tolerance = _TOLERANCE if head.weight.dtype == torch.float32 else 2e-2
     if not torch.allclose(logits.float(), scaled, rtol=tolerance, atol=tolerance):
-        return "it changes its logits in a way that is not known here"
+        return "it changes its logits in a way that kdrun does not recognise"
     if len(seen) != 1 or not torch.allclose(seen[0], hidden, rtol=tolerance, atol=tolerance):
         return "its head is not applied to the backbone's last hidden states"
     return None
@@ -121,7 +121,7 @@ def _probe(model: PreTrainedModel, head: nn.Linear, split: HeadSplit) -> str | N
 
 @contextmanager
 def _swapped(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace a module's ``forward`` for a while; hooks on the module still run."""
+    """Temporarily replace a module's ``forward``; hooks on the module still run."""
     previous = vars(module).get("forward")
     module.forward = forward
     try:
@@ -134,14 +134,14 @@ def _swapped(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def install(model: nn.Module, split: HeadSplit, balanced: bool = False) -> None:
-    """Teach a model's ``forward`` the keyword ``consume_logits``; without it nothing changes.
+    """Add the keyword ``consume_logits`` to a model's ``forward``; calls without it are unchanged.
 
-    To be done before the model is wrapped or prepared, so that wrappers call the new ``forward``.
+    Call this before the model is wrapped or prepared, so that wrappers use the new ``forward``.
 
     Args:
         model: a causal language model.
-        split: how it makes logits.
-        balanced: let calls in training mode return the load-balancing loss of its experts too.
+        split: how it computes logits.
+        balanced: also return the load-balancing loss of its experts in training mode.
     """
     inner = causal_lm(model)
     original = inner.forward
@@ -160,13 +160,13 @@ def install(model: nn.Module, split: HeadSplit, balanced: bool = False) -> None:
         result = consume(Logits(outputs.logits))
         return {**result, BALANCING: outputs.aux_loss} if wants_routers else result
 
-    # The signature decides which columns transformers passes on and which arguments peft accepts.
+    # The signature decides which columns transformers passes and which arguments peft accepts.
     forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     inner.forward = forward
 
 
 def uninstall(model: nn.Module) -> None:
-    """Give the model its class's ``forward`` back."""
+    """Restore the ``forward`` of the model's class."""
     vars(causal_lm(model)).pop("forward", None)
 
 
@@ -178,7 +178,7 @@ def _consume(
     wants_routers: bool,
 ) -> dict[str, Tensor]:
     accepted = {*inspect.signature(type(model.base_model).forward).parameters}
-    if wants_routers:  # backbones take it among their keyword arguments
+    if wants_routers:  # backbones accept it as a keyword argument
         accepted.add("output_router_logits")
     wanted = {name: value for name, value in inputs.items() if name in accepted}
     outputs = model.base_model(**wanted, use_cache=False)
@@ -204,9 +204,9 @@ def call(
     attention_mask: Tensor | None = None,
     **inputs: Any,
 ) -> dict[str, Tensor]:
-    """Call a model on which :func:`install` was done; the outermost wrapper may be given.
+    """Call a model prepared by :func:`install`, or its outermost wrapper.
 
-    Packed rows come without a mask: ``position_ids`` tell their examples apart.
+    Packed rows have no mask: ``position_ids`` separate their examples.
     """
     result: dict[str, Tensor] = model(
         input_ids=input_ids, attention_mask=attention_mask, **inputs, **{_CONSUME: consume}
@@ -215,12 +215,12 @@ def call(
 
 
 class Teacher(Protocol):
-    """Where the teacher's side of a batch comes from: a live model, or a cache of one."""
+    """Source of the teacher's side of a batch: a live model or a cache."""
 
     split: HeadSplit
 
     def to(self, device: torch.device) -> None:
-        """Move to the device of the batches."""
+        """Move to the batches' device."""
 
     def source(
         self,
@@ -230,18 +230,18 @@ class Teacher(Protocol):
         shift_labels: Tensor,
         **inputs: Any,
     ) -> Any:
-        """A teacher for :class:`kdlosses.KDObjective`, right at the supervised positions."""
+        """Return a teacher for :class:`kdlosses.KDObjective`, valid at the supervised positions."""
 
 
 class FrozenTeacher:
-    """A teacher: in eval mode whatever happens around it, without gradients, in no optimiser.
+    """A teacher that stays in eval mode, without gradients and outside any optimiser.
 
-    It is no ``nn.Module`` on purpose, so that it can never become part of the student, its
+    It is deliberately not an ``nn.Module``, so that it can never become part of the student, its
     optimiser or its checkpoints.
 
     Args:
         model: the teacher's model.
-        split: how it makes logits.
+        split: how it computes logits.
     """
 
     def __init__(self, model: PreTrainedModel, split: HeadSplit) -> None:
@@ -260,10 +260,10 @@ class FrozenTeacher:
         shift_labels: Tensor | None = None,
         **inputs: Any,
     ) -> Any:
-        """Where the teacher's logits of a batch come from (:class:`kdlosses.Projected` or logits).
+        """Return the source of the teacher's logits (:class:`kdlosses.Projected` or logits).
 
-        The projection itself happens later, a chunk at a time. ``shift_labels`` are no input of
-        the model: it answers for every position, where a cache has the supervised ones only.
+        The projection itself happens later, chunk by chunk. ``shift_labels`` are not passed to the
+        model, which covers every position; a cache has only the supervised ones.
         """
         import torch
 

@@ -1,7 +1,7 @@
-"""A student made of some of the teacher's layers.
+"""Initialise a student from some of the teacher's layers.
 
 The layers are evenly spaced, the first and the last among them; a student of one layer keeps the
-first, the one that reads the embeddings. Everything else - embeddings, final norm, head, tokenizer,
+first, which reads the embeddings. Everything else - embeddings, final norm, head, tokenizer,
 chat template, generation settings - is the teacher's.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LAYER_LISTS = ("layers", "h")
-# Entries of a configuration that list layers by index, and those that count the first layers.
+# Configuration entries that list layers by index, and those that count the first layers.
 _INDEX_LISTS = (
     "cross_attention_layers",
     "full_attn_idxs",
@@ -34,19 +34,19 @@ _INDEX_LISTS = (
     "rope_scaling_layers",
 )
 _FIRST_COUNTS = ("first_k_dense_replace", "max_window_layers")
-# What tells a layer its place; all else that two copies of a layer hold must agree.
+# Attributes that depend on a layer's index; all others must agree in two copies of a layer.
 _PLACES = frozenset({"layer_idx", "layer_id", "layer_number", "training"})
 
 
 @dataclass(frozen=True)
 class InitialStudent:
-    """What was made.
+    """The new student.
 
     Attributes:
-        folder: Where the student lies.
-        kept_layers: The indices of the teacher's layers that it is made of.
-        teacher_layers: How many the teacher has.
-        parameters: The student's parameters, tied ones counted once.
+        folder: The student's folder.
+        kept_layers: The indices of the teacher's layers that it contains.
+        teacher_layers: Number of layers of the teacher.
+        parameters: Number of parameters of the student, tied ones counted once.
     """
 
     folder: Path
@@ -62,24 +62,24 @@ def init_student(
     trust_remote_code: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> InitialStudent:
-    """Make a student of evenly spaced layers of a teacher, and save it as a plain folder.
+    """Create a student from evenly spaced layers of a teacher, and save it as a folder.
 
     Args:
         teacher: A folder, a GGUF file, or a hub name.
-        keep_layers: How many layers the student has, from 1 to the teacher's number.
+        keep_layers: Number of layers of the student, from 1 to the teacher's number.
         output: A folder that does not exist or is empty.
         trust_remote_code: Run Python code that comes with the teacher.
-        say: Is told what of the teacher's files is not used, a line each; None tells nobody.
+        say: Called with a line for each unused file of the teacher; None reports nothing.
 
     Raises:
         InputError: The teacher cannot be loaded or taken apart, `keep_layers` is out of range, or
-            the output folder is not empty. Nothing is written then.
+            the output folder is not empty. Nothing is written in that case.
     """
     source = teacher if isinstance(teacher, ModelSource) else locate_model(teacher)
     folder = expand_home(output)
     _check_free(folder)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    # A folder keeps the type that it is stored in; a GGUF file holds no type to keep.
+    # A folder keeps its stored data type; a GGUF file has no such type.
     dtype = "float32" if source.gguf_file else "auto"
     model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code, say=say)
     layers = model.config.get_text_config().num_hidden_layers
@@ -93,13 +93,13 @@ def init_student(
 
 def _check_free(folder: Path) -> None:
     if folder.is_file():
-        raise InputError(f"{folder} is a file; name a folder for the student")
+        raise InputError(f"{folder} is a file; choose a folder for the student")
     if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty; name another folder for the student")
+        raise InputError(f"{folder} is not empty; choose another folder for the student")
 
 
 def spaced_layers(layers: int, keep: int) -> tuple[int, ...]:
-    """Indices of evenly spaced layers, with the first and, from two on, the last.
+    """Return indices of evenly spaced layers, including the first and, if several, the last.
 
     Example:
         >>> spaced_layers(30, 10)
@@ -115,14 +115,14 @@ def spaced_layers(layers: int, keep: int) -> tuple[int, ...]:
     if keep == 1:
         return (0,)
     gaps = keep - 1
-    # Rounds half up in whole numbers; Python's round() goes to the even side.
+    # Rounds half up in integers; Python's round() rounds half to even.
     return tuple((2 * i * (layers - 1) + gaps) // (2 * gaps) for i in range(keep))
 
 
 def keep_only(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """Make a model of some of another's layers.
+    """Create a model from some of another model's layers.
 
-    The new model is built from its configuration, so that every layer knows its new place, and then
+    The new model is built from its configuration, so that every layer has its new index, and then
     compared with the old one layer by layer.
 
     Args:
@@ -130,7 +130,7 @@ def keep_only(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
         kept: The indices of the layers to keep, ascending.
 
     Raises:
-        InputError: The layers are not found, or one would behave otherwise in its new place.
+        InputError: The layers are not found, or one would behave differently at its new index.
     """
     prefix = _find_layers(model)
     config = copy.deepcopy(model.config)
@@ -143,14 +143,15 @@ def keep_only(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
         )
         if changed:
             raise InputError(
-                f"{type(model).__name__}: layer {old} of the teacher would behave otherwise as "
-                f"layer {new} of the student ({changed[0]}); this kind of model cannot be cut"
+                f"{type(model).__name__}: layer {old} of the teacher would behave differently "
+                f"as layer {new} of the student ({changed[0]}); layers of this kind of model "
+                "cannot be removed"
             )
     return student
 
 
 def _find_layers(model: PreTrainedModel) -> str:
-    """The name of the list of decoder layers."""
+    """Return the name of the list of decoder layers."""
     from torch.nn import ModuleList
 
     count = model.config.get_text_config().num_hidden_layers
@@ -164,13 +165,14 @@ def _find_layers(model: PreTrainedModel) -> str:
     if len(found) != 1:
         raise InputError(
             f"{type(model).__name__}: {'no' if not found else 'more than one'} list of {count} "
-            "decoder layers called 'layers' or 'h'; init-student cannot cut this kind of model"
+            "decoder layers called 'layers' or 'h'; init-student cannot remove layers from this "
+            "kind of model"
         )
     return found[0]
 
 
 def _keep_in_config(config: Any, kept: Sequence[int]) -> None:
-    """Set the number of layers, and everything that a configuration says layer by layer."""
+    """Set the number of layers, and all per-layer entries of a configuration."""
     layers = config.num_hidden_layers
     new_place = {old: new for new, old in enumerate(kept)}
     changes: dict[str, Any] = {}
@@ -182,7 +184,7 @@ def _keep_in_config(config: Any, kept: Sequence[int]) -> None:
         elif isinstance(value, list) and len(value) == layers and _is_by_layer(name):
             changes[name] = [value[old] for old in kept]
     if "attention_layers" in changes and hasattr(config, "attention_types"):
-        # GPT-Neo writes the same list again in a compressed form, and reads only that.
+        # GPT-Neo repeats the list in a compressed form, and reads only that.
         changes["attention_types"] = [[[kind], 1] for kind in changes["attention_layers"]]
     for name, value in changes.items():
         setattr(config, name, value)
@@ -190,7 +192,7 @@ def _keep_in_config(config: Any, kept: Sequence[int]) -> None:
 
 
 def _is_by_layer(name: str) -> bool:
-    """Whether a list as long as there are layers may have one entry for each; names do not lie."""
+    """Return whether a list with as many entries as layers is per layer, judging by its name."""
     return name != "architectures" and "token" not in name
 
 
@@ -210,7 +212,7 @@ def _keep_in_weights(
 
 
 def _traits(model: PreTrainedModel, layer: str) -> dict[str, Any]:
-    """Everything plain that a layer and its parts hold: windows, scales, kinds, sizes."""
+    """Return all plain attributes of a layer and its parts: windows, scales, kinds, sizes."""
     root = model.get_submodule(layer)
     return {
         f"{name}.{attribute}".lstrip("."): value

@@ -28,20 +28,19 @@ def load_model(
     """Load a causal language model with all its weights.
 
     Args:
-        source: Where it is.
-        dtype: The type of its weights; ``auto`` keeps that of the checkpoint.
+        source: Its location.
+        dtype: The data type of its weights; ``auto`` keeps that of the checkpoint.
         trust_remote_code: Run Python code that comes with the model.
-        device: Where to put it; the CPU by default.
-        say: Is told what of the model's files is not used, a line each; None tells nobody.
+        device: Its device; the CPU by default.
+        say: Called with a line for each unused file of the model; None reports nothing.
 
     Returns:
-        The model in evaluation mode, adapters merged into its weights. One from a GGUF file is
-        dequantised, and is then a model like any other: it can be trained and saved.
+        The model in evaluation mode, with adapters merged into its weights. One from a GGUF file is
+        dequantised, so that it can be trained and saved like any other.
 
     Raises:
-        InputError: It cannot be loaded, is not a causal language model, misses weights, is
-            quantised by a method that is not known, or is not the one that an adapter was trained
-            on.
+        InputError: It cannot be loaded, is not a causal language model, lacks weights, is
+            quantised by an unknown method, or is not the one that an adapter was trained on.
     """
     from transformers import AutoModelForCausalLM
 
@@ -73,14 +72,14 @@ def load_model(
 
 
 def _tell_nobody(line: str) -> None:
-    """Takes the place of a listener."""
+    """Discard a line."""
 
 
 def _gguf_options(gguf_file: str) -> dict[str, Any]:
     import transformers
 
-    # Without this a GGUF model counts as quantised, even where its weights had to be unpacked:
-    # it could be neither trained nor saved. Versions that lack the option always unpack.
+    # Without this a GGUF model counts as quantised, even if its weights were unpacked, and could
+    # be neither trained nor saved. Versions without the option always unpack.
     packed_config = getattr(transformers, "GgufConfig", None)
     options: dict[str, Any] = {"gguf_file": gguf_file}
     if packed_config is not None:
@@ -89,26 +88,26 @@ def _gguf_options(gguf_file: str) -> dict[str, Any]:
 
 
 def _check_complete(source: ModelSource, info: dict[str, Any]) -> None:
-    """Refuse weights that transformers has filled in at random."""
+    """Refuse weights that transformers has initialised at random."""
     missing = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
     if missing:
         raise InputError(
             f"{source}: the checkpoint lacks {len(missing)} of the model's weights, such as "
-            f"{missing[0]}; it is broken, or not that of a causal language model"
+            f"{missing[0]}; it is broken, or not a causal language model"
         )
 
 
 def _check_causal(source: ModelSource, model: PreTrainedModel) -> None:
-    """Refuse models that read a text in both directions, which transformers loads all the same."""
+    """Refuse bidirectional models, which transformers loads nevertheless."""
     architectures = model.config.architectures or []
     if any(name.endswith("ForMaskedLM") for name in architectures):
         raise InputError(f"{source} is not a causal language model ({architectures[0]})")
 
 
 def _check_quantization(source: ModelSource, model: PreTrainedModel) -> None:
-    """Refuse numbers that a method of quantisation has packed, and transformers not unpacked.
+    """Refuse quantised weights that transformers has not unpacked.
 
-    Where it does not know the method, it takes them for weights.
+    If it does not know the method, it treats the packed numbers as weights.
     """
     settings = getattr(model.config, "quantization_config", None)
     if settings is None or getattr(model, "hf_quantizer", None) is not None:
@@ -116,19 +115,19 @@ def _check_quantization(source: ModelSource, model: PreTrainedModel) -> None:
     method = settings.get("quant_method") if isinstance(settings, dict) else type(settings).__name__
     raise InputError(
         f"{source}: its weights are quantised by the method {method!r}, which this version of "
-        "transformers does not know; give a checkpoint that is not quantised, or, if this one is "
+        "transformers does not know; pass a checkpoint that is not quantised, or, if this one is "
         "not, remove quantization_config from its config.json"
     )
 
 
 def _settle_tying(source: ModelSource, model: PreTrainedModel) -> list[str]:
-    """Let the configuration say whether embeddings and head are one matrix, as they are.
+    """Make the configuration state whether embeddings and head actually are one matrix.
 
-    A program that believes it would else drop the head of a student that is saved with it. Two
-    matrices with equal values become one again.
+    Otherwise programs that rely on it would drop the head of a saved student. Two matrices with
+    equal values are tied again.
 
     Returns:
-        A line where they are two and the configuration says one.
+        A line if they are two and the configuration says one.
     """
     import torch
 
@@ -148,20 +147,20 @@ def _settle_tying(source: ModelSource, model: PreTrainedModel) -> list[str]:
         return []
     config.tie_word_embeddings = model.config.tie_word_embeddings = False
     return [
-        f"{source}: its head is not its embeddings, though its config.json says so; what is saved "
-        "of it says tie_word_embeddings: false"
+        f"{source}: its head is not tied to its embeddings, although its config.json says so; it "
+        "is saved with tie_word_embeddings: false"
     ]
 
 
 def rebuild(
     model: PreTrainedModel, config: Any, state_dict: dict[str, torch.Tensor]
 ) -> PreTrainedModel:
-    """Make a model of the same class from a configuration and weights, tied as they were.
+    """Create a model of the same class from a configuration and weights, tied as before.
 
     Args:
-        model: Gives the class, the data type and the generation settings.
+        model: Provides the class, the data type and the generation settings.
         config: The configuration of the new model.
-        state_dict: Its weights, all of them.
+        state_dict: All its weights.
 
     Raises:
         InputError: The weights do not fit the configuration.

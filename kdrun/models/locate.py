@@ -1,4 +1,4 @@
-"""What the user gave as a model: a folder, a GGUF file, or a name on the hub."""
+"""Locating models: a folder, a GGUF file, or a name on the hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kdrun.errors import InputError
 from kdrun.paths import did_you_mean, expand_home
 
 STUDENT = "student"
-"""The folder of the trained student, in the folder of its run."""
+"""Subfolder of a run with the trained student."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _ADAPTER = "adapter_config.json"
 _GGUF_ON_HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)/([\w.-]+\.gguf)")
@@ -19,12 +19,12 @@ _GGUF_ON_HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)/([\w.-]+\.gguf)")
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where a model is loaded from.
+    """The location of a model.
 
     Attributes:
         path: A folder, or the name of a model on the hub.
-        gguf_file: The file in it that holds the weights, where that is a GGUF file.
-        adapters: Folders of adapters that belong on top of it, the innermost first.
+        gguf_file: The GGUF file in it that contains the weights, if any.
+        adapters: Folders of adapters on top of it, the innermost first.
     """
 
     path: str
@@ -44,12 +44,12 @@ class ModelSource:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is on this machine, and not a name on the hub."""
+        """Whether it is on this machine, rather than on the hub."""
         return Path(self.path).is_dir()
 
 
 def locate_model(given: str | Path) -> ModelSource:
-    """Decide what a model's name or path means; nothing is loaded.
+    """Resolve a model's name or path, without loading anything.
 
     Args:
         given: A folder with a ``config.json``; a folder with one GGUF file; a GGUF file; a folder
@@ -60,7 +60,7 @@ def locate_model(given: str | Path) -> ModelSource:
         The folder or hub name, and the GGUF file.
 
     Raises:
-        InputError: Nothing is there, or the folder holds no model, or more than one.
+        InputError: It does not exist, or the folder contains no model, or more than one.
     """
     path = expand_home(given)
     if path.is_dir():
@@ -69,7 +69,7 @@ def locate_model(given: str | Path) -> ModelSource:
         if path.suffix.lower() == ".gguf":
             return ModelSource(str(path.parent), path.name)
         raise InputError(
-            f"{given} is not a model; give the folder that holds its config.json, or a GGUF file"
+            f"{given} is not a model; pass the folder that contains its config.json, or a GGUF file"
         )
     name = str(given)
     if not _is_path(name):
@@ -81,7 +81,7 @@ def locate_model(given: str | Path) -> ModelSource:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name that does not exist was meant as a path here, and not as one on the hub."""
+    """Return whether a missing name was meant as a local path rather than one on the hub."""
     first, *rest = name.split("/")
     if name.endswith(".gguf") and len(rest) < 2:
         return True
@@ -98,34 +98,34 @@ def _in_folder(folder: Path) -> ModelSource:
         return ModelSource(str(folder), gguf_files[0])
     if gguf_files:
         raise InputError(
-            f"{folder} holds {len(gguf_files)} GGUF files; name one of them: "
+            f"{folder} contains {len(gguf_files)} GGUF files; choose one of them: "
             f"{', '.join(gguf_files[:3])}"
         )
     if holds_model(folder / "student"):
         raise InputError(f"{folder} is the folder of a run; its model is {folder / 'student'}")
-    raise InputError(f"{folder} holds no model: it has neither a config.json nor a GGUF file")
+    raise InputError(f"{folder} contains no model: it has neither a config.json nor a GGUF file")
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether a folder holds a model or an adapter in Hugging Face's formats."""
+    """Return whether a folder contains a model or an adapter in Hugging Face's formats."""
     return (folder / "config.json").is_file() or (folder / _ADAPTER).is_file()
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter of peft and no whole model."""
+    """Return whether a folder contains a peft adapter and no complete model."""
     return (folder / _ADAPTER).is_file() and not any(folder.glob("model*.safetensors"))
 
 
 def _adapter(folder: Path) -> ModelSource:
-    """An adapter with the model that its ``adapter_config.json`` names."""
+    """Return an adapter with the model that its ``adapter_config.json`` names."""
     file = folder / _ADAPTER
     try:
         base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
         raise InputError(f"{file}: not the configuration of an adapter; save it again") from error
     if not base:
-        raise InputError(f"{file} names no base model; put it under base_model_name_or_path")
-    # A run's folder may have been moved, together with the base model beside it.
+        raise InputError(f"{file} names no base model; set base_model_name_or_path")
+    # A run's folder may have been moved together with its base model.
     candidates = (Path(base), folder / base, folder.parent / Path(base).name)
     there = next((str(path) for path in candidates if path.exists()), str(base))
     if Path(there).resolve() == folder.resolve():
@@ -134,7 +134,8 @@ def _adapter(folder: Path) -> ModelSource:
         found = locate_model(there)
     except InputError as error:
         raise InputError(
-            f"{folder} holds an adapter whose base model {base} is not there; put its place under "
-            f"base_model_name_or_path in {file}"
+            f"{folder} contains an adapter whose base model {base} does not exist; set "
+            "base_model_name_or_path "
+            f"in {file} to its path"
         ) from error
     return replace(found, adapters=(*found.adapters, str(folder)))

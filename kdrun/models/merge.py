@@ -1,4 +1,4 @@
-"""Saved adapters of peft: put on their base model and merged into its weights."""
+"""Merging saved peft adapters into the weights of their base model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# The names under which the families of transformers keep them.
+# Their names in the model families of transformers.
 _TABLES = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 _HEADS = ("lm_head", "embed_out", "output")
 _MISSING = "Found missing adapter keys"
@@ -25,24 +25,26 @@ _MISSING = "Found missing adapter keys"
 def merge_adapter(
     model: PreTrainedModel, folder: str, say: Callable[[str], None]
 ) -> PreTrainedModel:
-    """Put a saved adapter on its base model and merge it into the weights.
+    """Load a saved adapter and merge it into the weights of its base model.
 
     Args:
-        model: the base model. It is resized where the adapter brings more or fewer rows of its
+        model: the base model. It is resized if the adapter has more or fewer rows of
             embeddings and head.
-        folder: of the adapter.
-        say: is told what of the adapter is not used.
+        folder: folder of the adapter.
+        say: called with a line for each unused part of the adapter.
 
     Returns:
-        The base model with other weights, all of which can be trained.
+        The base model with merged weights, all trainable.
 
     Raises:
-        InputError: peft is missing, or the adapter is broken, of another kind or of another model.
+        InputError: peft is missing, or the adapter is broken, of another kind or for another model.
     """
     try:
         import peft
     except ImportError as error:
-        raise InputError(f"{folder} holds an adapter, which needs peft: {INSTALL_PEFT}") from error
+        raise InputError(
+            f"{folder} contains an adapter, which needs peft: {INSTALL_PEFT}"
+        ) from error
 
     with _one_line(folder):
         _resize(model, folder)
@@ -50,7 +52,7 @@ def merge_adapter(
             warnings.simplefilter("always", UserWarning)
             device = str(model.device)
             adapted = peft.PeftModel.from_pretrained(model, folder, torch_device=device)
-            # peft tells which weights it has not used only where an adapter is there already.
+            # peft reports unused weights only if an adapter exists already.
             loaded = adapted.load_adapter(folder, "default", torch_device=device)
         _refuse_missing([str(warning.message) for warning in told])
     if not hasattr(adapted, "merge_and_unload"):
@@ -63,7 +65,7 @@ def merge_adapter(
     ):
         say(note)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a head that is tied no more: see load.py
+        warnings.simplefilter("ignore", UserWarning)  # about an untied head: see load.py
         merged: PreTrainedModel = adapted.merge_and_unload()
     for weight in merged.parameters():  # peft has frozen them
         weight.requires_grad_(weight.is_floating_point())
@@ -72,14 +74,14 @@ def merge_adapter(
 
 @contextmanager
 def _one_line(folder: str) -> Iterator[None]:
-    """Turn what a broken adapter raises, in peft or below it, into one line."""
+    """Turn errors of a broken adapter, in peft or below it, into one line."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        # torch says on a second line which weight has another size.
+        # torch names the mismatched weight on a second line.
         reason = " ".join(line.strip() for line in lines[:2])
         raise InputError(
             f"{folder}: the adapter does not fit its base model or is broken ({reason})"
@@ -87,14 +89,14 @@ def _one_line(folder: str) -> Iterator[None]:
 
 
 def _refuse_missing(told: Sequence[str]) -> None:
-    """Refuse weights that the adapter lacks; peft only warns, as of much that does no harm."""
+    """Refuse an adapter that lacks weights; peft only warns, as it does of harmless things."""
     for line in told:
         if line.startswith(_MISSING):
             raise ValueError(line)
 
 
 def _unknown_settings(folder: str, config: Any, version: str) -> list[str]:
-    """A line about the settings of a newer peft."""
+    """Return a line about the settings of a newer peft."""
     written = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     unknown = {name: value for name, value in written.items() if not hasattr(config, name)}
     if not unknown:
@@ -102,32 +104,32 @@ def _unknown_settings(folder: str, config: Any, version: str) -> list[str]:
     shown = ", ".join(f"{name}={json.dumps(value)}" for name, value in unknown.items())
     return [
         f"{folder}: written by peft {written.get('peft_version', 'of another version')}; peft "
-        f"{version} does not know its settings and leaves them out: {shown}"
+        f"{version} does not know these settings and ignores them: {shown}"
     ]
 
 
 def describe_unread(source: object, names: Sequence[str], what: str) -> list[str]:
-    """A line about weights that are on disk and not in the model; none where there are none.
+    """Return a line about weights that are on disk but not in the model; none if there are none.
 
     Args:
         source: the model or adapter.
-        names: of the weights.
-        what: they are the weights of.
+        names: names of the weights.
+        what: the object that the weights belong to.
     """
     if not names:
         return []
     some = "1 weight" if len(names) == 1 else f"{len(names)} weights"
     isnt = "is" if len(names) == 1 else "are"
     return [
-        f"{source}: {some} of the {what} {isnt} not part of the model's class and {isnt} left out, "
+        f"{source}: {some} of the {what} {isnt} not part of the model's class and {isnt} ignored, "
         f"such as {min(names)}"
     ]
 
 
 def adapter_rows(folder: str | Path) -> int | None:
-    """Rows of the embeddings or head that an adapter brings; None where it brings neither.
+    """Return the number of rows of an adapter's embeddings or head; None if it has neither.
 
-    What is wrong with a damaged one is told when it is loaded.
+    Damage is reported when the adapter is loaded.
     """
     from safetensors import SafetensorError
 
@@ -140,10 +142,10 @@ def adapter_rows(folder: str | Path) -> int | None:
 
 
 def _resize(model: PreTrainedModel, folder: str) -> None:
-    """Give the base model as many rows as the adapter's own embeddings and head have.
+    """Resize the base model to the rows of the adapter's own embeddings and head.
 
     Raises:
-        ValueError: the adapter brings only one of them, and they are two matrices.
+        ValueError: the adapter has only one of them, and they are two matrices.
     """
     shapes = _shapes(folder)
     tables, heads = _rows(shapes, _TABLES), _rows(shapes, _HEADS)
@@ -155,14 +157,14 @@ def _resize(model: PreTrainedModel, folder: str) -> None:
     tied = model.get_output_embeddings().weight is has.weight
     if len(found) > 1 or not (tied or (tables and heads)):
         raise ValueError(
-            f"it was trained on {max(found)} tokens, its base model has {now}; resize the base "
-            "model's embeddings and head, and name that model as its base"
+            f"it was trained on {max(found)} tokens, but its base model has {now}; resize the base "
+            "model's embeddings and head, and use that model as its base"
         )
     model.resize_token_embeddings(found.pop(), mean_resizing=False)
 
 
 def _rows(shapes: dict[str, list[int]], names: Sequence[str]) -> list[int]:
-    """Rows of the whole matrices that belong to modules of some names."""
+    """Return the rows of the full matrices of modules with certain names."""
     found = []
     for key, shape in shapes.items():
         parts = key.split(".")
@@ -172,7 +174,7 @@ def _rows(shapes: dict[str, list[int]], names: Sequence[str]) -> list[int]:
 
 
 def _shapes(folder: str | Path) -> dict[str, list[int]]:
-    """The shape of each weight of an adapter; only the head of its file is read."""
+    """Return the shape of each weight of an adapter, reading only the header of its file."""
     from safetensors import safe_open
 
     file = Path(folder) / ADAPTER_WEIGHTS

@@ -1,4 +1,4 @@
-"""Whether a model keeps the examples of a packed row apart."""
+"""Check that a model separates the examples of a packed row."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _POSITIONS = "position_ids"
 
 
 def check_packing(model: nn.Module, name: str) -> None:
-    """Refuse a model in which the examples of a row see each other.
+    """Refuse a model in which the examples of a row attend to each other.
 
     Raises:
-        InputError: with the reason.
+        InputError: they do; gives the reason.
     """
     problem = packing_problem(model)
     if problem is not None:
@@ -27,10 +27,10 @@ def check_packing(model: nn.Module, name: str) -> None:
 
 
 def packing_problem(model: nn.Module) -> str | None:
-    """Why the examples of a row cannot be told apart; None where they can.
+    """Return why a model cannot separate the examples of a row; None if it can.
 
-    The second of two examples in a row has to come out the same whatever the first one is, and as
-    it does alone.
+    The second of two examples in a row must give the same output whatever the first one is, and
+    the same as alone.
 
     Args:
         model: a causal language model, on any device.
@@ -39,7 +39,7 @@ def packing_problem(model: nn.Module) -> str | None:
 
     inner = causal_lm(model)
     if _POSITIONS not in inspect.signature(inner.forward).parameters:
-        return f"({inner.config.model_type}) takes no positions, which tell examples apart"
+        return f"({inner.config.model_type}) takes no positions, which separate examples"
     vocab_size = inner.get_input_embeddings().weight.shape[0]
     ids = torch.arange(2 * _FIRST + _SECOND, device=inner.device) % vocab_size
     one, other, second = ids[:_FIRST], ids[_FIRST : 2 * _FIRST], ids[2 * _FIRST :]
@@ -49,21 +49,21 @@ def packing_problem(model: nn.Module) -> str | None:
         with torch.no_grad():
             after_one, after_other = (_packed(inner, first, second) for first in (one, other))
             alone = inner(input_ids=second.unsqueeze(0), use_cache=False).logits[0].float()
-    except Exception as error:  # any failure of a foreign forward means: it cannot be done
+    except Exception as error:  # any failure of the model's forward rules it out
         return f"fails on packed rows ({type(error).__name__}: {str(error).splitlines()[:1]})"
     finally:
         inner.train(training)
     scale = float(alone.abs().max())
     if not torch.allclose(after_one, after_other, rtol=0, atol=1e-6 * scale):
-        return f"({inner.config.model_type}) lets the examples of a row see each other"
+        return f"({inner.config.model_type}) lets the examples of a row attend to each other"
     exact = inner.dtype in (torch.float32, torch.float64)
     if not torch.allclose(after_one, alone, rtol=0, atol=(1e-4 if exact else 5e-2) * scale):
-        return f"({inner.config.model_type}) does not begin anew with each example of a row"
+        return f"({inner.config.model_type}) does not start afresh with each example of a row"
     return None
 
 
 def _packed(model: Any, first: Tensor, second: Tensor) -> Tensor:
-    """The logits of the second example."""
+    """Return the logits of the second example."""
     import torch
 
     row = torch.cat([first, second]).unsqueeze(0)

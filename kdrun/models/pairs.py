@@ -1,4 +1,4 @@
-"""Teacher and student: tokenizers compared first, then weights."""
+"""Teacher and student: compare tokenizers first, then load weights."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Pair:
-    """What is known of a pair before its weights are loaded.
+    """Teacher and student before their weights are loaded.
 
     Attributes:
         tokenizer: the student's, which encodes for both.
-        vocab_size: tokens that both models share; heads are cut to it.
-        left_out: tokens, with their ids, that not both models have; rows with them are skipped.
-        teacher: where the teacher is, or None.
-        student: where the student is.
+        vocab_size: number of tokens that both models share; heads are cut to it.
+        left_out: tokens, with their ids, that only one model has; rows with them are skipped.
+        teacher: location of the teacher, or None.
+        student: location of the student.
         fresh_student: whether the student is a configuration without weights.
         notes: harmless differences, one line each.
     """
@@ -50,10 +50,10 @@ class Pair:
 
 
 def locate_pair(config: ModelConfig) -> tuple[ModelSource | None, ModelSource]:
-    """Where teacher and student are; nothing is loaded.
+    """Locate teacher and student, without loading anything.
 
     Raises:
-        InputError: a model is not there.
+        InputError: a model does not exist.
     """
     teacher = None if config.teacher is None else _locate(config.teacher, TEACHER_DIR)
     return teacher, _locate(config.student, STUDENT_DIR)
@@ -63,7 +63,7 @@ def find_pair(config: ModelConfig) -> Pair:
     """Locate both models and compare their tokenizers; no weights are loaded.
 
     Raises:
-        InputError: a model is not there, or the tokenizers differ.
+        InputError: a model does not exist, or the tokenizers differ.
     """
     trust = config.trust_remote_code
     fresh = config.student == BUILT_IN
@@ -84,7 +84,7 @@ def find_pair(config: ModelConfig) -> Pair:
 
 
 def _head_rows(source: ModelSource | None, trust_remote_code: bool) -> int:
-    """Rows of a model's output head, by its configuration or adapter; no weights are read."""
+    """Return the rows of a model's output head, by its configuration or adapter."""
     if source is None:
         return sys.maxsize
     brought = [adapter_rows(folder) for folder in reversed(source.adapters)]
@@ -99,21 +99,22 @@ def _describe_left_out(left_out: Mapping[str, int], vocab_size: int) -> str:
     shown = ", ".join(f"{token!r} (id {i})" for token, i in list(left_out.items())[:_SHOWN])
     more = f" and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""
     return (
-        f"both models share the first {vocab_size} tokens; left out, and rows with them skipped: "
+        f"both models share the first {vocab_size} tokens; the others are excluded, and rows "
+        "with them are skipped: "
         f"{shown}{more}"
     )
 
 
 def check_context(pair: Pair, max_length: int, trust_remote_code: bool) -> None:
-    """Refuse rows that are longer than a model's context; only configurations are read.
+    """Refuse rows that are longer than a model's context, reading only configurations.
 
     Args:
         pair: the models.
-        max_length: tokens a row.
-        trust_remote_code: whether a configuration may bring its own code.
+        max_length: tokens per row.
+        trust_remote_code: whether a configuration may run its own code.
 
     Raises:
-        InputError: naming the model and the length it can take.
+        InputError: the rows are too long; names the model and its maximum.
     """
     for source in (pair.teacher, pair.student):
         if source is not None:
@@ -123,7 +124,7 @@ def check_context(pair: Pair, max_length: int, trust_remote_code: bool) -> None:
 def load_teacher(
     pair: Pair, config: ModelConfig, say: Callable[[str], None] | None = None
 ) -> PreTrainedModel | None:
-    """Load the teacher's weights, where there is a teacher, in as many bits as was asked for."""
+    """Load the teacher's weights, if there is a teacher, with the configured quantisation."""
     if pair.teacher is None:
         return None
     model = load_model(pair.teacher, config.dtype, config.trust_remote_code, say=say)
@@ -135,12 +136,12 @@ def load_teacher(
 def open_teacher(
     pair: Pair, config: ModelConfig, say: Callable[[str], None] | None = None
 ) -> FrozenTeacher | None:
-    """Load the teacher, where there is one, and find out how it makes its logits.
+    """Load the teacher, if there is one, and determine how it computes its logits.
 
     Args:
-        pair: has the teacher.
-        config: gives its type and bits.
-        say: is told what of its files is not used.
+        pair: locates the teacher.
+        config: provides its data type and quantisation.
+        say: called with a line for each unused file.
 
     Raises:
         InputError: it cannot be loaded, or its head is narrower than the vocabulary.
@@ -157,13 +158,13 @@ def open_teacher(
 def load_student(
     pair: Pair, config: ModelConfig, seed: int, say: Callable[[str], None] | None = None
 ) -> PreTrainedModel:
-    """Load the student's weights, or make those of the built-in student from the seed.
+    """Load the student's weights, or initialise those of the built-in student from the seed.
 
     Args:
-        pair: has the student.
-        config: gives its type.
-        seed: of weights that are made, where the configuration gives none.
-        say: is told what of its files is not used.
+        pair: locates the student.
+        config: provides its data type.
+        seed: seed of initial weights, if the configuration gives none.
+        say: called with a line for each unused file.
 
     Raises:
         InputError: it cannot be loaded, or its head is narrower than the vocabulary.
@@ -171,7 +172,7 @@ def load_student(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
-    # Before any weights are made: they, and those of adapters, must follow from the seed.
+    # Before any weights are initialised: they, and those of adapters, must depend on the seed only.
     set_seed(seed if config.init_seed is None else config.init_seed)
     if pair.fresh_student:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pair.student.path))
@@ -189,19 +190,20 @@ def check_head(model: Any, pair: Pair, name: str) -> None:
     width = model.get_output_embeddings().weight.shape[0]
     if width < pair.vocab_size:
         raise InputError(
-            f"{name}: its head has {width} entries, its configuration states {pair.vocab_size} or "
+            f"{name}: its head has {width} entries, but its configuration states "
+            f"{pair.vocab_size} or "
             "more; correct vocab_size in its config.json"
         )
 
 
 def describe_model(model: Any) -> str:
-    """Type and size of a model."""
+    """Describe type and size of a model."""
     size = sum(parameter.numel() for parameter in model.parameters())
     return f"{model.config.model_type}, {size / 1e6:.2f} M parameters"
 
 
 def describe_cut(widths: dict[str, int], vocab_size: int, say: Callable[[str], None]) -> None:
-    """Say so where padded heads are cut to the tokenizer's size."""
+    """Report padded heads that are cut to the tokenizer's size."""
     padded = {name: width for name, width in widths.items() if width > vocab_size}
     if padded:
         shown = ", ".join(f"{name} {width}" for name, width in padded.items())

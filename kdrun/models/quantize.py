@@ -1,4 +1,4 @@
-"""A teacher whose weights are stored in 8 bits (torchao); it is never trained."""
+"""Teachers whose weights are stored in 8 bits (torchao); they are never trained."""
 
 from __future__ import annotations
 
@@ -16,29 +16,28 @@ _KEY = "model.teacher_quantization"
 
 
 def check_quantization(model: ModelConfig, fsdp: bool) -> None:
-    """Refuse a quantised teacher that cannot be had; nothing is loaded.
+    """Refuse a quantised teacher that is not possible, without loading anything.
 
     Args:
         model: names the teacher.
-        fsdp: whether both models are to be spread over processes.
+        fsdp: whether both models are to be sharded.
 
     Raises:
-        InputError: torchao is not installed, there is no live teacher, or it is to be spread.
+        InputError: torchao is not installed, there is no live teacher, or it is to be sharded.
     """
     kind = model.teacher_quantization
     if kind is None:
         return
     if model.teacher is None:
-        raise InputError(f"{_KEY}={kind} has no effect without a teacher; leave it out")
+        raise InputError(f"{_KEY}={kind} has no effect without a teacher; remove it")
     if model.teacher_cache is not None:
         raise InputError(
-            f"{_KEY}={kind}: a teacher beside its cache has to be the one that was cached, weight "
-            "for weight; leave out the one or the other"
+            f"{_KEY}={kind}: a teacher used with its cache must have exactly the cached weights; "
+            "remove one of the two"
         )
     if fsdp:
         raise InputError(
-            f"{_KEY}={kind}: such weights are not spread over processes; leave it out, or "
-            "training.fsdp"
+            f"{_KEY}={kind}: quantised weights cannot be sharded; remove it, or training.fsdp"
         )
     if find_spec("torchao") is None:
         raise InputError(
@@ -47,13 +46,13 @@ def check_quantization(model: ModelConfig, fsdp: bool) -> None:
 
 
 def quantize(model: PreTrainedModel) -> None:
-    """Store the weights of a model's linear layers in 8 bits, with a scale for each output.
+    """Store the weights of a model's linear layers in 8 bits, with one scale per output.
 
-    The output head stays as it is, since losses project with its weight themselves; so do
+    The output head is unchanged, since losses project with its weight themselves; so are
     embeddings and norms.
 
     Args:
-        model: changed in place; it can be evaluated, and neither trained nor saved.
+        model: changed in place; it can be evaluated, but neither trained nor saved.
     """
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -66,10 +65,10 @@ def quantize(model: PreTrainedModel) -> None:
 
 
 def is_quantized(module: Any, head: Any) -> bool:
-    """Whether a module of a model belongs to those that :func:`quantize` changes.
+    """Return whether :func:`quantize` changes a module.
 
     Args:
-        module: any.
+        module: any module.
         head: the model's output head.
     """
     import torch

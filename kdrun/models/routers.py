@@ -19,11 +19,11 @@ _ARGUMENTS = {"gate_logits", "num_experts", "top_k", "attention_mask"}
 
 @dataclass(frozen=True)
 class Balancing:
-    """What a model's load-balancing loss is.
+    """A model's load-balancing loss.
 
     Attributes:
-        coefficient: its weight beside the objective; 0 where the model has none, or leaves it out.
-        note: what is to be said about it; None where there is nothing.
+        coefficient: its weight besides the objective; 0 if the model has none or disables it.
+        note: a line about it, or None.
     """
 
     coefficient: float = 0.0
@@ -31,9 +31,9 @@ class Balancing:
 
 
 def find_balancing(model: PreTrainedModel) -> Balancing:
-    """Whether a model trains with a load-balancing loss, by its class and its configuration.
+    """Determine a model's load-balancing loss from its class and configuration.
 
-    As in transformers, ``output_router_logits`` of the configuration decides.
+    As in transformers, ``output_router_logits`` in the configuration decides.
 
     Args:
         model: a causal language model.
@@ -44,17 +44,17 @@ def find_balancing(model: PreTrainedModel) -> Balancing:
         return Balancing()
     if not getattr(config, "output_router_logits", False):
         return Balancing(
-            note="the load-balancing loss of the student's experts is left out; to add it, set "
+            note="the load-balancing loss of the student's experts is not added; to add it, set "
             "output_router_logits to true in its config.json"
         )
     if _own_function(model) is None:
         return Balancing(
-            note="the load-balancing loss of the student's experts is left out: "
-            f"{type(model).__name__} computes none that is known here"
+            note="the load-balancing loss of the student's experts is not added: "
+            f"{type(model).__name__} computes none that kdrun recognises"
         )
     return Balancing(
         coefficient,
-        f"the load-balancing loss of the student's experts is added, times {coefficient:g} "
+        f"the load-balancing loss of the student's experts is added with weight {coefficient:g} "
         "(router_aux_loss_coef and output_router_logits in its config.json)",
     )
 
@@ -62,12 +62,12 @@ def find_balancing(model: PreTrainedModel) -> Balancing:
 def balancing_loss(
     model: PreTrainedModel, router_logits: Any, attention_mask: Tensor | None
 ) -> Tensor:
-    """The load-balancing loss of a batch, without its coefficient.
+    """Compute the load-balancing loss of a batch, without its coefficient.
 
     Args:
         model: a model with a :class:`Balancing` whose coefficient is not 0.
-        router_logits: of its layers, for every position.
-        attention_mask: leaves padding out; None counts every position.
+        router_logits: router logits of its layers, for every position.
+        attention_mask: excludes padding; None counts every position.
     """
     function = _own_function(model)
     assert function is not None, "such a model has a function"
@@ -87,7 +87,7 @@ def _coefficient(model: PreTrainedModel, config: Any) -> float:
 
 
 def _own_function(model: PreTrainedModel) -> Callable[..., Any] | None:
-    """The function of the class's module; None where there is none, or it wants other things."""
+    """Return the function in the class's module; None if missing or with another signature."""
     for kind in type(model).__mro__:
         function = getattr(sys.modules.get(kind.__module__), _FUNCTION, None)
         if function is not None:

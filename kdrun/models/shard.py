@@ -1,4 +1,4 @@
-"""Models whose weights are spread over processes (FSDP2)."""
+"""Models whose weights are sharded across processes (FSDP2)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
 
 def shard(model: PreTrainedModel) -> PreTrainedModel:
-    """Spread a model's weights over all processes, in place: each block, then what is left.
+    """Shard a model's weights across all processes, in place: each block, then the rest.
 
-    Embeddings and output head belong to the outermost group, whether they are tied or not. The
-    plan of transformers 5.24 puts a tied weight into a group that knows the embedding only: from
+    Embeddings and output head belong to the outermost group, whether tied or not. The
+    plan of transformers 5.24 puts a tied weight into a group with the embedding only: from
     the second forward pass on, the head would compute with the weights of the first.
 
     Args:
-        model: whole on every process, before anything wraps it; a process group has to be there.
+        model: complete on every process and not yet wrapped; a process group must exist.
 
     Returns:
-        The model, which transformers' Trainer from now on leaves to itself: gradients are averaged
+        The model, which transformers' Trainer does not wrap again: gradients are averaged
         over the processes, checkpoints are gathered.
     """
     import torch.distributed
@@ -43,12 +43,12 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def save_shards(model: Any, optimizer: Any, folder: Path) -> None:
-    """Write trained weights and the optimiser's state, each process its part.
+    """Save trained weights and the optimiser's state, each process its part.
 
     Args:
-        model: spread by :func:`shard`.
-        optimizer: torch's, of this model.
-        folder: is made; all processes have to call this.
+        model: sharded by :func:`shard`.
+        optimizer: torch optimiser of this model.
+        folder: folder to create; all processes must call this.
     """
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -56,12 +56,12 @@ def save_shards(model: Any, optimizer: Any, folder: Path) -> None:
 
 
 def load_shards(model: Any, optimizer: Any, folder: Path) -> None:
-    """Take back what :func:`save_shards` wrote, also with another number of processes.
+    """Load what :func:`save_shards` saved, also with another number of processes.
 
     Args:
-        model: spread by :func:`shard`; changed in place.
-        optimizer: likewise; None takes weights alone.
-        folder: of the shards; all processes have to call this.
+        model: sharded by :func:`shard`; changed in place.
+        optimizer: changed in place; None loads only weights.
+        folder: folder of the shards; all processes must call this.
     """
     from torch.distributed.checkpoint.state_dict import (
         set_model_state_dict,
@@ -85,7 +85,7 @@ def _trained_state(model: Any, optimizer: Any) -> dict[str, Any]:
 
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # an evaluation leaves some weights whole
+            module.reshard()  # an evaluation leaves some weights gathered
     state: dict[str, Any] = {"model": get_model_state_dict(model, options=_options())}
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_options())
@@ -93,17 +93,17 @@ def _trained_state(model: Any, optimizer: Any) -> dict[str, Any]:
 
 
 def _options(strict: bool = True) -> Any:
-    """Weights that are not trained, such as those below adapters, come with the model."""
+    """Frozen weights, such as those below adapters, come with the model."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
     return StateDictOptions(ignore_frozen_params=True, strict=strict)
 
 
 def gather(model: Any) -> dict[str, Tensor]:
-    """The whole weights of a model that :func:`shard` spread, on the CPU of every process.
+    """Gather the full weights of a model sharded by :func:`shard`, on the CPU of every process.
 
-    A tied weight appears once, as where nothing is spread. All processes have to call this; from
-    then on transformers saves the model like any other.
+    A tied weight appears once, as without sharding. All processes must call this; afterwards
+    transformers saves the model like any other.
     """
     from kdrun.models.heads import causal_lm
 
@@ -114,9 +114,9 @@ def gather(model: Any) -> dict[str, Tensor]:
 
 
 def gather_trained(model: Any) -> dict[str, Tensor]:
-    """The whole weights that are trained, such as those of adapters; the model stays spread.
+    """Gather the full trained weights, such as those of adapters; the model stays sharded.
 
-    All processes have to call this.
+    All processes must call this.
     """
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
     return {name: _whole(x) for name, x in model.state_dict().items() if name in trained}

@@ -1,4 +1,4 @@
-"""Loading tokenizers, and whether those of two models are one."""
+"""Loading tokenizers, and comparing those of two models."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def load_tokenizer(
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; no weights are read, except that a GGUF file holds both.
+    """Load a tokenizer, without reading weights, except from a GGUF file, which contains both.
 
     Args:
-        name_or_folder: A folder or a hub name, or a `ModelSource`, whose GGUF file then counts.
-        gguf_file: The name of a GGUF file in it that holds the tokenizer.
+        name_or_folder: A folder or a hub name, or a `ModelSource`, whose GGUF file is used.
+        gguf_file: The name of a GGUF file in it that contains the tokenizer.
         trust_remote_code: Run Python code that comes with the tokenizer.
 
     Raises:
@@ -44,9 +44,9 @@ def load_tokenizer(
     )
     source = _tokenizer_source(source)
     if source.is_local and source.gguf_file is None and not _holds_tokenizer(Path(source.path)):
-        # transformers would make an empty tokenizer of the model's type, and say nothing.
+        # transformers would silently create an empty tokenizer of the model's type.
         raise InputError(
-            f"{source} holds no tokenizer; save one into the folder (tokenizer.json or the like)"
+            f"{source} contains no tokenizer; save one in the folder (such as tokenizer.json)"
         )
     options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     with one_clear_line(source, "tokenizer"):
@@ -57,7 +57,7 @@ def load_tokenizer(
 
 
 def _tokenizer_source(source: ModelSource) -> ModelSource:
-    """The outermost adapter that brings a tokenizer, or else the base model."""
+    """Return the outermost adapter with a tokenizer, or else the base model."""
     for folder in reversed(source.adapters):
         if _holds_tokenizer(Path(folder)):
             return ModelSource(folder)
@@ -70,14 +70,14 @@ def _holds_tokenizer(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class TokenizerMatch:
-    """Two tokenizers that give every token that both have the same id.
+    """Two tokenizers that give every shared token the same id.
 
     Attributes:
-        vocab_size: How many logits are compared: one more than the highest id below which both
+        vocab_size: Number of logits to compare: one more than the highest id up to which both
             have all tokens that either has.
         notes: Differences that do not matter for distilling, one line each. The student's
             tokenizer encodes for both models.
-        left_out: Tokens with their ids from ``vocab_size`` on, which not both have.
+        left_out: Tokens with ids from ``vocab_size`` on, which only one has.
     """
 
     vocab_size: int
@@ -88,20 +88,20 @@ class TokenizerMatch:
 def compare_tokenizers(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase
 ) -> TokenizerMatch:
-    """Check that both tokenizers give every token that both have the same id.
+    """Check that both tokenizers give every shared token the same id.
 
-    A teacher's distribution means something to the student only where both call the same token by
-    the same id. One of them may have tokens on top, such as ``<think>``: they are left out. What
-    else differs - the template, the special roles of tokens, how a text is cut into tokens - does
-    not matter where both have the same tokens, since one tokenizer encodes for both; it is noted.
+    A teacher's distribution is meaningful for the student only if both use the same ids for the
+    same tokens. One of them may have extra tokens, such as ``<think>``: they are excluded. Other
+    differences - the template, special roles of tokens, how text is split - do not matter if both
+    have the same tokens, since one tokenizer encodes for both; they are noted.
 
     Args:
         teacher: The teacher's tokenizer.
         student: The student's tokenizer.
 
     Raises:
-        InputError: A token has two ids, an id has two tokens, or tokenizers with tokens on top cut
-            texts in different ways; the message names the first differences.
+        InputError: A token has two ids, an id has two tokens, or tokenizers with extra tokens split
+            text differently; the message names the first differences.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if not ours:
@@ -112,7 +112,7 @@ def compare_tokenizers(
     shared = ours.keys() & theirs.keys()
     alone = {**theirs, **ours}.items() - {token: ours[token] for token in shared}.items()
     same_ids = all(ours[token] == theirs[token] for token in shared)
-    # Tokens on top stand above all that both have; one amid them would take an id of the other.
+    # Extra tokens have ids above all shared ones; otherwise they would take ids of the other.
     highest = max((theirs[token] for token in shared), default=-1)
     lowest = min((number for _, number in alone), default=-1)
     if not same_ids or not 0 <= highest < lowest or not _cuts_alike(teacher, student):
@@ -121,13 +121,13 @@ def compare_tokenizers(
 
 
 def tokens_from(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, int]:
-    """The tokens with ids from a number on, by their ids."""
+    """Return the tokens with ids from a number on, by id."""
     above = {token: i for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
     return dict(sorted(above.items(), key=lambda item: item[1]))
 
 
 def _cuts_alike(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers differ in tokens on top alone, and not in how they cut texts."""
+    """Return whether two tokenizers differ only in extra tokens, and not in how they split text."""
     if not (teacher.is_fast and student.is_fast):
         return list(teacher(_PROBE)["input_ids"]) == list(student(_PROBE)["input_ids"])
     own, other = (
@@ -154,8 +154,9 @@ def _difference(teacher: dict[str, int], student: dict[str, int]) -> str:
     return (
         f"the tokenizers of teacher and student differ in {len(tokens)} "
         f"{'token' if len(tokens) == 1 else 'tokens'}: {shown}"
-        f"{'; ...' if len(tokens) > _SHOWN else ''}; tokens may be missing on one side only above "
-        "all that both have; use a student with the teacher's tokenizer (kdrun init-student makes "
+        f"{'; ...' if len(tokens) > _SHOWN else ''}; one side may lack tokens only above all "
+        "shared "
+        "ids; use a student with the teacher's tokenizer (kdrun init-student makes "
         "one)"
     )
 
@@ -178,4 +179,4 @@ def _notes(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -
                 "is used for both"
             )
     if teacher(_PROBE)["input_ids"] != student(_PROBE)["input_ids"]:
-        yield "the tokenizers cut texts in different ways; the student's is used for both"
+        yield "the tokenizers split text differently; the student's is used for both"

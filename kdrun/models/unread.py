@@ -1,4 +1,4 @@
-"""Weight files in a model's folder: those that are read, and others."""
+"""Weight files in a model's folder: those that are read, and those that are not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kdrun.models.locate import ModelSource
 from kdrun.models.merge import ADAPTER_WEIGHTS
 
 _FORMATS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
-# What trainers keep beside weights: everyone knows that it is not the model's.
+# Files of trainers next to the weights, which obviously are not part of the model.
 _OF_TRAINERS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 _BASES = (
     "model.safetensors",
@@ -22,7 +22,7 @@ _SHOWN = 3
 
 
 def weight_files(source: ModelSource) -> list[Path]:
-    """The files that a model on this machine and its adapters are read from, in their order."""
+    """Return the files that a local model and its adapters are read from, in order."""
     files = [Path(source.path) / name for name in sorted(_read_of_base(source))]
     for adapter in map(Path, source.adapters):
         files += [adapter / name for name in sorted(_first_of(adapter, _ADAPTERS))]
@@ -34,10 +34,10 @@ def _read_of_base(source: ModelSource) -> set[str]:
 
 
 def describe_unread_files(source: ModelSource) -> list[str]:
-    """A line for each folder of a model with weight files that are not read from it.
+    """Return a line for each folder of a model with unread weight files.
 
     Args:
-        source: the model with its adapters; what is on the hub is not looked through.
+        source: the model with its adapters; models on the hub are not checked.
     """
     lines = []
     if source.is_local:
@@ -59,13 +59,13 @@ def _describe(folder: Path, read: set[str]) -> list[str]:
         return []
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return [
-        f"{folder}: weights are read from {min(read)}{', ...' if len(read) > 1 else ''}; left out: "
+        f"{folder}: weights are read from {min(read)}{', ...' if len(read) > 1 else ''}; ignored: "
         f"{', '.join(names[:_SHOWN])}{more}"
     ]
 
 
 def _first_of(folder: Path, names: tuple[str, ...]) -> set[str]:
-    """The weight files that are read: those of the first name that is there."""
+    """Return the weight files that are read: those of the first name that exists."""
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
         return set()
@@ -73,5 +73,5 @@ def _first_of(folder: Path, names: tuple[str, ...]) -> set[str]:
         return {found.name}
     try:
         return set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):  # told when the model is loaded
+    except (ValueError, KeyError, TypeError, AttributeError):  # reported when the model is loaded
         return set()

@@ -1,4 +1,4 @@
-"""What follows from a configuration once the models and rows are known."""
+"""Settings derived from a configuration once the models and rows are known."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _COMPILE_FROM_ELEMENTS = 2e8
 def training_arguments(
     optimizer: OptimizerConfig, training: TrainingConfig, checkpoints: Path
 ) -> Any:
-    """The Trainer's arguments for a configuration.
+    """Return the Trainer's arguments for a configuration.
 
     Args:
-        optimizer: its section.
-        training: likewise.
-        checkpoints: the folder that they go to.
+        optimizer: section ``optimizer``.
+        training: section ``training``.
+        checkpoints: folder of the checkpoints.
     """
     import torch
     from transformers import TrainingArguments
@@ -51,7 +51,7 @@ def training_arguments(
         save_strategy="steps",
         save_steps=training.save_steps,
         save_total_limit=training.save_total_limit,
-        # Of models that are spread out the Trainer would accept nothing else; see build.py.
+        # The Trainer requires this for sharded models; see build.py.
         save_only_model=training.fsdp,
         seed=training.seed,
         data_seed=training.seed,
@@ -59,7 +59,7 @@ def training_arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        # Without it several processes on a CPU would each train alone, in silence.
+        # Without it, processes on a CPU would silently train independently.
         use_cpu=not torch.accelerator.is_available(),
     )
 
@@ -67,14 +67,14 @@ def training_arguments(
 def settle(
     config: RunConfig, vocab_size: int, head_width: int, device: torch.device, rows: int
 ) -> RunConfig:
-    """Write down what is chosen automatically, so that a resumed or repeated run rounds alike.
+    """Record automatic choices, so that a resumed or repeated run rounds identically.
 
     Args:
-        config: of the run.
-        vocab_size: tokens that both models share.
-        head_width: of the student's hidden states.
-        device: where the student is trained.
-        rows: of training.
+        config: configuration of the run.
+        vocab_size: number of tokens that both models share.
+        head_width: width of the student's hidden states.
+        device: device on which the student is trained.
+        rows: number of training rows.
     """
     from kdlosses import automatic_chunk_size, parse_spec
 

@@ -1,4 +1,4 @@
-"""The trainer of a run, with all that it says and writes."""
+"""The trainer of a run, with its progress display and records."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Built:
     """A run that is ready to train.
 
     Attributes:
-        config: with what was chosen automatically written down.
-        trainer: trains.
-        rate: counts supervised tokens a second.
-        progress: shows the steps.
+        config: configuration, including automatic choices.
+        trainer: the trainer.
+        rate: measures supervised tokens per second.
+        progress: displays the steps.
     """
 
     config: RunConfig
@@ -42,13 +42,13 @@ class Built:
 
 
 def build(config: RunConfig, prepared: Prepared, loaded: Loaded, start: Start) -> Built:
-    """Put models, rows and loss into a trainer; nothing is written yet.
+    """Build a trainer from models, rows and loss, without writing anything.
 
     Args:
-        config: of the run.
-        prepared: gives the examples.
-        loaded: gives the models.
-        start: gives folder and processes.
+        config: configuration of the run.
+        prepared: provides the examples.
+        loaded: provides the models.
+        start: provides folder and processes.
     """
     from kdrun.data.collate import Collator
     from kdrun.data.origins import Numbered
@@ -98,7 +98,7 @@ def _shard(loaded: Loaded) -> None:
 def _begin_procedure(
     trainer: DistillTrainer, data: DataConfig, prepared: Prepared, start: Start
 ) -> None:
-    """Give a procedure what it needs beside the trainer's models, and let it prepare the rows."""
+    """Pass a procedure its inputs besides the trainer's models, and let it prepare the rows."""
     from kdrun.data.token_cache import TokenCache
 
     session = trainer.session
@@ -125,17 +125,17 @@ def _guard(
 
 
 def _tell(trainer: DistillTrainer, start: Start) -> None:
-    """Say how logits are made, what experts add, and where the run goes on."""
+    """Report how logits are computed, the loss of experts, and where the run resumes."""
     for name, split in trainer.splits.items():
         if split.reason is not None:
-            start.console.print(f"{name}: chunks of its full logits are used: {split.reason}")
+            start.console.print(f"{name}: uses chunks of its full logits: {split.reason}")
     if trainer.balancing.note is not None:
         start.say(trainer.balancing.note)
     if start.resume:
         for note in start.notes:
             start.say(note)
         if start.checkpoint is None:
-            start.console.print("no complete checkpoint: the run starts anew")
+            start.console.print("no complete checkpoint: the run starts over")
 
 
 def _listen(
@@ -149,34 +149,34 @@ def _listen(
 
     rate = TokenRate(trainer, time.monotonic)
     show = ShowProgress(start.console)
-    # The rate does not count the gradient's parts.
+    # The rate excludes the computation of gradient parts.
     parts = [GradientParts(trainer)] if training.gradient_parts else []
     added: list[Any] = [*parts, rate, show]
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
     for callback in added:
         trainer.add_callback(callback)
-    # Trackers would not see what these add to a line of the log.
+    # Placed before trackers, which would otherwise miss what these add to the log.
     trainer.callback_handler.callbacks.sort(key=lambda callback: callback not in added)
     place_logs(trainer, start.folder / runs.TENSORBOARD)
     return rate, show
 
 
 def begin(built: Built, fresh_student: bool, inputs: Record, start: Start) -> None:
-    """Begin the run's records; an earlier run in the folder is gone from here on.
+    """Start the run's records and remove any earlier run from the folder.
 
     Args:
-        built: the run, of which nothing can be refused any more.
-        fresh_student: whether its student is made from a seed.
-        inputs: what rows and models are.
-        start: gives the folder.
+        built: the run, after all checks have passed.
+        fresh_student: whether its student is initialised from a seed.
+        inputs: record of the rows and models.
+        start: provides the folder.
     """
     from kdrun.training.progress import MetricsFile, WriteMetrics
 
     if not start.world.is_main:
         return
     folder, config = start.folder, built.config
-    # Changes are accepted once, not by every later resume.
+    # Changes are accepted for one resume only.
     data = config.data.model_copy(update={"accept_changes": False})
     kept = config.model_copy(update={"data": data})
 

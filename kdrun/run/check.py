@@ -1,4 +1,4 @@
-"""What is checked before anything heavy is imported or anything is written."""
+"""Checks made before heavy imports and before anything is written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def resolve(given: RunConfig | Mapping[str, Any]) -> RunConfig:
-    """A configuration as it is, or from its sections.
+    """Return a configuration, built from its sections if necessary.
 
     Raises:
         InputError: an unknown key or a wrong value.
@@ -50,16 +50,17 @@ def check(config: RunConfig) -> RawRows:
     build_loss(config.loss, vocab_size=None)
     if config.training.fsdp and config.lora.merge:
         raise InputError(
-            "lora.merge=true: not with training.fsdp=true; leave it out and merge the saved adapter"
+            "lora.merge=true conflicts with training.fsdp=true; remove it and merge the saved "
+            "adapter"
         )
     return rows
 
 
 def procedure_of(config: RunConfig) -> Procedure | None:
-    """The procedure of a run, once it is known to have a meaning with it; loads no model.
+    """Return the procedure of a run after checking that they are compatible; loads no model.
 
     Raises:
-        InputError: an unknown procedure, or a run that it does not go with.
+        InputError: the procedure is unknown, or incompatible with the run.
     """
     if config.procedure.spec is None:
         return None

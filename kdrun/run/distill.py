@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves.
+    """The result of a run.
 
     Attributes:
         folder: the run's folder.
@@ -60,10 +60,10 @@ def distill(
         The run's folder and its summary.
 
     Raises:
-        InputError: wrong input; nothing was written over.
+        InputError: wrong input; nothing was overwritten.
         TrainingError: training failed, such as a loss that became NaN.
         Interrupted: stopped by Ctrl-C, after a checkpoint was saved.
-        UnwritableError: the disk is full, or the folder cannot be written any more.
+        UnwritableError: the disk is full, or the folder is no longer writable.
     """
     config = resolve(config)
     if resume:
@@ -75,7 +75,7 @@ def distill(
 
 
 def _run(config: RunConfig, rows: RawRows, start: Start) -> RunResult:
-    """The run, from what was checked to the student and the summary."""
+    """Run the distillation, from checked input to student and summary."""
     if start.finished is not None:
         start.say(f"the run in {start.folder} is finished; nothing is left to do")
         return RunResult(start.folder, start.finished)

@@ -1,4 +1,4 @@
-"""What a result depends on beside its configuration: packages, and the state of the sources."""
+"""What a result depends on besides its configuration: packages and the state of the sources."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _PACKAGES = ("kdlosses", "torch", "transformers", "accelerate")
 
 
 def versions(*further: str) -> dict[str, str]:
-    """Of Python and the packages that results depend on.
+    """Return the versions of Python and of the packages that results depend on.
 
     Args:
-        *further: packages beside those that every result depends on.
+        *further: packages besides those that every result depends on.
     """
     packages = (*_PACKAGES, *further)
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit and cleanliness of the working directory, None outside a repository."""
+    """Return commit and cleanliness of the working directory; None outside a repository."""
 
     def ask(*arguments: str) -> str | None:
         try:

@@ -1,4 +1,4 @@
-"""``kdrun evaluate``: the measures of any models on the same rows, and tasks of lm-eval."""
+"""``kdrun evaluate``: measures of any models on the same rows, and lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ from kdrun.quiet import quiet_libraries
 from kdrun.run.environment import versions
 
 _MOST_COLUMNS = 4
-"""Models beside one another in the table."""
+"""Maximum number of models that are columns of the table."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What was found out about a model.
+    """Results of a model.
 
     Attributes:
-        name: as the user gave it.
+        name: name as the user gave it.
         role: ``teacher`` or ``student``.
-        measures: by the names of :data:`kdrun.evaluation.yardsticks.YARDSTICKS`; none without rows.
-        scores: of tasks.
+        measures: keyed by :data:`kdrun.evaluation.yardsticks.YARDSTICKS`; empty without rows.
+        scores: scores of tasks.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Found:
     scores: list[TaskScore] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """For the file of results."""
+        """Return the entry for the results file."""
         tasks = {"tasks": [asdict(score) for score in self.scores]} if self.scores else {}
         return {"model": self.name, "role": self.role, **self.measures, **tasks}
 
@@ -67,27 +67,27 @@ def evaluate(
     output: Path | None,
     progress: Console,
 ) -> list[Found]:
-    """Measure students, and their teacher where one is named, on all rows of ``data.eval``.
+    """Evaluate students, and their teacher if one is named, on all rows of ``data.eval``.
 
     Args:
-        config: names the teacher, the rows, their length, and what is asked. Without ``data.eval``
-            there are tasks alone.
+        config: names the teacher, rows, row length and questions. Without ``data.eval``, only
+            tasks are run.
         students: folders of models or of runs, or hub ids.
-        choice: tasks of lm-eval.
+        choice: lm-eval tasks.
         output: file for the results as JSON.
-        progress: is told what comes next.
+        progress: called with a line before each stage.
 
     Returns:
         The measures and scores of each model.
 
     Raises:
-        InputError: a model is not there, has another tokenizer than the teacher, no row fits, a
-            task is unknown, there is nothing to measure, or nothing can be written to the output.
+        InputError: a model is missing, its tokenizer differs from the teacher's, no row fits, a
+            task is unknown, there is nothing to evaluate, or the output is not writable.
     """
     from kdrun.models.generation import find_model
 
     if config.data.eval is None and not choice.names:
-        raise InputError("nothing to measure: name rows with --data, or tasks with --task")
+        raise InputError("nothing to evaluate: pass rows with --data, or tasks with --task")
     if output is not None:
         _check_output(output)
     configs = [
@@ -112,24 +112,24 @@ def evaluate(
 
 
 def _check_output(output: Path) -> None:
-    """Refuse, before hours of measuring, a file that could not be written after them."""
+    """Refuse an unwritable output file before a long evaluation."""
     folder = output.parent
     if not folder.is_dir():
-        raise InputError(f"--output {output}: the folder {folder} is not there; create it")
+        raise InputError(f"--output {output}: the folder {folder} does not exist; create it")
     if output.exists() and not output.is_file():
-        kind = "a folder" if output.is_dir() else "no plain file"
-        raise InputError(f"--output {output}: is {kind}; name a file for the results")
+        kind = "a folder" if output.is_dir() else "not a regular file"
+        raise InputError(f"--output {output}: is {kind}; choose a file for the results")
     try:
         TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(
-            f"--output {output}: the folder {folder} cannot be written ({error.strerror}); name a "
-            "file elsewhere"
+            f"--output {output}: the folder {folder} cannot be written ({error.strerror}); choose "
+            "a file elsewhere"
         ) from error
 
 
 def _read(config: RunConfig) -> tuple[Sequence[Any], list[str]]:
-    """Rows to measure on; none where only tasks are run."""
+    """Return the rows to evaluate on; none if only tasks are run."""
     if config.data.eval is None:
         return [], []
     return read_held_out(config.data.eval, config.data)
@@ -213,7 +213,7 @@ def _measure_all(
 def _choose_questions(
     configs: Sequence[RunConfig], pairs: Sequence[Pair], rows: Sequence[Any], progress: Console
 ) -> Sequence[Sequence[Question]]:
-    """What the students are asked, and after them the teacher, if there is one."""
+    """Choose the questions for the students, and then for the teacher if there is one."""
     sources = [(pair.tokenizer, pair.student) for pair in pairs]
     if pairs[0].teacher is not None:
         sources.append((pairs[0].tokenizer, pairs[0].teacher))
@@ -231,7 +231,7 @@ def _choose_questions(
 
 
 def _table(found: Sequence[Found]) -> Table:
-    """A column for each model, or a line where there are many."""
+    """Build a table with a column per model, or a row per model if there are many."""
     rows, tasks = any(one.measures for one in found), any(one.scores for one in found)
     title = "held-out rows and tasks" if rows and tasks else "tasks" if tasks else "held-out rows"
     models = [f"{one.name} (teacher)" if one.role == "teacher" else one.name for one in found]
@@ -241,7 +241,7 @@ def _table(found: Sequence[Found]) -> Table:
         if any(value is not None for value in values):
             cells = ["–" if value is None else f"{value:.4f}" for value in values]
             measures.append((yardstick.title, cells, yardstick.explained))
-    for scores in zip(*(one.scores for one in found), strict=True):  # all were asked the same
+    for scores in zip(*(one.scores for one in found), strict=True):  # same questions for all
         shown = [score.shown for score in scores]
         measures.append((scores[0].title, shown, scores[0].explained))
     table = Table(title=title, title_justify="left")

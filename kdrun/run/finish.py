@@ -1,4 +1,4 @@
-"""The end of a run: the trained student is measured, saved, asked, and summed up."""
+"""The end of a run: evaluate and save the student, let it answer, and write the summary."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def finish(
     began: float,
     start: Start,
 ) -> dict[str, Any]:
-    """Measure and save the student, and write ``summary.json``.
+    """Evaluate and save the student, and write ``summary.json``.
 
     Args:
-        built: the run, trained.
-        loaded: what its student is asked.
+        built: the trained run.
+        loaded: provides the questions for the student.
         before: the measures before training.
-        changes: of rows or models since the run began, that were accepted.
-        began: when the run did, by :func:`time.monotonic`.
-        start: gives folder and console.
+        changes: accepted changes of rows or models since the run began.
+        began: start of the run, by :func:`time.monotonic`.
+        start: provides folder and console.
 
     Returns:
         The summary.
@@ -79,7 +79,7 @@ def finish(
 
 
 def _ask(built: Built, loaded: Loaded, start: Start) -> dict[str, Any]:
-    """The student's answers, and their mean scores."""
+    """Write the student's answers and return their mean scores."""
     from kdrun.evaluation.answers import ask, mean_scores
     from kdrun.models.heads import causal_lm
 
@@ -90,13 +90,13 @@ def _ask(built: Built, loaded: Loaded, start: Start) -> dict[str, Any]:
 
 
 def save_student(trainer: DistillTrainer, start: Start, merge: bool, base: str | None) -> None:
-    """Write the student as a Hugging Face folder.
+    """Save the student as a Hugging Face folder.
 
     Args:
-        trainer: has it.
-        start: gives the folder.
-        merge: merge the adapters into it, and keep them beside it.
-        base: fingerprint of the model below its adapters, if it has any.
+        trainer: provides the student.
+        start: provides the folder.
+        merge: merge the adapters into it, and also save them next to it.
+        base: fingerprint of the base model of its adapters, if any.
     """
     from kdrun.models.heads import uninstall
     from kdrun.models.shard import gather
@@ -112,15 +112,15 @@ def save_student(trainer: DistillTrainer, start: Start, merge: bool, base: str |
     if merge:
         _save(model, tokenizer, folder / runs.ADAPTER, base)
         model, base = model.merge_and_unload(), None
-    else:  # of an earlier student, which was merged
+    else:  # from an earlier merged student
         shutil.rmtree(folder / runs.ADAPTER, ignore_errors=True)
     _save(model, tokenizer, folder / STUDENT, base, **weights)
 
 
 def _save(model: Any, tokenizer: Any, folder: Path, base: str | None, **weights: Any) -> None:
-    """Write a model's folder beside the old one, and put it in its place once it is whole.
+    """Write a model's folder next to the old one, and replace that one once complete.
 
-    Files of an earlier student, such as an adapter, would else be loaded with the new ones.
+    Otherwise files of an earlier student, such as an adapter, would be loaded with the new ones.
     """
     from kdrun.models.heads import causal_lm
 
@@ -128,7 +128,7 @@ def _save(model: Any, tokenizer: Any, folder: Path, base: str | None, **weights:
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, **weights)
     tokenizer.save_pretrained(partial)
-    # An adapter's folder too: a server that merges it finds the end tokens there.
+    # For adapters too: a server that merges them reads the end tokens there.
     causal_lm(model).generation_config.save_pretrained(partial)
     keep_base_print(partial, base)
     list_files(partial)
@@ -153,7 +153,7 @@ def _show(
 
 
 def _peak_memory_mib() -> int | None:
-    """The most memory of this process, or of its GPU; None where the system does not tell."""
+    """Return the peak memory of this process or its GPU; None if the system does not report it."""
     import torch
 
     if torch.cuda.is_available():
@@ -167,7 +167,7 @@ def _peak_memory_mib() -> int | None:
 
 
 def before_after(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
-    """The measures on held-out rows before and after training."""
+    """Build a table of the held-out measures before and after training."""
     table = Table(title="held-out rows", title_justify="left")
     for heading in ("measure", "before", "after", ""):
         table.add_column(heading, justify="right" if heading in ("before", "after") else "left")

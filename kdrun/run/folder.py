@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, and which folder a new run may take."""
+"""The folder of a run: its contents, and which folders a new run may use."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ CHECKPOINTS, BEFORE = "checkpoints", "before.json"
 REHEARSAL = "rehearsal"
 TENSORBOARD = "tensorboard"
 INPUTS = "inputs.safetensors"
-"""What the rows and models were that the run began with."""
+"""Record of the rows and models that the run began with."""
 ADAPTER, BASE = "adapter", "base"
 """The adapter of a merged student; the initial weights of a built-in student with adapters."""
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 def choose_folder(given: str | None, loss: str) -> Path:
-    """The folder of a run: the one given, or a new ``runs/<time>-<loss>``."""
+    """Return the folder of a run: the one given, or a new ``runs/<time>-<loss>``."""
     if given is not None:
         return expand_home(given)
     from kdlosses import parse_spec
@@ -46,36 +46,39 @@ def choose_folder(given: str | None, loss: str) -> Path:
 
 
 def prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Create the folder of a run, or refuse one that holds something else; removes nothing.
+    """Create the folder of a run, or refuse one with other contents; removes nothing.
 
     Raises:
-        InputError: it holds another run or foreign files, or cannot be written.
+        InputError: it contains another run or other files, or is not writable.
     """
     if folder.is_file():
-        raise InputError(f"--output {folder} is a file; name a folder")
+        raise InputError(f"--output {folder} is a file; choose a folder")
     holds_run = (folder / CONFIG).is_file()
     if resume and not holds_run:
-        raise InputError(f"--resume: {folder} holds no run to continue")
+        raise InputError(f"--resume: {folder} contains no run to continue")
     if folder.is_dir() and not resume and _holds_anything(folder):
         if not holds_run:
             raise InputError(
-                f"--output {folder} is not empty and holds no run; name another folder"
+                f"--output {folder} is not empty and contains no run; choose another folder"
             )
         if not overwrite:
             raise InputError(
-                f"--output {folder} holds a run; add --resume to continue it, --overwrite to "
-                "replace it, or name another folder"
+                f"--output {folder} already contains a run; pass --resume to continue it, "
+                "--overwrite to "
+                "replace it, or choose another folder"
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output {folder}: {error.strerror}; name a writable folder") from error
+        raise InputError(
+            f"--output {folder}: {error.strerror}; choose a writable folder"
+        ) from error
     if not os.access(folder, os.W_OK):
-        raise InputError(f"--output {folder} cannot be written; name another folder")
+        raise InputError(f"--output {folder} cannot be written; choose another folder")
 
 
 def _holds_anything(folder: Path) -> bool:
-    """Whether there is more in a folder than a start that was refused leaves."""
+    """Return whether a folder contains more than a refused start leaves behind."""
     left = folder / CHECKPOINTS
     return any(
         entry.name != LOCK and (entry != left or not _is_empty(entry)) for entry in folder.iterdir()
@@ -89,11 +92,11 @@ def _is_empty(entry: Path) -> bool:
 def clear(folder: Path, keep_base: bool) -> None:
     """Remove what an earlier run wrote, and nothing else.
 
-    Called only once nothing can be refused any more: wrong input costs no finished run.
+    Called only after all checks have passed, so wrong input cannot remove a finished run.
 
     Args:
-        folder: of the run.
-        keep_base: leave :data:`BASE` as it is, which the new run has just written.
+        folder: folder of the run.
+        keep_base: keep :data:`BASE`, which the new run has just written.
     """
     for path in written_by_runs(folder):
         if path.name == BASE and keep_base:
@@ -105,7 +108,7 @@ def clear(folder: Path, keep_base: bool) -> None:
 
 
 def written_by_runs(folder: Path) -> list[Path]:
-    """What runs write into their folder, and a new run that takes its place removes."""
+    """Return the files that runs write, which a new run in the same folder removes."""
     files = (CONFIG, METRICS, SUMMARY, ANSWERS, INPUTS)
     folders = (STUDENT, CHECKPOINTS, ADAPTER, TENSORBOARD, f".{STUDENT}.partial", BASE)
     return [folder / name for name in (*files, *folders)]
@@ -113,13 +116,13 @@ def written_by_runs(folder: Path) -> list[Path]:
 
 @contextmanager
 def one_line_where_nothing_can_be_written(folder: Path) -> Iterator[None]:
-    """Turn what libraries raise on a full disk into one line that says how to go on.
+    """Turn errors that libraries raise on a full disk into one line that says how to continue.
 
     Args:
         folder: of the run.
 
     Raises:
-        UnwritableError: in place of the error, which is its cause.
+        UnwritableError: instead of the error, which is its cause.
     """
     try:
         yield
@@ -128,39 +131,39 @@ def one_line_where_nothing_can_be_written(folder: Path) -> Iterator[None]:
         if reason is None:
             raise
         newest = newest_complete(folder / CHECKPOINTS)
-        kept = "no checkpoint was complete yet" if newest is None else f"{newest.name} is complete"
+        kept = "no checkpoint is complete yet" if newest is None else f"{newest.name} is complete"
         raise UnwritableError(
-            f"{folder} cannot be written ({reason}); {kept}: make room, and continue with "
+            f"{folder} cannot be written ({reason}); {kept}: free some space, and continue with "
             f"--resume --output {folder}"
         ) from error
 
 
 @contextmanager
 def saying_how_to_go_on(folder: Path) -> Iterator[None]:
-    """Turn a signal after the training into a line: the last checkpoint holds the student.
+    """Turn a signal after training into one line: the last checkpoint contains the student.
 
     Args:
         folder: of the run.
 
     Raises:
-        Interrupted: in place of the interruption.
+        Interrupted: instead of the interruption.
     """
     try:
         yield
     except KeyboardInterrupt as error:
         raise Interrupted(
-            f"interrupted after the training, whose last step is saved; continue with --resume "
+            f"interrupted after training, with the last step saved; continue with --resume "
             f"--output {folder}",
             signal_of(error),
         ) from error
 
 
 def _storage_reason(error: Exception, folder: Path) -> str | None:
-    """Why a folder did not take a file, in the words of the system; None for other errors."""
+    """Return the system's reason why a file could not be written; None for other errors."""
     if isinstance(error, OSError) and error.errno in _STORAGE:
         inside = folder.resolve() in Path(error.filename or folder / "file").resolve().parents
         return os.strerror(error.errno) if inside else None
-    # safetensors writes the number into its message; torch tells it to nobody.
+    # safetensors writes the error number into its message; torch does not report it.
     text = str(error)
     number = re.search(r"os error (\d+)", text)
     if number is not None and int(number[1]) in _STORAGE:

@@ -1,4 +1,4 @@
-"""The models of a run: teacher and student with their weights, and what the student is asked."""
+"""The models of a run: teacher and student with their weights, and the student's questions."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Loaded:
     """The models of a run.
 
     Attributes:
-        teacher: what is distilled, and what is measured against.
-        student: the causal language model, under peft where adapters are trained.
+        teacher: the model that is distilled and evaluated against.
+        student: the causal language model, wrapped by peft if adapters are trained.
         questions: held-out prompts that the trained student answers.
-        initial: fingerprint of the student's weights before any step.
-        base: of the files of the model below the student's adapters; None without adapters.
+        initial: fingerprint of the student's weights before the first step.
+        base: fingerprint of the files of the adapters' base model; None without adapters.
     """
 
     teacher: ChosenTeacher
@@ -47,12 +47,12 @@ class Loaded:
 
 
 def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
-    """Load teacher and student, and put adapters on the student.
+    """Load teacher and student, and add adapters to the student.
 
     Args:
-        config: names the models, the loss and the adapters, and says what is asked.
-        prepared: gives the pair and its examples.
-        start: gives folder and processes, and shows what is loaded.
+        config: names the models, the loss, the adapters and the questions.
+        prepared: provides the pair and its examples.
+        start: provides folder and processes, and displays what is loaded.
 
     Raises:
         InputError: a model or a cache does not suit the run.
@@ -88,8 +88,8 @@ def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
         start.say(describe_adapters(student, config.lora))
     if questions and start.world.size > 1:
         raise InputError(
-            "evaluation.answers: not in several processes; set it to 0, and let 'kdrun evaluate' "
-            "ask the trained student"
+            "evaluation.answers: not supported in several processes; set it to 0, and run 'kdrun "
+            "evaluate' on the trained student"
         )
     return Loaded(teacher, student, questions, initial, base)
 
@@ -97,16 +97,16 @@ def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
 def _settle_ends(
     student: Any, teacher: ChosenTeacher, prepared: Prepared, written: bool
 ) -> list[str]:
-    """Let the student's settings name every token that it learns to end answers with.
+    """Add every token that ends the training answers to the student's generation settings.
 
     Args:
         student: a causal language model.
-        teacher: may write answers.
-        prepared: has the rows, which end with some tokens.
-        written: whether a procedure lets models write answers.
+        teacher: the teacher, which may generate answers.
+        prepared: provides the rows.
+        written: whether a procedure lets models generate answers.
 
     Returns:
-        What is to be said, a line each.
+        Lines to report.
     """
     from kdrun.data.prepare import examples_in
     from kdrun.models.heads import FrozenTeacher
@@ -128,13 +128,13 @@ def _settle_ends(
 def _with_adapters(
     student: Any, pair: Pair, lora: LoraConfig, seed: int, start: Start
 ) -> tuple[str | None, Any]:
-    """The student with adapters, whose base model is on disk under the name they keep.
+    """Add adapters to the student, and save its base model under the name that they record.
 
     Returns:
         The fingerprint of the base model's files, on the main process, and the student.
     """
     base, source = str(pair.student), pair.student
-    if pair.fresh_student:  # nothing else has these weights, and an adapter is of no use alone
+    if pair.fresh_student:  # adapters need these weights, which exist nowhere else
         base = str((start.folder / runs.BASE).resolve())
         if start.world.is_main:
             student.save_pretrained(base)
@@ -142,6 +142,6 @@ def _with_adapters(
         source = ModelSource(base)
     elif pair.student.is_local:
         base = str(Path(base).resolve())
-    # Others would read a base model that the main process has not written yet.
+    # Otherwise other processes could read the base model before it is written.
     below = print_weights(source) if start.world.is_main else None
     return below, add_adapters(student, lora, base, seed)

@@ -1,4 +1,4 @@
-"""Input of a run that its own beginning would remove: a model or file of the run it replaces."""
+"""Check that a run does not remove its own input: a model or file of the run it replaces."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ if TYPE_CHECKING:
 
 
 def check_keeps_inputs(config: RunConfig, folder: Path) -> None:
-    """Refuse a run whose beginning removes what it learns from; nothing is written yet.
+    """Refuse a run that would remove its own input; nothing is written yet.
 
-    Adapters that are trained on a student in the run's folder would also name the folder that they
-    are saved to as their base model.
+    Adapters trained on a student in the run's folder would also record the folder that they are
+    saved to as their base model.
 
     Args:
-        config: names models, rows and a cache.
-        folder: that the run takes.
+        config: names models, rows and cache.
+        folder: folder of the run.
 
     Raises:
-        InputError: naming the input, and the cure.
+        InputError: the run would remove one of its inputs.
     """
     removed = [path.resolve() for path in written_by_runs(folder)]
     for key, path in _inputs(config):
         if any(path.resolve().is_relative_to(place) for place in removed):
             raise InputError(
                 f"--output {folder}: replacing the run in it would remove {path}, which is "
-                f"{key}; name another folder"
+                f"{key}; choose another folder"
             )
 
 
 def _inputs(config: RunConfig) -> Iterator[tuple[str, Path]]:
-    """What a run reads on this machine, with the key that names it."""
+    """Yield the local files and folders that a run reads, with the keys that name them."""
     teacher, student = locate_pair(config.model)
     for key, source in (("model.teacher", teacher), ("model.student", student)):
         if source is None:

@@ -1,4 +1,4 @@
-"""Tokenizers and examples of a run: all that is known before weights are loaded."""
+"""Tokenizers and examples of a run, prepared before weights are loaded."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Prepared:
     """A run before its weights are loaded.
 
     Attributes:
-        data: the section, with the day that templates write.
-        pair: teacher and student, and their tokenizer.
+        data: section ``data``, including the date for templates.
+        pair: teacher and student with their tokenizer.
         examples: encoded training and held-out rows.
-        held_out: the rows to measure on, before they are tokens.
+        held_out: the rows to evaluate on, before tokenisation.
         sampling: how a procedure's answers are sampled; None without one.
-        text: windows of plain text for a procedure that takes some.
+        text: windows of plain text for a procedure that uses them.
     """
 
     data: DataConfig
@@ -49,14 +49,14 @@ def prepare(
 
     Args:
         model: names the pair.
-        data: how rows become tokens.
-        procedure: how answers are sampled, where text is written.
-        rows: of the run.
-        seed: of the windows of plain text.
-        say: is told of the pair's differences and what became of the rows.
+        data: how rows are tokenised.
+        procedure: how answers are sampled, if text is generated.
+        rows: rows of the run.
+        seed: seed of the windows of plain text.
+        say: called with lines about the pair's differences and the rows.
 
     Raises:
-        InputError: the models do not go together, or no row can be used.
+        InputError: the models are incompatible, or no row can be used.
     """
     pair = find_pair(model)
     check_context(pair, data.max_length, model.trust_remote_code)

@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 def leave_room(
     examples: Examples, sampling: Sampling, tokenizer: PreTrainedTokenizerBase
 ) -> Examples:
-    """Leave out the training rows whose prompts leave no room for an answer.
+    """Skip the training rows whose prompts leave no room for an answer.
 
     Raises:
-        InputError: the tokenizer has no end token, or no row is left.
+        InputError: the tokenizer has no end token, or no row remains.
     """
     from kdrun.data.windows import TextWindows
     from kdrun.procedures.sampling import need_end_token
 
     need_end_token(tokenizer)
     rows: Any = examples.train
-    looked_at = 1 if isinstance(rows, TextWindows) else len(rows)  # windows are of one length
+    looked_at = 1 if isinstance(rows, TextWindows) else len(rows)  # windows have equal length
     asked = [bool(sampling.prompt_of(rows[number])) for number in range(looked_at)]
     if all(asked):
         return examples
@@ -43,7 +43,7 @@ def leave_room(
     kept = Kept(rows, numbers)
     left_out = len(asked) - len(kept)
     note = (
-        f"procedure: left out {left_out} of {len(asked)} training rows, whose prompts leave no "
+        f"procedure: skipped {left_out} of {len(asked)} training rows, whose prompts leave no "
         f"room for {cure}"
     )
     positions = examples.origins.positions
@@ -57,10 +57,10 @@ def leave_room(
 def read_text(
     source: str | None, data: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Any, list[str]]:
-    """Windows of ``procedure.text``, and notes on them; None and no note without one.
+    """Read windows of ``procedure.text`` and notes on them; None and no notes if it is unset.
 
     Raises:
-        InputError: it cannot be read, or is no plain text.
+        InputError: it cannot be read, or is not plain text.
     """
     from kdrun.data.rows import TextRow, load_rows
     from kdrun.data.token_cache import TokenCache
@@ -69,7 +69,7 @@ def read_text(
         return None, []
     rows = load_rows(source, strict=data.strict).rows
     if not isinstance(rows[0], TextRow):
-        raise InputError(f"procedure.text={source}: holds conversations; name plain text")
+        raise InputError(f"procedure.text={source}: contains conversations; pass plain text")
     cache = TokenCache.at(data.cache_dir)
     windows, notes = encode_held_out(rows, tokenizer, data.max_length, cache=cache)
     return windows, [f"procedure.text: {notes[0]}"]

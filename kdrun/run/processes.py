@@ -1,4 +1,4 @@
-"""The processes of a run: one of them writes and speaks, the others wait for it."""
+"""The processes of a run: the main one writes files and output, the others wait for it."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import os
 from kdrun.errors import InputError
 
 _FOREIGN = {
-    "ACCELERATE_USE_FSDP": "FSDP: on a CPU it runs DDP in silence, elsewhere it leaves out the "
-    "teacher; launch without it, and let --set training.fsdp=true spread both models",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed, which kdrun has not been tried with; launch without "
-    "it, and let --set training.fsdp=true spread the models",
+    "ACCELERATE_USE_FSDP": "FSDP: on a CPU it silently runs DDP, elsewhere it does not shard "
+    "the teacher; launch without it, and shard both models with --set training.fsdp=true",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed, which kdrun has not been tested with; launch without "
+    "it, and shard the models with --set training.fsdp=true",
 }
 
 
 class World:
-    """The processes that torchrun or accelerate started, or this one alone.
+    """The processes that torchrun or accelerate started, or only this one.
 
     Args:
-        fsdp: whether the run wants its models spread over processes.
+        fsdp: whether the models are to be sharded across processes.
 
     Attributes:
-        size: how many there are.
-        is_main: whether this is the one that writes and speaks.
+        size: number of processes.
+        is_main: whether this process writes files and output.
 
     Raises:
-        InputError: models to be spread over a single process, or by the launcher.
+        InputError: models would be sharded over one process, or by the launcher.
     """
 
     def __init__(self, fsdp: bool = False) -> None:
@@ -36,12 +36,12 @@ class World:
                 raise InputError(f"accelerate was asked for {what}")
         if fsdp and self.size == 1:
             raise InputError(
-                "training.fsdp=true spreads the models over processes, and there is one; start "
-                "several: torchrun --nproc-per-node N -m kdrun ..."
+                "training.fsdp=true shards the models across processes, but there is only one; "
+                "start several: torchrun --nproc-per-node N -m kdrun ..."
             )
 
     def share(self, text: str) -> str:
-        """What the main process has, such as a folder's name made from its clock."""
+        """Return the main process's text, such as a folder name made from its clock."""
         if self.size == 1:
             return text
         import torch.distributed
@@ -52,7 +52,7 @@ class World:
         return values[0]
 
     def wait(self) -> None:
-        """Until all are here; the first call starts their group."""
+        """Wait for all processes; the first call starts their group."""
         if self.size > 1:
             import torch
             from accelerate import PartialState
@@ -63,17 +63,17 @@ class World:
 def check_deepspeed(file: str | None) -> None:
     """Refuse ``training.deepspeed``, before anything is loaded.
 
-    DeepSpeed replaces the calls of backward and of the optimiser, and gathers weights in a way of
-    its own; the losses project with the head's weight inside its forward call. Nothing of that has
-    been run, and a loss that is silently wrong is worse than none.
+    DeepSpeed replaces the backward and optimiser calls and gathers weights in its own way, while
+    the losses project with the head's weight inside its forward call. This combination is
+    untested, and its loss could be silently wrong.
 
     Raises:
-        InputError: always, where a file is given.
+        InputError: a file is given.
     """
     if file is None:
         return
     raise InputError(
-        f"training.deepspeed={file}: kdrun has not been tried with DeepSpeed; "
-        "--set training.fsdp=true under torchrun spreads weights, gradients and optimiser of both "
+        f"training.deepspeed={file}: kdrun has not been tested with DeepSpeed; "
+        "--set training.fsdp=true under torchrun shards weights, gradients and optimiser of both "
         "models as ZeRO-3 does"
     )

@@ -1,7 +1,7 @@
-"""What a run follows from besides its configuration: rows as tokens, tokenizer, day, weights.
+"""What a run depends on besides its configuration: tokenised rows, tokenizer, date, weights.
 
-It is kept in the run's folder. A resumed run compares, so that it does not go on with other rows
-or another teacher than it began with.
+The record is kept in the run's folder. A resumed run compares itself with it, so that it cannot
+continue with different rows or another teacher.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ if TYPE_CHECKING:
     from kdrun.data.prepare import Examples
     from kdrun.run.prepare import Prepared
 
-# Where files lie, and what is done about bad ones, changes no token of the rows that are left.
+# Paths, and the treatment of bad rows, do not change the tokens of the remaining rows.
 _NOT_THE_TOKENS = {"train", "eval", "test", "cache_dir", "strict", "accept_changes"}
 _WAYS_OUT = (
-    "restore it, begin a new run with another --output, or continue all the same with "
+    "restore it, start a new run with another --output, or continue anyway with "
     "--set data.accept_changes=true"
 )
 
 
 class Sources(BaseModel):
-    """What the rows and models of a run are.
+    """Fingerprints and settings of a run's rows and models.
 
     Attributes:
         tokenizer: its fingerprint.
-        data: the settings that decide how rows become tokens.
-        teacher: fingerprint of its weights; None without one, or where it is quantised.
-        student: of the student's initial weights.
-        processes: that train together; None where an earlier version did not record it.
+        data: the settings that decide how rows are tokenised.
+        teacher: fingerprint of its weights; None without one, or if it is quantised.
+        student: fingerprint of the student's initial weights.
+        processes: number of processes of the run; None if an earlier version did not record it.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -60,12 +60,12 @@ class Sources(BaseModel):
 
 @dataclass(frozen=True)
 class Record:
-    """What a run's folder keeps of its input.
+    """The record of a run's input, kept in its folder.
 
     Attributes:
-        sources: what rows and models follow from.
-        train: a hash of each training row, of its tokens and which are supervised.
-        held_out: likewise.
+        sources: what rows and models depend on.
+        train: a hash of each training row's tokens and supervised positions.
+        held_out: the same for held-out rows.
     """
 
     sources: Sources
@@ -73,7 +73,7 @@ class Record:
     held_out: np.ndarray
 
     def write(self, folder: Path) -> None:
-        """Keep it in a run's folder, whole or not at all."""
+        """Write it to a run's folder atomically."""
         from safetensors.numpy import save
 
         arrays = {"train": self.train, "held_out": self.held_out}
@@ -82,7 +82,7 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> Record | None:
-        """What a run's folder keeps; None where it keeps nothing, or that is damaged."""
+        """Read the record of a run's folder; None if it is missing or damaged."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -96,7 +96,7 @@ class Record:
 def record_of(
     config: RunConfig, prepared: Prepared, teacher: ChosenTeacher, initial: TeacherPrint
 ) -> Record:
-    """What a run works with, before a step is done or adapters are trained."""
+    """Record a run's input, before any step is taken or adapters are trained."""
     sources = Sources(
         tokenizer=print_tokenizer(prepared.pair.tokenizer),
         data=_settings(config.data),
@@ -115,7 +115,7 @@ def check_unchanged(
     initial: TeacherPrint,
     folder: Path | None,
 ) -> tuple[Record, list[str]]:
-    """What a run works with, compared with what it began with.
+    """Compare a run's input with what it began with.
 
     Args:
         config: of the run.
@@ -128,7 +128,7 @@ def check_unchanged(
         The record, and the changes that were accepted.
 
     Raises:
-        InputError: the first difference, and the ways out.
+        InputError: the input differs; names the first difference.
     """
     now = record_of(config, prepared, teacher, initial)
     before = None if folder is None else Record.read(folder)
@@ -143,9 +143,9 @@ def check_unchanged(
 def _changes(before: Record, now: Record, examples: Examples, adapters: bool) -> Iterator[str]:
     was, has = before.sources, now.sources
     if was.tokenizer.vocabulary != has.tokenizer.vocabulary:
-        yield "the tokenizer is not the one that the run began with"
+        yield "the tokenizer has changed since the run began"
     if was.tokenizer.chat_template != has.tokenizer.chat_template:
-        yield "the chat template is not the one that the run began with"
+        yield "the chat template has changed since the run began"
     for name, value in has.data.items():
         if was.data.get(name, value) != value:
             yield f"data.{name} was {was.data[name]!r} when the run began and is {value!r}"
@@ -154,10 +154,10 @@ def _changes(before: Record, now: Record, examples: Examples, adapters: bool) ->
         before.held_out, now.held_out, "held-out rows", examples.held_out_origins
     )
     if None not in (was.teacher, has.teacher) and was.teacher != has.teacher:
-        yield "the teacher's weights are not those that the run began with"
-    # Weights that are trained come from the checkpoint, whatever the student's folder holds.
+        yield "the teacher's weights have changed since the run began"
+    # Trained weights come from the checkpoint, not from the student's folder.
     if adapters and None not in (was.student, has.student) and was.student != has.student:
-        yield "the student's weights, below its adapters, are not those that the run began with"
+        yield "the student's base weights have changed since the run began"
 
 
 def _changed_rows(
@@ -166,7 +166,7 @@ def _changed_rows(
     common = min(len(before), len(now))
     different = (before[:common] != now[:common]).nonzero()[0]
     if len(different):
-        yield f"{kind}: {origins.name([int(different[0])])} is not the row that the run began with"
+        yield f"{kind}: {origins.name([int(different[0])])} has changed since the run began"
     elif len(before) != len(now):
         yield f"{kind}: there were {len(before)} when the run began, and there are {len(now)}"
 

@@ -1,6 +1,6 @@
-"""All that the end of a run does, done once at its beginning with the untrained student.
+"""Rehearsal of the end of a run, at its beginning, with the untrained student.
 
-A student that cannot be saved, or not be read again, is told before a minute is spent.
+A student that cannot be saved or loaded again is reported before training.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _LOST_MASS = 0.01
 
 
 def rehearse(built: Built, loaded: Loaded, start: Start) -> None:
-    """Save, read again, answer, merge and report, on a small scale.
+    """Save, load, answer, merge and report, on a small scale.
 
-    Weights are left out but one, so that it takes no time with large models: what fails at the end
-    of a run is its settings, its tokenizer, its adapters, or a tracker.
+    Only one weight is saved, so that large models take no time: what fails at the end of a run is
+    its settings, its tokenizer, its adapters, or a tracker.
 
     Args:
         built: the run, before its first step.
-        loaded: what the student will be asked.
-        start: gives the folder.
+        loaded: provides the student's questions.
+        start: provides the folder.
 
     Raises:
-        InputError: what would fail, and why.
+        InputError: a part would fail; gives the reason.
     """
     trainer, config = built.trainer, built.config
     if start.world.is_main:
@@ -51,7 +51,7 @@ def rehearse(built: Built, loaded: Loaded, start: Start) -> None:
             _save_and_read(trainer, folder, config.model.trust_remote_code)
     if start.world.size == 1:
         if loaded.questions:
-            with _told("the student cannot answer"):
+            with _told("the student cannot generate answers"):
                 _answer(trainer, loaded.questions)
         if config.lora.rank is not None and config.lora.merge:
             with _told("lora.merge=true: the adapters cannot be merged"):
@@ -60,15 +60,15 @@ def rehearse(built: Built, loaded: Loaded, start: Start) -> None:
 
 
 def tell_lost_mass(loaded: Loaded, prepared: Prepared, batch_size: int, start: Start) -> None:
-    """Say how much of its probability the teacher gives to tokens that are left out.
+    """Report how much of its probability the teacher assigns to excluded tokens.
 
-    Measured on the supervised positions of the first batch; little is not worth a word.
+    Measured on the supervised positions of the first batch; small shares are not reported.
 
     Args:
-        loaded: has the teacher.
-        prepared: has the rows, and knows which tokens not both models have.
-        batch_size: rows of a batch.
-        start: shows the line.
+        loaded: provides the teacher.
+        prepared: provides the rows, and the tokens that only one model has.
+        batch_size: rows per batch.
+        start: displays the line.
     """
     import torch
 
@@ -91,36 +91,37 @@ def tell_lost_mass(loaded: Loaded, prepared: Prepared, batch_size: int, start: S
         positions += len(logits)
     if positions and total / positions > _LOST_MASS:
         start.say(
-            f"the teacher gives {total / positions:.1%} of its probability to tokens that are left "
-            "out, on the supervised positions of the first batch; the student does not learn them"
+            f"the teacher assigns {total / positions:.1%} of its probability to excluded tokens, "
+            "at "
+            "the supervised positions of the first batch; the student does not learn them"
         )
 
 
 class _told:  # noqa: N801 - a context manager, read as a word
-    """Turns any failure into one line."""
+    """Turn any failure into one line."""
 
     def __init__(self, what: str) -> None:
         self._what = what
 
     def __enter__(self) -> None:
-        """Begins."""
+        """Do nothing."""
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Tells what failed; a disk that fails is told elsewhere."""
+        """Report what failed; disk errors are reported elsewhere."""
         if isinstance(error, Exception) and not isinstance(error, OSError | InputError):
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"{self._what} ({reason}); nothing was trained") from error
 
 
 def _save_and_read(trainer: Any, folder: Path, trust_remote_code: bool) -> None:
-    """Save what goes beside the weights, and one weight, and read it again."""
+    """Save everything but the weights, plus one weight, and load it again."""
     from transformers import AutoTokenizer, GenerationConfig
 
     inner, tokenizer = causal_lm(trainer.model), trainer.processing_class
     shutil.rmtree(folder, ignore_errors=True)
     try:
         name, weight = min(inner.state_dict().items(), key=lambda item: item[1].numel())
-        if not hasattr(weight, "full_tensor"):  # of a sharded model every process has to take part
+        if not hasattr(weight, "full_tensor"):  # all processes must take part for a sharded model
             inner.save_pretrained(folder, state_dict={name: weight})
         inner.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -137,8 +138,8 @@ def _save_and_read(trainer: Any, folder: Path, trust_remote_code: bool) -> None:
 def _same_tokenizer(tokenizer: Any, again: Any) -> None:
     if print_tokenizer(tokenizer) != print_tokenizer(again):
         raise InputError(
-            "the student's tokenizer is another one when it is saved and read again; save it with "
-            "its own class into the student's folder first"
+            "the student's tokenizer changes when it is saved and loaded again; first save it with "
+            "its own class in the student's folder"
         )
 
 

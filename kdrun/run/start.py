@@ -1,4 +1,4 @@
-"""Where a run takes place: its folder, its processes, and the checkpoint that it goes on from."""
+"""Where a run takes place: its folder, its processes, and the checkpoint it resumes from."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Start:
     """Where a run takes place and where it begins.
 
     Attributes:
-        folder: the run's.
+        folder: folder of the run.
         world: its processes.
-        console: shows what it does; quiet on all processes but the main one.
-        resume: whether it goes on in a folder that has it already.
-        checkpoint: that it goes on from; None begins anew.
-        trained: whether the checkpoint is that of its last step.
-        notes: checkpoints that it cannot go on from, and settings that change, a line each.
+        console: displays progress; silent except on the main process.
+        resume: whether it continues the run in its folder.
+        checkpoint: checkpoint to resume from; None starts from the beginning.
+        trained: whether the checkpoint is from the last step.
+        notes: lines about unusable checkpoints and changed settings.
     """
 
     folder: Path
@@ -52,7 +52,7 @@ class Start:
 
     @property
     def first_step(self) -> int:
-        """Optimiser steps that are done already."""
+        """Number of optimiser steps already done."""
         return 0 if self.checkpoint is None else step_of(self.checkpoint)
 
     @property
@@ -62,22 +62,22 @@ class Start:
 
     @property
     def finished(self) -> Mapping[str, Any] | None:
-        """The summary of a run that has nothing left to do, its student whole; or None."""
+        """The summary of a finished run with a complete student; None otherwise."""
         file = self.folder / runs.SUMMARY
         if not self.trained or not file.is_file():
             return None
         summary = _read_summary(file)
-        if summary.get("steps") != self.first_step:  # of a shorter training, which was gone on with
+        if summary.get("steps") != self.first_step:  # from a shorter training that was continued
             return None
         student = self.folder / STUDENT
         whole = holds_model(student) and find_damage(student, summary.get("student", {})) is None
         return summary if whole else None
 
     def held(self) -> AbstractContextManager[None]:
-        """Hold the folder, on the main process: no other run writes into it meanwhile.
+        """Lock the folder on the main process, so that no other run writes to it.
 
         Raises:
-            InputError: another process holds it.
+            InputError: another process uses it.
         """
         return hold_folder(self.folder) if self.world.is_main else nullcontext()
 
@@ -87,7 +87,7 @@ class Start:
 
 
 def _read_summary(file: Path) -> dict[str, Any]:
-    """The summary of a run, or nothing where it is damaged: then it is written again."""
+    """Read the summary of a run; empty if it is damaged, so that it is written again."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
@@ -96,10 +96,10 @@ def _read_summary(file: Path) -> dict[str, Any]:
 
 
 def recall(config: RunConfig) -> RunConfig:
-    """A configuration to resume with, with what the run settled when it began.
+    """Return a configuration to resume with, including the run's automatic choices.
 
     Args:
-        config: names the run's folder; what it states itself is kept.
+        config: names the run's folder; its explicit settings are kept.
     """
     if config.output.dir is None:
         return config
@@ -110,22 +110,22 @@ def recall(config: RunConfig) -> RunConfig:
     update: dict[str, Any] = {}
     if config.data.date is None and before.get("date") is not None:
         update["date"] = str(before["date"])
-    if "hold_out" not in before:  # a run of a version that split rows by their content
+    if "hold_out" not in before:  # a run from a version that split rows by their content
         update["hold_out"] = "content"
     return config.model_copy(update={"data": config.data.model_copy(update=update)})
 
 
 def open_folder(config: RunConfig, resume: bool, overwrite: bool, console: Console | None) -> Start:
-    """Take the folder of a run, in the same way on all processes.
+    """Open the folder of a run, consistently on all processes.
 
     Args:
         config: names the folder, the loss and the steps.
-        resume: go on from its newest complete checkpoint.
-        overwrite: replace the run in it, once nothing can be refused any more.
-        console: by default standard error.
+        resume: continue from its newest complete checkpoint.
+        overwrite: replace the run in it, after all checks have passed.
+        console: console for progress; by default standard error.
 
     Raises:
-        InputError: the folder holds something else, or input of the run that would be removed; or
+        InputError: the folder has other contents, or contains input that would be removed; or
             the processes do not suit the run.
     """
     world = World(config.training.fsdp)
@@ -146,7 +146,7 @@ def open_folder(config: RunConfig, resume: bool, overwrite: bool, console: Conso
     return Start(folder, world, console, resume, found.newest, trained, (*found.notes, *changes))
 
 
-# A resumed optimiser brings its own; others would train on some rows twice, or not fit.
+# The checkpoint's optimiser keeps its own values; other changes would repeat rows or not fit.
 _FIXED = (
     "optimizer.lr",
     "optimizer.weight_decay",
@@ -161,7 +161,7 @@ _FIXED = (
     "procedure.spec",
     "model.dtype",
 )
-# Folders, what is settled again in the same way, and what has a check of its own.
+# Folders, settings that are derived again identically, and those checked elsewhere.
 _NO_SETTINGS = (
     "output.dir",
     "data.cache_dir",
@@ -173,17 +173,17 @@ _NO_SETTINGS = (
 
 
 def compare_settings(config: RunConfig, file: Path) -> tuple[str, ...]:
-    """Compare the settings to resume with with those that the run has had so far.
+    """Compare the settings to resume with to those of the run so far.
 
     Args:
-        config: to resume with.
-        file: the configuration that the run has had so far.
+        config: configuration to resume with.
+        file: configuration of the run so far.
 
     Returns:
-        What changes from here on, a line, or nothing.
+        At most one line, which lists the changed settings.
 
     Raises:
-        InputError: a setting would have no effect, or another one than it says; names the key.
+        InputError: a setting would have no effect or a different one; names the key.
     """
     before = stated_values(file)
     now = config.model_dump(mode="json")
@@ -192,8 +192,8 @@ def compare_settings(config: RunConfig, file: Path) -> tuple[str, ...]:
         if before.get(section, {}).get(name, now[section][name]) != now[section][name]:
             raise InputError(
                 f"--resume: {key} was {before[section][name]!r} when the run began and is "
-                f"{now[section][name]!r}; a run keeps it to its end: leave it out, or begin a new "
-                f"run from the student (--student {file.parent})"
+                f"{now[section][name]!r}; it cannot change during a run: restore it, or start a "
+                f"new run from the student (--student {file.parent})"
             )
     _check_step(before.get("training", {}), config.training, file.parent)
     changed = [
@@ -203,7 +203,7 @@ def compare_settings(config: RunConfig, file: Path) -> tuple[str, ...]:
         if f"{section}.{name}" not in _NO_SETTINGS
         and now.get(section, {}).get(name, value) != value
     ]
-    return (f"from here on: {', '.join(changed)}",) if changed else ()
+    return (f"changed from here on: {', '.join(changed)}",) if changed else ()
 
 
 def _check_step(before: Mapping[str, Any], now: TrainingConfig, folder: Path) -> None:
@@ -234,9 +234,9 @@ def _is_trained(checkpoint: Path | None, training: TrainingConfig) -> bool:
 
 
 def _check_kind(checkpoint: Path | None, fsdp: bool) -> None:
-    """Refuse to continue with models spread over processes what began otherwise, or the reverse."""
+    """Refuse to resume with sharded models a run that began without them, or the reverse."""
     if checkpoint is not None and (checkpoint / SHARDS).is_dir() != fsdp:
         was = "without" if fsdp else "with"
         raise InputError(
-            f"--resume: {checkpoint} was written {was} training.fsdp=true; continue it likewise"
+            f"--resume: {checkpoint} was written {was} training.fsdp=true; resume it the same way"
         )

@@ -1,4 +1,4 @@
-"""Trackers: where the figures of a run are sent beside its own files, through transformers."""
+"""Trackers: services that receive a run's metrics through transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 _NONE = "none"
-# By the name that transformers knows: packages of which one is needed.
+# Names known to transformers, with alternative packages that provide them.
 _PACKAGES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     "wandb": ("wandb",),
@@ -32,13 +32,13 @@ _PACKAGES = {
 
 
 def check_tracker(name: str) -> None:
-    """Refuse a tracker that is not there; nothing heavy is imported.
+    """Refuse a tracker that is not available, without heavy imports.
 
     Args:
         name: of ``training.report_to``.
 
     Raises:
-        InputError: an unknown tracker, with a close name, or one that is not installed.
+        InputError: the tracker is unknown or not installed.
     """
     if name == _NONE:
         return
@@ -50,26 +50,26 @@ def check_tracker(name: str) -> None:
     if all(find_spec(package) is None for package in packages):
         raise InputError(
             f"training.report_to={name}: {packages[0]} is not installed; "
-            f"pip install {packages[0]}, or --report-to none"
+            f"pip install {packages[0]}, or pass --report-to none"
         )
     if name == "wandb":
         _check_wandb()
 
 
 def _check_wandb() -> None:
-    """Refuse wandb where it would ask for a login once the models are loaded."""
+    """Refuse wandb if it would ask for a login after the models are loaded."""
     if os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled", "dryrun"):
         return
     given = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
     if not given and not _in_netrc(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")):
         raise InputError(
             "training.report_to=wandb: wandb is not logged in; run 'wandb login', set "
-            "WANDB_API_KEY, or keep the figures here with WANDB_MODE=offline"
+            "WANDB_API_KEY, or keep the metrics local with WANDB_MODE=offline"
         )
 
 
 def _in_netrc(url: str) -> bool:
-    """Whether the user's netrc file, where 'wandb login' puts the key, knows a server."""
+    """Return whether the user's netrc file, where 'wandb login' stores the key, has a server."""
     home = Path(os.path.expanduser("~"))
     named = os.environ.get("NETRC")
     for path in [Path(named)] if named else [home / ".netrc", home / "_netrc"]:
@@ -80,14 +80,14 @@ def _in_netrc(url: str) -> bool:
 
 
 def start_trackers(trainer: Trainer, name: str) -> None:
-    """Let trackers begin before anything is trained, so that they fail before it.
+    """Start trackers before training, so that they fail early.
 
     Args:
-        trainer: has their callbacks.
+        trainer: provides their callbacks.
         name: of ``training.report_to``.
 
     Raises:
-        InputError: a tracker cannot begin, with its reason.
+        InputError: a tracker cannot start.
     """
     for callback in trainer.callback_handler.callbacks:
         setup = getattr(callback, "setup", None)
@@ -95,18 +95,18 @@ def start_trackers(trainer: Trainer, name: str) -> None:
             continue
         try:
             setup(trainer.args, trainer.state, trainer.model)
-        except Exception as error:  # of whatever kind a tracker raises
+        except Exception as error:  # trackers raise errors of any type
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(
-                f"training.report_to={name}: the tracker cannot begin ({reason}); mend it, or "
-                "--report-to none"
+                f"training.report_to={name}: the tracker cannot start ({reason}); fix it, or "
+                "pass --report-to none"
             ) from error
 
 
 def place_logs(trainer: Trainer, folder: Path) -> None:
-    """Have TensorBoard's files written into a folder of the run, if they are written.
+    """Direct TensorBoard's files, if enabled, to a folder of the run.
 
-    transformers would put those of an evaluation before training into the working directory.
+    transformers would write those of an evaluation before training to the working directory.
     """
     for callback in trainer.callback_handler.callbacks:
         if type(callback).__name__ == "TensorBoardCallback" and callback.logging_dir is None:

@@ -1,4 +1,4 @@
-"""The training itself: measures before it, its steps, and a stop on request."""
+"""Training: measures before it, its steps, and interruption on request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def train(built: Built, start: Start) -> dict[str, Any]:
-    """Measure the student on the held-out rows, then train it, or take it from its last step.
+    """Evaluate the student on the held-out rows, then train it or load it from its last step.
 
     Returns:
         The measures before training.
@@ -37,7 +37,7 @@ def train(built: Built, start: Start) -> dict[str, Any]:
     trainer = built.trainer
     before = _measures_before(trainer, start)
     if start.checkpoint is None:
-        # Evaluation drew random numbers, and a run that begins anew does not evaluate again.
+        # Evaluation draws random numbers, and a run that starts over does not evaluate again.
         set_seed(built.config.training.seed)
     if start.trained:  # the run ended between its last checkpoint and its summary
         assert start.checkpoint is not None, "what is trained has a checkpoint"
@@ -54,10 +54,10 @@ def train(built: Built, start: Start) -> dict[str, Any]:
 
 
 def held_out_measures(trainer: DistillTrainer) -> dict[str, Any]:
-    """Sums over supervised tokens of the trainer's held-out rows, each over their number.
+    """Return means over the supervised tokens of the trainer's held-out rows.
 
-    Those that need a teacher are None without one. An evaluation at the present step, such as the
-    one at the end of a training, is not done again.
+    Those that need a teacher are None without one. An evaluation at the current step, such as the
+    one at the end of training, is not repeated.
     """
     step = trainer.state.global_step
     done = (line for line in reversed(trainer.state.log_history) if line.get("step") == step)
@@ -66,7 +66,7 @@ def held_out_measures(trainer: DistillTrainer) -> dict[str, Any]:
 
 
 def _measures_before(trainer: DistillTrainer, start: Start) -> dict[str, Any]:
-    """The measures before training; a resumed run keeps those of its first start."""
+    """Return the measures before training; a resumed run keeps those of its first start."""
     path = start.folder / runs.CHECKPOINTS / runs.BEFORE
     if start.resume and path.is_file():
         before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -123,7 +123,7 @@ def _telling_damage(checkpoint: Path | None) -> Iterator[None]:
 
 @contextmanager
 def _handlers(function: Any) -> Iterator[None]:
-    """Let a function take the signals that stop a run."""
+    """Install a function as handler of the signals that stop a run."""
     previous = {}
     try:
         for signum in STOPPING:

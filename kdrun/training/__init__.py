@@ -1,1 +1,1 @@
-"""The trainer, and the parts that work inside it."""
+"""The trainer and its parts."""

@@ -1,4 +1,4 @@
-"""What the events of a training set off in the trainer itself: epochs, steps, evaluations."""
+"""Callbacks for events of training: epochs, steps and evaluations."""
 
 from __future__ import annotations
 
@@ -13,77 +13,77 @@ _SETTINGS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Stepping(Protocol):
-    """What a trainer does around its steps."""
+    """Methods that a trainer provides for its steps."""
 
     train_dataset: Any
 
     def begin_log(self, step: int) -> None:
-        """Let the means of the next line begin after a step."""
+        """Start the means of the next log line after a step."""
 
     def begin_step(self) -> None:
-        """Before the first micro-batch of a step."""
+        """Called before the first micro-batch of a step."""
 
     def end_step(self) -> None:
-        """When all gradients of a step are there."""
+        """Called when all gradients of a step are available."""
 
     def advance_objective(self) -> None:
-        """After the optimiser's step."""
+        """Called after the optimiser's step."""
 
     def move_schedules(self) -> None:
-        """Move schedules to the share of the training that is done."""
+        """Move schedules to the completed share of training."""
 
 
 class MoveToEpoch(TrainerCallback):
-    """Tells the training data which epoch it is.
+    """Pass the epoch to the training data.
 
-    The loader passes it on in one process only, and not after a resume amid an epoch.
+    The loader does so in one process only, and not after resuming within an epoch.
     """
 
     def __init__(self, trainer: Stepping) -> None:
         self._trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Moves data that knows epochs; ``state.epoch`` has a fraction after a resume."""
+        """Move data that supports epochs; ``state.epoch`` is fractional after resuming."""
         data = self._trainer.train_dataset
         if hasattr(data, "set_epoch"):
             data.set_epoch(int(state.epoch or 0))
 
 
 class Advance(TrainerCallback):
-    """Looks at the loss before each optimiser step, and moves the objective on after it."""
+    """Check the loss before each optimiser step, and advance the objective after it."""
 
     def __init__(self, trainer: Stepping) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Means of a resumed run's first line begin with its first step.
+        """Start the means of a resumed run's first log line at its first step.
 
-        Schedules go on from the share that is done, of a longer training where there is more to do.
+        Schedules continue from the completed share, which is smaller if training was extended.
         """
         self._trainer.begin_log(state.global_step)
         self._trainer.move_schedules()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the first micro-batch."""
+        """Check before the first micro-batch."""
         self._trainer.begin_step()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the last one, when all gradients are there."""
+        """Check after the last micro-batch, when all gradients are available."""
         self._trainer.end_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the optimiser's step, before it is logged and saved."""
+        """Advance after the optimiser's step, before it is logged and saved."""
         self._trainer.advance_objective()
 
 
 class KeepSettings(TrainerCallback):
-    """Gives a model its own settings back, which the Trainer makes those of the training.
+    """Restore a model's own settings, which the Trainer changes for training.
 
-    It turns the cache of keys and values off, and takes the tokenizer's special tokens over; both
-    would be saved with the student and slow down or change whoever uses it.
+    The Trainer disables the key-value cache and copies the tokenizer's special tokens; both would
+    be saved with the student and slow down or change generation.
 
     Args:
-        model: a causal language model, before the Trainer has it.
+        model: a causal language model, before it is passed to the Trainer.
     """
 
     def __init__(self, model: Any) -> None:
@@ -96,7 +96,7 @@ class KeepSettings(TrainerCallback):
         ]
 
     def restore(self) -> None:
-        """Put them back."""
+        """Restore the settings."""
         for owner, values in self._own:
             for name in _SETTINGS:
                 if name in values:
@@ -105,12 +105,12 @@ class KeepSettings(TrainerCallback):
                     delattr(owner, name)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The Trainer takes the special tokens over just before."""
+        """Restore the special tokens, which the Trainer has just changed."""
         self.restore()
 
 
 class TellProcedure(TrainerCallback):
-    """Tells a procedure of each evaluation."""
+    """Notify a procedure of each evaluation."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -118,6 +118,6 @@ class TellProcedure(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **kwargs: Any
     ) -> None:
-        """The cross-entropy on held-out rows, which is the same on every process."""
-        if state.max_steps == 0 or state.global_step < state.max_steps:  # not after the training
+        """Pass on the held-out cross-entropy, which is the same on every process."""
+        if state.max_steps == 0 or state.global_step < state.max_steps:  # not after training
             self._session.evaluated(metrics["eval_ce"])

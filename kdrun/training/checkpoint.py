@@ -1,4 +1,4 @@
-"""A checkpoint: what a run keeps beside the Trainer's own files, and which ones are whole."""
+"""Checkpoints: files that a run adds to the Trainer's own, and which checkpoints are complete."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from kdrun.training.guard import LossGuard
 
 SHARDS = "shards"
-"""In a checkpoint of models that were spread over processes: weights and optimiser in parts."""
+"""In a checkpoint of sharded models: shards of weights and optimiser."""
 COMPLETE = "complete"
-"""A file that is written last into a checkpoint, and lists the others with size and SHA-256."""
-SCHEDULER = "scheduler.pt"  # as the Trainer calls it
+"""The file that is written last, which lists the others with size and SHA-256."""
+SCHEDULER = "scheduler.pt"  # the Trainer's name
 _OBJECTIVE = "objective.json"
 _PROCEDURE = "procedure.json"
 
@@ -27,13 +27,13 @@ _PROCEDURE = "procedure.json"
 def save_objective(
     folder: Path, objective: KDObjective, guard: LossGuard, procedure: object
 ) -> None:
-    """Keep schedules, the loss's state, the guard's and the procedure's.
+    """Save schedules and the states of loss, guard and procedure.
 
     Args:
-        folder: the checkpoint's.
-        objective: of the run.
-        guard: likewise.
-        procedure: what :meth:`Session.state_dict` gives; None without a procedure.
+        folder: folder of the checkpoint.
+        objective: objective of the run.
+        guard: guard of the run.
+        procedure: result of :meth:`Session.state_dict`; None without a procedure.
     """
     write_json(folder / _OBJECTIVE, {"objective": objective.state_dict(), "guard": guard.state()})
     if procedure is not None:
@@ -43,7 +43,7 @@ def save_objective(
 def load_objective(
     folder: Path, objective: KDObjective, guard: LossGuard, session: Session | None
 ) -> None:
-    """Take back what :func:`save_objective` kept.
+    """Load what :func:`save_objective` saved.
 
     Raises:
         TrainingError: it was saved for another loss or procedure.
@@ -70,18 +70,18 @@ def load_objective(
 
 
 def mark_complete(folder: Path) -> None:
-    """Say that a checkpoint is whole, and what belongs to it; called once all of it is written."""
+    """Mark a checkpoint as complete and list its files, after all of them are written."""
     (folder / COMPLETE).unlink(missing_ok=True)  # the last step may be saved twice
     write_json(folder / COMPLETE, {"files": list_files(folder)})
 
 
 @dataclass(frozen=True)
 class Found:
-    """The checkpoint that a run goes on from, and those that it cannot go on from.
+    """The checkpoint that a run resumes from, and those that cannot be used.
 
     Attributes:
-        newest: the newest whole one, or None.
-        notes: why later ones are left out, a line each.
+        newest: the newest complete one, or None.
+        notes: reasons for skipping later ones, one line each.
     """
 
     newest: Path | None
@@ -89,34 +89,35 @@ class Found:
 
 
 def find_checkpoint(folder: Path) -> Found:
-    """The whole checkpoint with the highest step; every file of it is read once.
+    """Find the complete checkpoint with the highest step; reads each of its files once.
 
     Args:
         folder: of a run's checkpoints.
 
     Raises:
-        InputError: checkpoints were completed, and all of them have been damaged since.
+        InputError: all completed checkpoints have been damaged since.
     """
     notes, damaged = [], 0
     for path in reversed(_checkpoints(folder)):
         if not (path / COMPLETE).is_file():
-            notes.append(f"{path.name} is incomplete and left out")
+            notes.append(f"{path.name} is incomplete and skipped")
             continue
         problem = damage_of(path)
         if problem is None:
             return Found(path, tuple(notes))
         damaged += 1
-        notes.append(f"{path.name} is damaged and left out: {problem}")
+        notes.append(f"{path.name} is damaged and skipped: {problem}")
     if damaged:
         raise InputError(
-            f"--resume: {folder}: no checkpoint is whole ({notes[0]}); restore one from a copy, or "
-            "begin anew with --overwrite"
+            f"--resume: {folder}: no checkpoint is complete ({notes[0]}); restore one from a "
+            "copy, or "
+            "start again with --overwrite"
         )
     return Found(None, tuple(notes))
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """The checkpoint with the highest step that was completed; its files are not read.
+    """Return the completed checkpoint with the highest step, without reading its files.
 
     Args:
         folder: of a run's checkpoints.
@@ -126,7 +127,7 @@ def newest_complete(folder: Path) -> Path | None:
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """What has become of a checkpoint since it was completed; None where it is whole."""
+    """Describe the damage to a completed checkpoint; None if it is intact."""
     try:
         listed = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8") or "{}")
     except OSError:
@@ -135,8 +136,8 @@ def damage_of(checkpoint: Path) -> str | None:
         listed = {}
     files = listed.get("files", {}) if isinstance(listed, dict) else {}
     if not _is_list_of_files(files):
-        return f"{COMPLETE} is not the list of its files"
-    return find_damage(checkpoint, files)  # earlier versions listed none
+        return f"{COMPLETE} is not a list of its files"
+    return find_damage(checkpoint, files)  # earlier versions listed no files
 
 
 def _is_list_of_files(files: object) -> bool:
@@ -146,17 +147,17 @@ def _is_list_of_files(files: object) -> bool:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimiser step after which a checkpoint was written."""
+    """Return the optimiser step after which a checkpoint was written."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def is_last(checkpoint: Path, max_steps: int | None, num_epochs: float) -> bool:
-    """Whether a checkpoint is that of the last step, so that nothing is left to train.
+    """Return whether a checkpoint is from the last step, so that training is complete.
 
     Args:
         checkpoint: its folder.
-        max_steps: steps to do, whatever the epochs; None counts epochs.
-        num_epochs: epochs to do.
+        max_steps: number of steps, overrides epochs; None uses epochs.
+        num_epochs: number of epochs.
     """
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     if max_steps is not None:
@@ -165,6 +166,6 @@ def is_last(checkpoint: Path, max_steps: int | None, num_epochs: float) -> bool:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints in the order of their steps."""
+    """Return all checkpoints, ordered by step."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     return sorted(found, key=step_of)

@@ -1,4 +1,4 @@
-"""How strongly cross-entropy and the distillation loss pull at the weights, and whether alike."""
+"""Norms of the gradients of cross-entropy and distillation loss, and their cosine."""
 
 from __future__ import annotations
 
@@ -18,41 +18,42 @@ CLASS_NORM, KD_NORM, COSINE = "class_grad_norm", "kd_grad_norm", "grad_cosine"
 
 
 class GradientParts(TrainerCallback):
-    """Adds ``class_grad_norm``, ``kd_grad_norm`` and ``grad_cosine`` to each line of the log.
+    """Add ``class_grad_norm``, ``kd_grad_norm`` and ``grad_cosine`` to each log line.
 
-    They are of the step that ends with the line: norms of the gradients of CE and of KD over all
+    They describe the step that ends with the line: norms of the gradients of CE and KD over all
     trained weights, each before its weight in ``(1 - kd_ratio) * CE + kd_ratio * KD``, and the
-    cosine between the two. At 1 both ask for the same step; below 0 one undoes the other. An equal
-    ``kd_ratio`` is not an equal strength: what a loss really weighs is
+    cosine between the two. At 1 both point the same way; below 0 they oppose each other. Equal
+    values of ``kd_ratio`` do not mean equal strength: the effective weight of a loss is
     ``kd_ratio * kd_grad_norm``.
 
-    Such a step takes the time of three, and the memory of one more set of gradients. It changes
-    nothing in the training: the same random numbers are drawn by the parts and by the step.
+    Such a step takes the time of three, and the memory of one more set of gradients. Training is
+    unchanged: the parts and the step draw the same random numbers.
 
     Args:
-        trainer: whose log it is.
+        trainer: the trainer whose log is extended.
 
     Raises:
-        ValueError: a trainer with ``args.fsdp``, whose gradients lie in parts of whole layers.
+        ValueError: the trainer uses ``args.fsdp``, which flattens gradients of whole layers.
     """
 
     def __init__(self, trainer: DistillTrainer) -> None:
         if trainer.is_fsdp_enabled:
             raise ValueError(
-                "GradientParts: not with args.fsdp; spread models as kdrun's training.fsdp does"
+                "GradientParts: does not support args.fsdp; shard the models as kdrun's "
+                "training.fsdp does"
             )
         self._trainer = trainer
         self._figures: dict[str, float] = {}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measures a step that ends with a line of the log."""
+        """Measure a step that ends with a log line."""
         if (state.global_step + 1) % args.logging_steps == 0:
             self._figures = self._measure()
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
     ) -> None:
-        """Adds the figures to a line about training."""
+        """Add the values to a training log line."""
         if "loss" in logs:
             logs.update(self._figures)
             self._figures = {}
@@ -64,13 +65,13 @@ class GradientParts(TrainerCallback):
             of_kd = self._gradients(1.0)
             figures[KD_NORM] = math.sqrt(_product(of_kd, of_kd))
             both = figures[CLASS_NORM] * figures[KD_NORM]
-            if both > 0:  # there is no angle to nothing
+            if both > 0:  # the cosine is undefined for zero gradients
                 figures[COSINE] = _product(of_class, of_kd) / both
-        # A loss that is not finite is the guard's to tell.
+        # The guard reports a loss that is not finite.
         return {name: value for name, value in figures.items() if math.isfinite(value)}
 
     def _gradients(self, kd_ratio: float) -> list[Tensor | None]:
-        """The gradients of the present step at a ratio, and none in the model."""
+        """Return the current step's gradients at a ratio, and clear them in the model."""
         trainer = self._trainer
         batches, _ = trainer.step_batches
         trainer.model.train()
@@ -88,14 +89,14 @@ class GradientParts(TrainerCallback):
 
 
 def _same_random_numbers(device: torch.device) -> AbstractContextManager[None]:
-    """Leaves the generators as they were."""
+    """Restore the random generators afterwards."""
     if device.type == "cpu":
         return torch.random.fork_rng(devices=[])
     return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 
 def _product(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> float:
-    """The inner product of two sets of gradients, over all processes where they are spread."""
+    """Return the inner product of two sets of gradients, over all processes if sharded."""
     total = 0.0
     for a, b in zip(first, second, strict=True):
         if a is not None and b is not None:

@@ -1,4 +1,4 @@
-"""What becomes of a step whose loss is not finite: the run stops, or the step is left out."""
+"""Handling of steps whose loss is not finite: stop the run, or skip the step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _LOSS = "the loss"
 
 NameRows = Callable[[Sequence[int]], str]
-"""From numbers of training rows to words for them, such as ``train.jsonl, lines 3, 9``."""
+"""Maps numbers of training rows to descriptions such as ``train.jsonl, lines 3, 9``."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class BadLoss:
         value: NaN or infinite.
         class_loss: its part from the data.
         kd_loss: its part from the teacher; None at a ratio of 0.
-        rows: numbers of the training rows that it comes from; empty where they are not known.
+        rows: numbers of the training rows that cause it; empty if unknown.
     """
 
     value: float
@@ -36,16 +36,16 @@ class BadLoss:
 
 
 class LossGuard:
-    """Watches the losses and gradients of each step, over all micro-batches and processes.
+    """Check losses and gradients of each step, over all micro-batches and processes.
 
     Args:
-        skip: leave a bad step out, instead of stopping the run.
-        limit: steps in a row that may be left out.
-        name_rows: words for training rows; without it they are numbers from 0.
-        say: is told of steps that are left out.
+        skip: skip a bad step instead of stopping the run.
+        limit: maximum number of consecutive skipped steps.
+        name_rows: describes training rows; without it they are numbered from 0.
+        say: called with a line for each skipped step.
 
     Attributes:
-        skipped: steps that were left out.
+        skipped: number of skipped steps.
     """
 
     def __init__(
@@ -72,63 +72,63 @@ class LossGuard:
         self._found.append(f"{_LOSS} is {bad.value} at step N ({parts}){rows}")
 
     def note_gradient(self, norm: float) -> None:
-        """Remember the norm of a step's gradients where it is not finite, though the losses may be.
+        """Remember a step's gradient norm that is not finite, even if the losses are.
 
         Args:
-            norm: over all weights and processes.
+            norm: norm over all weights and processes.
         """
         if not math.isfinite(norm):
             self._found.append(f"the norm of the gradients is {norm} at step N")
 
     def leaves_out(self, step: int, accelerator: Accelerator) -> bool:
-        """Whether a step is left out, the same on all processes, which have to ask together.
+        """Return whether to skip a step; all processes must call this and get the same answer.
 
         Args:
-            step: its number, from 1.
-            accelerator: the trainer's.
+            step: number of the step, from 1.
+            accelerator: accelerator of the trainer.
 
         Raises:
-            TrainingError: loss or gradient is not finite, and the run is to stop.
+            TrainingError: loss or gradient is not finite, and the run must stop.
         """
         found = self._on_all(accelerator)
         if not found:
             self._in_a_row = 0
             return False
-        found.sort(key=lambda line: not line.startswith(_LOSS))  # it names rows
+        found.sort(key=lambda line: not line.startswith(_LOSS))  # these name rows
         said = found[0].replace("step N", f"step {step}")
         if not self._skip:
             raise TrainingError(
-                f"{said}; lower optimizer.lr, take a loss that is finite for any pair of "
-                "distributions, such as generalized_jsd_chunked, or leave such steps out with "
+                f"{said}; lower optimizer.lr, use a loss that is finite for any pair of "
+                "distributions, such as generalized_jsd_chunked, or skip such steps with "
                 "training.nan_loss=skip"
             )
         if self._in_a_row == self._limit:
             raise TrainingError(
-                f"{said}, after {self._limit} steps in a row that were left out for that reason "
-                "(training.max_skipped_steps); lower optimizer.lr, or mend the rows"
+                f"{said}, after {self._limit} consecutive steps skipped for that reason "
+                "(training.max_skipped_steps); lower optimizer.lr, or fix the rows"
             )
         self.skipped += 1
         self._in_a_row += 1
         self._unlogged += 1
         if self._say is not None:
-            self._say(f"{said}: the step is left out")
+            self._say(f"{said}: the step is skipped")
         return True
 
     def take_unlogged(self) -> int:
-        """Steps that were left out since this was asked last."""
+        """Return the number of steps skipped since the last call."""
         count, self._unlogged = self._unlogged, 0
         return count
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return {"skipped": self.skipped, "in_a_row": self._in_a_row}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Take back what :meth:`state` gave."""
+        """Load what :meth:`state` returned."""
         self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
 
     def _on_all(self, accelerator: Accelerator) -> list[str]:
-        """What was noted on any process."""
+        """Collect the notes of all processes."""
         found, self._found = self._found, []
         if accelerator.num_processes == 1:
             return found

@@ -1,4 +1,4 @@
-"""What a line of the training log is a mean of."""
+"""Sums behind the means in the training log."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 class LossSums:
-    """Sums of the parts of the loss since the last line of the log, of this process.
+    """Sums of the parts of the loss on this process since the last log line.
 
     Args:
-        terms: of the loss.
-        device: of the training.
+        terms: number of terms of the loss.
+        device: device of training.
         balanced: whether the student's experts have a load-balancing loss.
 
     Attributes:
-        supervised_tokens: of all micro-batches so far.
-        moving_values: what was scheduled or carried state in the last step, by name.
+        supervised_tokens: number in all micro-batches so far.
+        moving_values: scheduled or stateful values in the last step, by name.
     """
 
     def __init__(self, terms: int, device: torch.device, balanced: bool = False) -> None:
@@ -49,21 +49,21 @@ class LossSums:
         self.supervised_tokens += int(outputs["num_tokens"])
 
     def begin_step(self) -> None:
-        """Remember the sums, which a step that is left out has no part in."""
+        """Remember the sums, to exclude a step that is skipped."""
         self._before_step = self._shares.clone()
 
     def leave_out_step(self) -> None:
-        """Take back what came since :meth:`begin_step`."""
+        """Undo additions since :meth:`begin_step`."""
         self._shares.copy_(self._before_step)
 
     def take_step_terms(self, accelerator: Accelerator, wanted: bool) -> list[float] | None:
-        """The terms of the loss in the step that ends, over all processes; None if not wanted."""
+        """Return the terms of the loss in this step, over all processes; None if not needed."""
         found = accelerator.reduce(self._step_terms).tolist() if wanted else None
         self._step_terms.zero_()
         return found
 
     def begin_line(self, step: int) -> None:
-        """Let the means of the next line begin after a step."""
+        """Start the means of the next log line after a step."""
         self._logged_step = step
         self._shares.zero_()
 
@@ -76,15 +76,15 @@ class LossSums:
         accelerator: Accelerator,
         more: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """The Trainer's line with class loss, KD loss, terms and moving values.
+        """Add class loss, KD loss, terms and moving values to the Trainer's log line.
 
         Args:
-            logs: the Trainer's, whose ``loss`` was divided by all steps.
+            logs: the Trainer's line, whose ``loss`` was divided by all steps.
             step: optimiser steps done.
-            skipped: steps since the last line that were left out.
+            skipped: number of steps skipped since the last line.
             objective: names the terms.
-            accelerator: adds the processes up; all have to call.
-            more: what else belongs to the training, such as a procedure's figures.
+            accelerator: sums over processes, which must all call this.
+            more: further training values, such as a procedure's.
         """
         logs, steps = dict(logs), step - self._logged_step
         loss = logs.pop("loss")
@@ -92,7 +92,7 @@ class LossSums:
             loss *= steps / max(1, steps - skipped)
             steps -= skipped
             logs["skipped_steps"] = skipped
-            if not math.isfinite(logs.get("grad_norm", 0.0)):  # that of the last step
+            if not math.isfinite(logs.get("grad_norm", 0.0)):  # from the last step
                 del logs["grad_norm"]
         if not steps:
             return logs
@@ -110,5 +110,5 @@ class LossSums:
         }
 
     def has_steps(self, step: int) -> bool:
-        """Whether there was a step since the last line."""
+        """Return whether there was a step since the last line."""
         return step != self._logged_step

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: what the student's head hands its logits to."""
+"""The loss of a micro-batch, which consumes the logits of the student's head."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class StepTokens:
     """Supervised tokens of an optimiser step, over all micro-batches and processes.
 
     Attributes:
-        all: their number; None takes those of the micro-batch.
-        by_origin: ``[len(Origin)]``, by who wrote their rows.
+        all: their number; None counts those of the micro-batch.
+        by_origin: ``[len(Origin)]``, by the author of their rows.
     """
 
     all: Tensor | int | None
@@ -38,18 +38,18 @@ def prepare_loss(
     tokens: StepTokens,
     guard: LossGuard | None,
 ) -> tuple[Consumer, dict[str, Any]]:
-    """What evaluates a micro-batch, and the inputs of the student's call that it goes into.
+    """Return the consumer that evaluates a micro-batch, and the inputs of the student's call.
 
     Args:
-        inputs: the micro-batch; its ``rollout`` goes to the procedure.
-        objective: of the run.
-        teacher: what is distilled; it is not asked at a ratio of 0.
-        procedure: evaluates rows that carry their origins; None leaves all to the objective.
-        tokens: that the loss is divided by.
-        guard: notes a loss that is not finite; None looks at no value.
+        inputs: the micro-batch; its ``rollout`` is passed to the procedure.
+        objective: objective of the run.
+        teacher: the teacher; not evaluated at a ratio of 0.
+        procedure: evaluates rows with origins; None uses the objective for all.
+        tokens: tokens that the loss is divided by.
+        guard: records a loss that is not finite; None disables the check.
 
     Returns:
-        The consumer for the student's head, which gives ``loss``, ``class_loss``, ``kd_loss``,
+        The consumer for the student's head, which returns ``loss``, ``class_loss``, ``kd_loss``,
         ``kd_terms`` and ``num_tokens``; and the features.
     """
     rollout = inputs.get(ROLLOUT)
@@ -99,12 +99,12 @@ def _watch(
     again: Callable[[Tensor], KDOutput],
     inputs: Mapping[str, Any],
 ) -> None:
-    """Look whether a loss is finite, and which rows it comes from where it is not.
+    """Check that a loss is finite, and find the rows that cause it if it is not.
 
     Args:
-        guard: is told of a loss that is not.
-        out: of the whole micro-batch.
-        again: the same for other labels; it is asked for each row alone.
+        guard: records a loss that is not finite.
+        out: output for the whole micro-batch.
+        again: computes the output for other labels; called for each row separately.
         inputs: the batch.
     """
     value = out.loss.detach().item()

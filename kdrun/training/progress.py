@@ -1,4 +1,4 @@
-"""What is shown and written while a run trains: the bar, ``metrics.jsonl``, the rate."""
+"""Progress of a run in training: the bar, ``metrics.jsonl`` and the token rate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LINES_WITHOUT_TERMINAL = 10
 
 
 class ShowProgress(TrainerCallback):
-    """A bar with the losses and the rate on a terminal, a few plain lines elsewhere."""
+    """Show a bar with losses and rate on a terminal, and a few plain lines elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -32,7 +32,7 @@ class ShowProgress(TrainerCallback):
         self._shown = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts the bar."""
+        """Start the bar."""
         self._every = max(1, state.max_steps // _LINES_WITHOUT_TERMINAL)
         if self._console.is_terminal:
             self._progress = Progress(
@@ -48,14 +48,14 @@ class ShowProgress(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Moves the bar."""
+        """Advance the bar."""
         if self._progress is not None:
             self._progress.update(self._task, completed=state.global_step, shown=self._shown)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
     ) -> None:
-        """Shows the figures of a line of the log."""
+        """Show the values of a log line."""
         if "loss" in logs:
             kd = "" if logs.get("kd_loss") is None else f"  KD {logs['kd_loss']:.4f}"
             rate = logs.get("supervised_tokens_per_second", 0.0)
@@ -74,21 +74,21 @@ class ShowProgress(TrainerCallback):
             self._console.print(f"step {state.global_step}  held out: {', '.join(shown)}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ends the bar."""
+        """Stop the bar."""
         self.close()
 
     def close(self) -> None:
-        """Ends the bar, also after a failure."""
+        """Stop the bar, also after a failure."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one object a line, each flushed when written.
+    """``metrics.jsonl``: one object per line, each flushed when written.
 
-    Lines that are damaged are left out, and the file with them is kept beside it: figures of the
-    past must not cost the run.
+    Damaged lines are dropped, and the damaged file is kept next to it, so that old metrics never
+    stop a run.
 
     Args:
         path: the file.
@@ -117,7 +117,7 @@ class MetricsFile:
 
 
 def _step_of(line: str) -> int | None:
-    """The step of a line; None where it is damaged."""
+    """Return the step of a line; None if it is damaged."""
     try:
         value = json.loads(line)
     except ValueError:
@@ -127,11 +127,11 @@ def _step_of(line: str) -> int | None:
 
 
 class WriteMetrics(TrainerCallback):
-    """Writes each line of the log to ``metrics.jsonl``, on the main process.
+    """Write each log line to ``metrics.jsonl``, on the main process.
 
     Args:
-        begin: begins the records; called once, when a checkpoint has been read or the first line
-            comes, so that a run that is refused until then leaves its folder as it was.
+        begin: starts the records; called once, when a checkpoint has been read or the first line
+            is logged, so that a run refused before leaves its folder unchanged.
     """
 
     def __init__(self, begin: Callable[[], MetricsFile]) -> None:
@@ -139,19 +139,19 @@ class WriteMetrics(TrainerCallback):
         self._file: MetricsFile | None = None
 
     def open(self) -> MetricsFile:
-        """The file, its records begun."""
+        """The file, after its records were started."""
         if self._file is None:
             self._file = self._begin()
         return self._file
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The Trainer has read the checkpoint by then."""
+        """Start the records; the Trainer has read the checkpoint by now."""
         self.open()
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
     ) -> None:
-        """Writes a line; the trainer's closing summary of itself is left out."""
+        """Write a line, except for the Trainer's closing summary."""
         wanted = {"loss", "eval_ce", "skipped_steps"}
         if state.is_world_process_zero and not wanted.isdisjoint(logs):
             line = {"step": state.global_step, **logs}
@@ -160,7 +160,7 @@ class WriteMetrics(TrainerCallback):
 
 
 class TokenRate(TrainerCallback):
-    """Adds ``supervised_tokens_per_second`` to the log: steps only, evaluation left out."""
+    """Add ``supervised_tokens_per_second`` to the log, for steps without evaluation."""
 
     def __init__(self, trainer: DistillTrainer, clock: Any) -> None:
         self._trainer = trainer
@@ -171,38 +171,38 @@ class TokenRate(TrainerCallback):
         self.tokens = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts the clock of a step."""
+        """Start the clock of a step."""
         self._started = self._clock()
         self._first_tokens = self._trainer.sums.supervised_tokens
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stops it."""
+        """Stop the clock."""
         self.seconds += self._clock() - self._started
         self.tokens += self._trainer.sums.supervised_tokens - self._first_tokens
 
     @property
     def rate(self) -> float:
-        """Supervised tokens a second of this process, over all steps so far."""
+        """Supervised tokens per second of this process, over all steps so far."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
     ) -> None:
-        """Adds the rate to a line about training."""
+        """Add the rate to a training log line."""
         if "loss" in logs:
             logs["supervised_tokens_per_second"] = round(self.rate * args.world_size, 1)
 
 
 class StopOnRequest(TrainerCallback):
-    """Ends training after the current step, with a checkpoint, once it is requested.
+    """End training after the current step, with a checkpoint, when requested.
 
-    All processes stop after the same step, whichever of them was asked.
+    All processes stop after the same step, whichever received the request.
 
     Args:
-        trainer: that is stopped.
+        trainer: the trainer to stop.
 
     Attributes:
-        signum: of the signal that asked for it; None while none did.
+        signum: number of the signal that requested it; None before that.
     """
 
     def __init__(self, trainer: DistillTrainer) -> None:
@@ -210,7 +210,7 @@ class StopOnRequest(TrainerCallback):
         self.signum: int | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Asks the trainer to save and stop, without another evaluation before."""
+        """Make the trainer save and stop, without another evaluation."""
         self._agree()
         if self.signum is not None:
             control.should_evaluate = False

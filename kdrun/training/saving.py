@@ -1,6 +1,6 @@
-"""The Trainer's own methods that are overridden, and why each cannot be a callback.
+"""Overridden methods of the Trainer, and why each cannot be a callback.
 
-The Trainer has no public hook at these places; whatever else it does stays as it is.
+The Trainer has no public hook at these places; its other behaviour is unchanged.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from kdrun.training.checkpoint import (
 from kdrun.training.guard import LossGuard
 
 
-class EvaluationStopped(Exception):  # noqa: N818 - not an error: a signal asked for it
-    """An evaluation amid the training was broken off, since the run is asked to stop."""
+class EvaluationStopped(Exception):  # noqa: N818 - not an error: a signal requested it
+    """An evaluation during training was interrupted because the run was asked to stop."""
 
 
 class SavingTrainer(Trainer):
-    """A Trainer whose checkpoints hold the objective, are marked once whole, and may be sharded.
+    """A Trainer whose checkpoints include the objective, are marked complete, and may be sharded.
 
     Attributes:
-        objective: what is trained.
-        guard: watches losses and gradients.
-        session: the procedure at work, or None.
+        objective: objective of training.
+        guard: checks losses and gradients.
+        session: session of the procedure, or None.
     """
 
     objective: KDObjective
@@ -46,7 +46,7 @@ class SavingTrainer(Trainer):
     session: Session | None
 
     def load_objective(self, checkpoint: str | Path) -> None:
-        """Take schedules, the loss's state and the procedure's back from a checkpoint.
+        """Load schedules and the states of loss and procedure from a checkpoint.
 
         Raises:
             TrainingError: it was saved for another loss or procedure.
@@ -54,23 +54,23 @@ class SavingTrainer(Trainer):
         load_objective(Path(checkpoint), self.objective, self.guard, self.session)
 
     def load_weights(self, checkpoint: str | Path) -> None:
-        """Take the student's weights alone from a checkpoint.
+        """Load only the student's weights from a checkpoint.
 
         Raises:
-            InputError: they have other sizes than the student's.
+            InputError: their shapes differ from the student's.
         """
         self._load_from_checkpoint(str(checkpoint))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Notes the norm: no event comes between clipping, which finds it, and the optimiser."""
+        """Record the norm: no event lies between clipping, which computes it, and the optimiser."""
         norm = super()._get_grad_norm(model, grad_norm)
-        # A scaler of fp16 leaves out such a step itself, and lowers its scale for the next.
+        # An fp16 scaler skips such a step itself, and lowers its scale for the next.
         if self.accelerator.scaler is None:
             self.guard.note_gradient(float(norm))
         return norm
 
     def _evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """Saves and stops where a signal breaks an evaluation off; its caller saves after it."""
+        """Save and stop if a signal interrupts an evaluation; the caller saves after it."""
         try:
             metrics: dict[str, float] = super()._evaluate(*args, **options)
         except EvaluationStopped:
@@ -82,9 +82,9 @@ class SavingTrainer(Trainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
-        """Gathers adapters over a sharded base, which every process has to take part in.
+        """Gather adapters over a sharded base, in which all processes must take part.
 
-        transformers gathers models that it sharded itself, and peft gathers none.
+        transformers gathers only models that it sharded itself, and peft none.
         """
         spread = self.is_distributed_loading_by_transformers
         if spread and causal_lm(self.model) is not self.model:
@@ -96,7 +96,7 @@ class SavingTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        """Reads sharded weights in parts, and tells weights of other sizes in one line."""
+        """Load sharded weights in parts, and report mismatched shapes in one line."""
         if self.is_distributed_loading_by_transformers:
             load_shards(self.model, None, Path(resume_from_checkpoint) / SHARDS)
             return
@@ -106,12 +106,13 @@ class SavingTrainer(Trainer):
             if "size mismatch" not in str(error):
                 raise
             raise InputError(
-                f"{resume_from_checkpoint}: has weights of other sizes than the student; continue "
-                "the run with the model that it began with"
+                f"{resume_from_checkpoint}: its weights have other shapes than the student; "
+                "continue "
+                "the run with its original model"
             ) from error
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Loads the objective too: on_train_begin comes after the first values are logged."""
+        """Load the objective too: on_train_begin comes after the first values are logged."""
         if checkpoint is not None and self.is_distributed_loading_by_transformers:
             folder = Path(checkpoint)
             load_shards(self.model, self.optimizer.optimizer, folder / SHARDS)
@@ -123,10 +124,10 @@ class SavingTrainer(Trainer):
             self.load_objective(checkpoint)
 
     def _set_present_rates(self) -> None:
-        """Let the next step be made at the rate that the schedule has there.
+        """Set the learning rate of the next step from the schedule.
 
-        The stored rate is that of a shorter training where a finished run is trained on; else it is
-        the same number.
+        The stored rate is of a shorter schedule if a finished run is trained further; otherwise
+        it is the same.
         """
         schedule = self.lr_scheduler
         if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
@@ -135,10 +136,10 @@ class SavingTrainer(Trainer):
         rates = [base * by for base, by in zip(schedule.base_lrs, factors, strict=True)]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        schedule._last_lr = rates  # what the log shows
+        schedule._last_lr = rates  # shown in the log
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Saves every process's part; the Trainer would save that of the main process alone."""
+        """Save every process's part; the Trainer would save only that of the main process."""
         if not self.is_distributed_loading_by_transformers:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -147,13 +148,13 @@ class SavingTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Completes the checkpoint before older ones go; on_save comes after they are removed."""
+        """Complete the checkpoint before older ones are removed; on_save comes after that."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()  # each process has a file of its own in it
+        self.accelerator.wait_for_everyone()  # each process writes its own file
         procedure = None if self.session is None else self.session.state_dict()
         if self.args.should_save and not self.args.save_only_model:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -161,5 +162,5 @@ class SavingTrainer(Trainer):
             mark_complete(folder)
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            # By their steps: a clock that jumps back would have the newest one removed.
+            # Ordered by step: with a clock that jumps back, the newest one would be removed.
             rotate_checkpoints(self.args.output_dir, limit, best, use_mtime=False)

@@ -42,36 +42,36 @@ class DistillTrainer(SavingTrainer):
     """A ``transformers.Trainer`` whose loss is ``(1 - kd_ratio) * CE + kd_ratio * KD``.
 
     Everything else - optimiser, schedule, accumulation, checkpoints, trackers, devices - is the
-    Trainer's. With a ``_chunked`` loss neither model's logits are ever stored as a whole. Batches
+    Trainer's. With a ``_chunked`` loss neither model's logits are ever stored in full. Batches
     need ``input_ids``, ``attention_mask`` and ``labels`` (Hugging Face's convention, -100 where
-    not supervised); ``shift_labels``, where given, are taken as aligned with the logits.
+    not supervised); ``shift_labels``, if given, must be aligned with the logits.
 
     Args:
         model: the student, a causal language model (also under peft).
         teacher: the teacher, a :class:`kdrun.cache.teacher.CachedTeacher`, or None, which needs
             ``kd_ratio`` 0. It is frozen, in eval mode, and never part of the student, its
             optimiser or its checkpoints.
-        loss: a spec such as ``"reverse_kl_chunked"`` or what :func:`kdlosses.get_loss` returns.
+        loss: a spec such as ``"reverse_kl_chunked"`` or a result of :func:`kdlosses.get_loss`.
         kd_ratio: weight of the distillation loss, in [0, 1], or its schedule.
-        procedure: which text is learned from, a spec such as ``"gkd:lambda=0.5"`` or what
-            :func:`kdrun.procedures.get_procedure` returns; None learns from the data. It needs a
+        procedure: which text to learn from, a spec such as ``"gkd:lambda=0.5"`` or a result of
+            :func:`kdrun.procedures.get_procedure`; None learns from the data. It needs a
             live teacher, and the tokenizer as ``processing_class``.
         sampling: how the procedure's answers are sampled.
         args: as for Trainer. ``average_tokens_across_devices`` must be on, its default.
         **options: as for Trainer.
 
     Attributes:
-        teacher: what training distils.
-        eval_teacher: what evaluation compares with, by default ``teacher``. It may be set to
-            another or to None; measures that need a teacher are then None. It has to give full
+        teacher: the teacher for training.
+        eval_teacher: the teacher for evaluation, by default ``teacher``. It may be another one or
+            None; measures that need a teacher are then None. It must provide full
             distributions.
-        session: the procedure at work; None without one.
-        step_batches: the micro-batches of the present step, and its supervised tokens.
-        guard: what is done about a loss that is not finite; by default training stops.
+        session: session of the procedure; None without one.
+        step_batches: the micro-batches of the current step, and its supervised tokens.
+        guard: handles a loss that is not finite; by default training stops.
         balancing: the load-balancing loss of a student with experts, which training adds.
-        stops_evaluating: whether the run is asked to stop, so that an evaluation amid the training
-            is broken off.
-        sums: what the next line of the log is a mean of.
+        stops_evaluating: whether the run was asked to stop, so that an evaluation during training
+            is interrupted.
+        sums: sums for the means of the next log line.
 
     Raises:
         ValueError: no teacher at a ``kd_ratio`` above 0, tokens averaged per device, or options
@@ -104,8 +104,8 @@ class DistillTrainer(SavingTrainer):
         super().__init__(model=model, args=args, **options)
         own.restore()
         self.add_callback(own)
-        # Of several GPUs one process takes the first, not torch's DataParallel, which deals a batch
-        # out to replicas: labels and teacher are one process's.
+        # With several GPUs, one process uses the first and not torch's DataParallel, which splits
+        # a batch over replicas: labels and teacher belong to one process.
         self.args._n_gpu = min(self.args.n_gpu, 1)
         self._train_batch_size = self.args.train_batch_size
         self.add_callback(MoveToEpoch(self))
@@ -117,7 +117,7 @@ class DistillTrainer(SavingTrainer):
         if teacher is not None:
             teacher.to(self.args.device)
         self.model_accepts_loss_kwargs = True
-        self.args.logging_nan_inf_filter = False  # it would log an old value in place of a NaN
+        self.args.logging_nan_inf_filter = False  # it would log an old value instead of a NaN
         self.guard = LossGuard()
         balanced = self.balancing.coefficient > 0
         self.sums = LossSums(len(self.objective.loss.terms), self.args.device, balanced)
@@ -133,21 +133,21 @@ class DistillTrainer(SavingTrainer):
 
     @property
     def _may_stop(self) -> bool:
-        """Whether an evaluation may be broken off: others may wait for it, or learn from it."""
+        """Return whether an evaluation may be interrupted: no process or procedure needs it."""
         return self.accelerator.num_processes == 1 and self.session is None
 
     @property
     def splits(self) -> dict[str, HeadSplit]:
-        """How the models were split into backbone and head, by ``student`` and ``teacher``."""
+        """How the models were split into backbone and head, for ``student`` and ``teacher``."""
         splits = {"student": self.student_split}
         return splits if self.teacher is None else {**splits, "teacher": self.teacher.split}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> StepBatches:
-        """The micro-batches of a step, and their supervised tokens over all processes.
+        """Return the micro-batches of a step, and their supervised tokens over all processes.
 
-        A procedure may put other rows in their place; tokens are counted on what is learned from.
+        A procedure may replace the rows; tokens are counted on the rows used for training.
         """
         if self.session is None:
             self.step_batches = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -175,7 +175,7 @@ class DistillTrainer(SavingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The objective of a micro-batch, over the supervised tokens of the whole step."""
+        """Compute the objective of a micro-batch, over the supervised tokens of the whole step."""
         outputs = self._outputs(model, inputs, num_items_in_batch, self.guard)
         loss = outputs["loss"]
         if BALANCING in outputs:  # a mean over the micro-batches and processes of the step
@@ -189,10 +189,10 @@ class DistillTrainer(SavingTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def backward_at(self, kd_ratio: float, inputs: dict[str, Any]) -> None:
-        """Add a micro-batch's gradients at another ratio; no figure of the training counts it.
+        """Add a micro-batch's gradients at another ratio, without changing any training metric.
 
         Args:
-            kd_ratio: 0 for those of cross-entropy, 1 for those of the loss.
+            kd_ratio: 0 for the gradients of cross-entropy, 1 for those of the loss.
             inputs: one of :attr:`step_batches`.
         """
         kept, self.objective.kd_ratio = self.objective.kd_ratio, kd_ratio
@@ -213,7 +213,7 @@ class DistillTrainer(SavingTrainer):
         step_tokens: Tensor | int | None,
         guard: LossGuard | None,
     ) -> dict[str, Tensor]:
-        """Losses and tokens of a micro-batch."""
+        """Compute losses and tokens of a micro-batch."""
         procedure = None if self.session is None else self.session.procedure
         tokens = StepTokens(step_tokens, self._origin_tokens)
         consume, features = prepare_loss(
@@ -222,37 +222,37 @@ class DistillTrainer(SavingTrainer):
         return call(model, self._apart(consume), **features)
 
     def _apart(self, consume: Consumer) -> Consumer:
-        """A consumer that is no part of the model's compiled graphs; losses compile their own."""
+        """Exclude a consumer from the model's compiled graphs; losses compile their own."""
         if not self.args.torch_compile:
             return consume
         apart: Consumer = torch.compiler.disable(consume)  # type: ignore[no-untyped-call]
         return apart
 
     def begin_step(self) -> None:
-        """Remember the sums of the log, which a step that is left out has no part in."""
+        """Remember the sums of the log, to exclude a step that is skipped."""
         self._loss_before_step = self._tr_loss.clone()
         self.sums.begin_step()
 
     def end_step(self) -> None:
-        """Leave the step out where loss or gradient is not finite, before the optimiser sees it.
+        """Skip a step whose loss or gradient is not finite, before the optimiser step.
 
         Raises:
-            TrainingError: it is not, and training is to stop.
+            TrainingError: it is not finite, and training must stop.
         """
         step = self.state.global_step + 1
         self._left_out = self.guard.leaves_out(step, self.accelerator)
         if not self._left_out:
             return
-        # Without gradients an optimiser of torch touches neither weights nor its own state.
+        # Without gradients, torch optimisers change neither weights nor their own state.
         self.model.zero_grad(set_to_none=True)
         assert self._loss_before_step is not None, "a step has a beginning"
         self._tr_loss.copy_(self._loss_before_step)
         self.sums.leave_out_step()
 
     def advance_objective(self) -> None:
-        """Move schedules and state on, at the end of an optimiser step.
+        """Advance schedules and state at the end of an optimiser step.
 
-        A step that was left out moves the schedules, which follow the number of the step, alone.
+        A skipped step advances only the schedules, which follow the step number.
         """
         stateful = self.objective.loss.stateful and self.objective.kd_ratio > 0
         terms = self.sums.take_step_terms(self.accelerator, stateful and not self._left_out)
@@ -263,7 +263,7 @@ class DistillTrainer(SavingTrainer):
             self.objective.advance(self._progress, terms)
 
     def move_schedules(self) -> None:
-        """Move schedules to the share of the training that is done; states stay as they are."""
+        """Move schedules to the completed share of training; states are unchanged."""
         self.objective.move(self._progress)
 
     @property
@@ -272,14 +272,14 @@ class DistillTrainer(SavingTrainer):
         return min(1.0, done)
 
     def begin_log(self, step: int) -> None:
-        """Let the means of the next line begin after a step."""
+        """Start the means of the next log line after a step."""
         self.sums.begin_line(step)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Adds class loss and KD loss, averaged over the steps since the last line.
+        """Add class loss and KD loss, averaged over the steps since the last line.
 
-        Also the terms of a weighted sum, the values in the last step of what is scheduled or
-        carries state, and the number of steps that were left out, which no mean counts.
+        Also add the terms of a weighted sum, the last values of everything scheduled or stateful,
+        and the number of skipped steps, which no mean includes.
         """
         step = self.state.global_step
         if "loss" in logs and self.sums.has_steps(step):
@@ -297,7 +297,7 @@ class DistillTrainer(SavingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Measures the student: sums over supervised tokens, not means of means."""
+        """Evaluate the student with sums over supervised tokens, not means of means."""
         model = self.model_wrapped if self.is_in_train else self.model
         was_training = model.training
         model.eval()
@@ -333,17 +333,17 @@ def _refuse_without_effect(args: TrainingArguments | None, options: dict[str, An
     if args is not None and not args.average_tokens_across_devices:
         raise ValueError(
             "average_tokens_across_devices: must be on; otherwise the loss depends on how the "
-            "tokens are spread over devices"
+            "tokens are distributed across devices"
         )
     if args is not None and args.label_smoothing_factor:
         raise ValueError(
-            "label_smoothing_factor: the class loss takes no smoothed labels; leave it at 0"
+            "label_smoothing_factor: the class loss does not support label smoothing; leave it at 0"
         )
     for name in ("compute_metrics", "compute_loss_func"):
         if options.get(name) is not None:
             raise ValueError(
-                f"{name}: is never called; the loss is given as loss, and evaluation measures "
-                "without predictions that it could be given"
+                f"{name}: is never called; pass the loss as loss (evaluation returns no "
+                "predictions)"
             )
 
 

@@ -42,7 +42,9 @@ def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 def test_a_second_process_is_told_who_holds_a_folder(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
-        told = f"is held by process {process.pid} on {socket.gethostname()}, which is still running"
+        told = (
+            f"is in use by process {process.pid} on {socket.gethostname()}, which is still running"
+        )
         with pytest.raises(InputError, match=told), hold_folder(tmp_path):
             pass
     # A dead holder keeps nothing, and leaves nothing once the next is done.
@@ -98,8 +100,8 @@ def test_damage_is_found_by_size_and_by_content(tmp_path: Path) -> None:
     assert listed["a"]["sha256"].startswith("ed7002b439e9ac845f22357d822bac14")
     assert find_damage(tmp_path, listed) is None
     write_text(tmp_path / "in/b", "Content")
-    assert find_damage(tmp_path, listed) == "in/b was changed (its SHA-256 is another one)"
+    assert find_damage(tmp_path, listed) == "in/b was changed (its SHA-256 differs)"
     write_text(tmp_path / "in/b", "cont")
-    assert find_damage(tmp_path, listed) == "in/b has 4 bytes, and had 7"
+    assert find_damage(tmp_path, listed) == "in/b has 4 bytes instead of 7"
     (tmp_path / "a").unlink()
     assert find_damage(tmp_path, listed) == "a is missing"

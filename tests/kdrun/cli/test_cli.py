@@ -88,7 +88,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_untouched(finished: tuple[Path
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     line = refused("--output", folder)
-    assert "holds a run" in line
+    assert "already contains a run" in line
     assert "--overwrite" in line
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
@@ -108,7 +108,7 @@ def test_what_a_refused_start_leaves_is_no_foreign_folder(tmp_path: Path) -> Non
     (tmp_path / "checkpoints").mkdir()
     prepare_folder(tmp_path, resume=False, overwrite=False)
     (tmp_path / "checkpoints" / "mine").touch()
-    with pytest.raises(InputError, match="holds no run"):
+    with pytest.raises(InputError, match="contains no run"):
         prepare_folder(tmp_path, resume=False, overwrite=True)
 
 

@@ -236,8 +236,8 @@ class TestTemplates:
         rows = [chat("a?", "one"), chat("a?", "one", system="s", number=2)]
         report = encode_chats(rows, changed, 100).report
         assert (report.kept, len(report.skipped)) == (1, 1)
-        assert "line 2: is refused by the chat template (No system.)" in report.warnings()[0]
-        with pytest.raises(InputError, match="refused by the chat template"):
+        assert "line 2: is rejected by the chat template (No system.)" in report.warnings()[0]
+        with pytest.raises(InputError, match="rejected by the chat template"):
             encode_chats(rows[1:], changed, 100)
 
     def test_a_tokenizer_that_does_not_know_where_its_tokens_end(
@@ -259,7 +259,7 @@ class TestLength:
         assert encoded.report.kept == 1
         assert [bad.position.number for bad in encoded.report.skipped] == [1]
         (warning,) = encoded.report.warnings()
-        assert "rows.jsonl: left out 1 of 2 rows: line 1" in warning
+        assert "rows.jsonl: skipped 1 of 2 rows: line 1" in warning
         assert "64" in warning
 
     def test_d4_all_skipped(self, tiny_tokenizer: Any) -> None:
@@ -281,7 +281,7 @@ class TestLength:
         assert encoded.examples == encode_chats(rows[1:2], tiny_tokenizer, 64).examples
         assert not encoded.report.cut
         (warning,) = encoded.report.warnings()
-        assert "left out 2 of 3 rows: lines 1, 1: has more than 64 tokens" in warning
+        assert "skipped 2 of 3 rows: lines 1, 1: has more than 64 tokens" in warning
         with pytest.raises(InputError, match=r"none fits \(the shortest has \d+ tokens\)"):
             encode_chats(rows[:1], tiny_tokenizer, 64, "skip")
 

@@ -56,7 +56,7 @@ class TestMissing:
         found = load(text)
         assert reasons(found) == {2: f"has the field {field!r} set to {word}"}
         (line,) = found.warnings()
-        assert f"left out 1 of 2 rows: line 2: has the field {field!r} set to {word}" in line
+        assert f"skipped 1 of 2 rows: line 2: has the field {field!r} set to {word}" in line
         with pytest.raises(InputError, match=rf"rows\.jsonl, line 2: .* set to {word}"):
             load(text, strict=True)
 
@@ -68,7 +68,7 @@ class TestMissing:
     def test_p1_a_message_without_a_value_leaves_its_row_out(self, load: Load) -> None:
         talk = {"messages": [USER, ANSWER | {"content": float("nan")}]}
         found = load([{"messages": [USER, ANSWER]}, talk])
-        assert reasons(found) == {2: "has an empty message of the assistant"}
+        assert reasons(found) == {2: "has an empty assistant message"}
 
     def test_p1_of_parquet(self, tmp_path: Path) -> None:
         pyarrow = pytest.importorskip("pyarrow")
@@ -198,7 +198,7 @@ class TestUnread:
         talk = [USER, {"role": role, "content": "4"}, ANSWER]
         found = load([{"messages": [USER, ANSWER]}, {"messages": talk}])
         assert len(found.rows) == 1
-        assert f"line 2: has a message of the role '{role.lower()}'" in found.warnings()[0]
+        assert f"line 2: has a message with the role '{role.lower()}'" in found.warnings()[0]
         with pytest.raises(InputError, match="none of the 1 rows can be used; line 1 has a mess"):
             load([{"messages": talk}])
 

@@ -230,7 +230,7 @@ class TestBadRows:
     def test_only_the_first_five_are_named(self, write: Write) -> None:
         found = load_rows(write([PAIR, *[{"prompt": "a", "response": " "}] * 9]))
         (warning,) = found.warnings()
-        assert "left out 9 of 10 rows: lines 2, 3, 4, 5, 6 and 4 more" in warning
+        assert "skipped 9 of 10 rows: lines 2, 3, 4, 5, 6 and 4 more" in warning
 
     def test_d14_strict_refuses_the_first(self, write: Write) -> None:
         message = error_of(write(list(self.ROWS)), strict=True)
@@ -299,7 +299,7 @@ class TestErrors:
         assert "rows.jsonl: the file is empty" in error_of(write(content))
 
     def test_an_empty_list(self, write: Write) -> None:
-        assert "holds no rows" in error_of(write("[]"))
+        assert "contains no rows" in error_of(write("[]"))
 
     @pytest.mark.parametrize(
         ("content", "line"),
@@ -356,7 +356,7 @@ class TestTables:
             ("prompt,,x\na,b,c\n", "line 1: the first line must name the fields"),
             ("a,a\nb,c\n", "line 1: the first line must name the fields"),
             ('prompt,response\na,"b\n', "broken CSV"),
-            ("prompt,response\n", "holds no rows"),
+            ("prompt,response\n", "contains no rows"),
         ],
     )
     def test_broken_csv(self, write: Write, content: str, expected: str) -> None:

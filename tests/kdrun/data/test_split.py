@@ -134,7 +134,7 @@ class TestPrompts:
         found = read_rows(DataConfig(train=data))
         assert len(found.held_out) == 2
         (note,) = found.notes
-        assert note.startswith("held-out rows: 2 of 2 ask what a training row asks too")
+        assert note.startswith("held-out rows: 2 of 2 have the same prompt as a training row")
 
     def test_p12_held_out_rows_of_a_file_of_their_own(self, tmp_path: Path) -> None:
         train = self.written(tmp_path / "a.jsonl", self.rows(3))
@@ -146,10 +146,10 @@ class TestPrompts:
             ],
         )
         (note,) = read_rows(DataConfig(train=train, eval=held_out)).notes
-        assert note.startswith("held-out rows: 1 of 2 ask what a training row asks too")
+        assert note.startswith("held-out rows: 1 of 2 have the same prompt as a training row")
 
     def test_f31_halves_of_one_row_are_refused_by_name(self, tmp_path: Path) -> None:
         train = self.written(tmp_path / "a.jsonl", self.rows(3))
         one = self.written(tmp_path / "eval.jsonl", [{"prompt": "new", "response": "b"}] * 2)
-        with pytest.raises(InputError, match=r"eval\.jsonl: data\.part=validation takes one half"):
+        with pytest.raises(InputError, match=r"eval\.jsonl: data\.part=validation takes half"):
             read_rows(DataConfig(train=train, eval=one, part="validation"))

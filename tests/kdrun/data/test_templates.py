@@ -53,7 +53,7 @@ class TestLost:
         assert read(tokenizer, found.examples[0])[1] == "sat <end>"
         (line,) = found.report.warnings()
         assert line.startswith(
-            "rows.jsonl: the chat template leaves out or changes part of the answer in 2 of 3 rows "
+            "rows.jsonl: the chat template omits or changes part of the answer in 2 of 3 rows "
             "(67%): lines 1, 3: the student does not learn it"
         )
 
@@ -73,10 +73,9 @@ class TestLost:
         found = encode_chats([*self.ROWS, lost], words(CUTS_REASONING), 100)
         assert found.report.kept == 3
         assert found.report.warnings()[0] == (
-            "rows.jsonl: left out 1 of 4 rows: line 4: has an answer that the chat template leaves "
-            "out"
+            "rows.jsonl: skipped 1 of 4 rows: line 4: has an answer that the chat template omits"
         )
-        with pytest.raises(InputError, match=r"line 4: none of the 1 rows .* template leaves out"):
+        with pytest.raises(InputError, match=r"line 4: none of the 1 rows .* template omits"):
             encode_chats([lost], words(CUTS_REASONING), 100)
 
     def test_f1_reasoning_of_earlier_answers(self) -> None:
@@ -129,7 +128,7 @@ class TestLost:
         report = encode_chats(rows, words(WITHOUT_SYSTEM), 100).report
         assert report.kept == 2
         (line,) = report.warnings()
-        assert "leaves out or changes the system message in 1 of 2 rows (50%): line 1" in line
+        assert "omits or changes the system message in 1 of 2 rows (50%): line 1" in line
         with pytest.raises(InputError, match="line 1: the row loses the system message"):
             strictly(words(WITHOUT_SYSTEM), *rows)
         assert not encode_chats(rows, words(CHAT), 100).report.warnings()
@@ -148,7 +147,7 @@ class TestLost:
     def test_f3_a_question_that_the_template_changes(self) -> None:
         template = CHAT.replace("m['content']", "m['content'].replace('the', 'a')")
         (line,) = encode_chats([chat("the cat", "sat")], words(template), 100).report.warnings()
-        assert "leaves out or changes a message of the user in 1 of 1 rows" in line
+        assert "omits or changes a user message in 1 of 1 rows" in line
 
 
 def test_templates_in_use_lose_nothing_of_plain_rows(tiny_tokenizer: Any) -> None:
@@ -191,7 +190,7 @@ class TestParts:
 
     def test_f2_it_is_said(self) -> None:
         rows = [chat("the cat", "sat")]
-        said = "the chat template reads lists of parts only; each text is given as one part"
+        said = "the chat template accepts only lists of parts; each text is passed as one part"
         assert said in encode_held_out(rows, words(PARTS), 100)[1]
         assert encode_rows(RawRows(rows, rows, ()), words(PARTS), 100, 0).notes.count(said) == 1
         assert said not in encode_held_out(rows, words(CHAT), 100)[1]
@@ -207,7 +206,7 @@ class TestParts:
 
     def test_f2_a_template_that_writes_no_answers_at_all(self) -> None:
         template = CHAT.replace("m['content']", "m['text']")
-        with pytest.raises(InputError, match="has an answer that the chat template leaves out"):
+        with pytest.raises(InputError, match="has an answer that the chat template omits"):
             encode_chats([chat("the cat", "sat")], words(template), 100)
 
 
@@ -228,7 +227,7 @@ class TestFailures:
         message = str(info.value)
         assert "\n" not in message
         assert "rows.jsonl, line 7: none of the 1 rows can be used" in message
-        assert "this one is refused by the chat template (" in message
+        assert "this one is rejected by the chat template (" in message
         assert reason in message
 
     def test_f28_a_row_that_it_fails_on_is_skipped(self) -> None:
@@ -236,7 +235,7 @@ class TestFailures:
         rows = [chat("the cat", "sat"), chat("the dog", "sat", number=2)]
         report = encode_chats(rows, words(template), 100).report
         assert [bad.position.number for bad in report.skipped] == [2]
-        with pytest.raises(InputError, match="line 2: the row is refused by the chat template"):
+        with pytest.raises(InputError, match="line 2: the row is rejected by the chat template"):
             strictly(words(template), *rows)
 
     def test_f41_named_templates_need_a_usual_one(self) -> None:

@@ -95,7 +95,7 @@ class TestRendered:
     def test_p19_control_tokens_in_the_text_are_told_in_one_line(self, tiny_tokenizer: Any) -> None:
         rows = [self.ROW, chat("Hi", "Hello", number=2)]
         (line,) = encode_chats(rows, tiny_tokenizer, 100).report.warnings()
-        assert line.startswith("rows.jsonl: the text of 1 of 2 rows holds control tokens")
+        assert line.startswith("rows.jsonl: the text of 1 of 2 rows contains control tokens")
         assert "such as '<|im_start|>': line 1; " in line
         assert "data.rendered=true" in line
 

@@ -93,7 +93,7 @@ def test_models_spread_over_two_processes_are_one_run(one: Path, tmp_path: Path)
     launch("--batch-size", 4, *spread)
     check_equal(one, folder)
     # A resumed run keeps its configuration, which one process cannot serve.
-    with pytest.raises(InputError, match=r"training\.fsdp=true spreads the models"):
+    with pytest.raises(InputError, match=r"training\.fsdp=true shards the models"):
         alone("--batch-size", 8, "--output", folder, "--resume")
     with pytest.raises(InputError, match=r"written with training\.fsdp=true"):
         alone("--batch-size", 8, "--output", folder, "--resume", "--set", "training.fsdp=false")
@@ -126,7 +126,7 @@ def test_spread_adapters_and_the_state_of_a_loss_are_resumed_bit_for_bit(tmp_pat
     ("environment", "arguments", "said"),
     [
         ({}, ["--set", "training.fsdp=true"], "torchrun --nproc-per-node"),
-        ({"ACCELERATE_USE_FSDP": "true"}, [], "runs DDP in silence"),
+        ({"ACCELERATE_USE_FSDP": "true"}, [], "silently runs DDP"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "DeepSpeed"),
     ],
 )

@@ -28,7 +28,8 @@ def test_the_model_and_its_limit_are_named(
     with pytest.raises(InputError) as info:
         distil(tmp_path / "run", **{f"model__{which}": str(folder)})
     assert str(info.value) == (
-        f"data.max_length=128: the context of {folder} holds 100 tokens; give --max-length 100 or "
+        f"data.max_length=128: the context of {folder} is limited to 100 tokens; pass "
+        "--max-length 100 or "
         "less"
     )
 
@@ -36,7 +37,7 @@ def test_the_model_and_its_limit_are_named(
 @pytest.mark.real_model
 def test_a_gguf_file_tells_its_context(smollm2_gguf: Path) -> None:
     assert context_length(smollm2_gguf) == 8192
-    with pytest.raises(InputError, match="holds 8192 tokens"):
+    with pytest.raises(InputError, match="limited to 8192 tokens"):
         check_length(locate_model(smollm2_gguf), 8193)
 
 

@@ -226,4 +226,4 @@ def test_f12_what_the_student_is_not_made_of_is_told(tiny_pair: Any, tmp_path: P
     said: list[str] = []
     init_student(tmp_path / "teacher", 1, tmp_path / "student", say=said.append)
     assert len(said) == 1
-    assert said[0].endswith("read from model.safetensors; left out: pytorch_model.bin")
+    assert said[0].endswith("read from model.safetensors; ignored: pytorch_model.bin")

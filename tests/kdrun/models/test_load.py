@@ -77,8 +77,8 @@ def test_f12_weights_that_the_class_does_not_read_are_named(folder: Path) -> Non
     extra = {f"model.layers.2.mtp.{name}.weight": torch.ones(2, 2) for name in "ab"}
     save_file(weights | extra, folder / "model.safetensors", metadata={"format": "pt"})
     assert told(folder)[1] == [
-        f"{folder}: 2 weights of the checkpoint are not part of the model's class and are left "
-        "out, such as model.layers.2.mtp.a.weight"
+        f"{folder}: 2 weights of the checkpoint are not part of the model's class and are ignored, "
+        "such as model.layers.2.mtp.a.weight"
     ]
 
 
@@ -88,7 +88,7 @@ def test_f12_weight_files_that_are_not_read_are_named(folder: Path) -> None:
     for name in ("optimizer.pt", "training_args.bin", "README.md"):  # no weights of the model
         (folder / name).touch()
     assert told(folder)[1] == [
-        f"{folder}: weights are read from model.safetensors; left out: "
+        f"{folder}: weights are read from model.safetensors; ignored: "
         "model-00001-of-00002.safetensors, model.gguf, pytorch_model.bin"
     ]
 
@@ -108,8 +108,8 @@ def test_f15_a_head_of_its_own_is_saved_as_such(folder: Path) -> None:
     head = weights["lm_head.weight"].clone()
     model, said = told(folder)
     assert said == [
-        f"{folder}: its head is not its embeddings, though its config.json says so; what is saved "
-        "of it says tie_word_embeddings: false"
+        f"{folder}: its head is not tied to its embeddings, although its config.json says so; it "
+        "is saved with tie_word_embeddings: false"
     ]
     model.save_pretrained(folder / "saved")
     kept = json.loads((folder / "saved" / "config.json").read_text(encoding="utf-8"))

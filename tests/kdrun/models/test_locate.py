@@ -94,4 +94,4 @@ def test_an_adapter_alone(folder: Path) -> None:
 
 def test_another_file(folder: Path) -> None:
     (folder / "config.json").touch()
-    assert "give the folder" in error_of(folder / "config.json")
+    assert "pass the folder" in error_of(folder / "config.json")

@@ -326,7 +326,7 @@ def test_a_run_that_was_moved_with_its_base_still_loads(adapted: Path, tmp_path:
     file.write_text(json.dumps({**kept, "base_model_name_or_path": "/was/here/base"}))
     assert locate_model(tmp_path / "moved" / "student").path == str(tmp_path / "moved" / "base")
     (tmp_path / "moved" / "base").unlink()
-    with pytest.raises(InputError, match="base model /was/here/base is not there"):
+    with pytest.raises(InputError, match="base model /was/here/base does not exist"):
         locate_model(tmp_path / "moved" / "student")
 
 

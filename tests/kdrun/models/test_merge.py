@@ -90,7 +90,7 @@ def test_f83_settings_of_a_newer_peft_are_told(tiny_pair: Any, tmp_path: Path) -
     torch.testing.assert_close(logits(model), theirs, rtol=0, atol=1e-4)
     assert len(said) == 1
     assert said[0].startswith(f"{tmp_path / 'a'}: written by peft 0.99.0; peft ")
-    assert said[0].endswith("leaves them out: use_something_new=false")
+    assert said[0].endswith("ignores them: use_something_new=false")
 
 
 def test_f14_the_base_gets_the_rows_of_the_adapters_embeddings(
@@ -157,7 +157,7 @@ def test_f12_weights_of_an_adapter_that_are_not_used_are_named(
     model, said = loaded(tmp_path / "a")
     torch.testing.assert_close(logits(model), theirs, rtol=0, atol=1e-4)
     assert len(said) == 2
-    assert said[0].endswith("read from adapter_model.safetensors; left out: adapter_model.bin")
+    assert said[0].endswith("read from adapter_model.safetensors; ignored: adapter_model.bin")
     assert "1 weight of the adapter is not part of the model's class" in said[1]
     assert "layers.7.self_attn.q_proj.lora_A" in said[1]
 

@@ -198,7 +198,7 @@ def test_models_that_cannot_tell_examples_apart_are_refused() -> None:
 
     torch.manual_seed(0)
     leaky = Leaky(transformers.LlamaConfig(**SIZES))
-    assert packing_problem(leaky) == "(llama) lets the examples of a row see each other"
+    assert packing_problem(leaky) == "(llama) lets the examples of a row attend to each other"
     assert leaky.training
 
 

@@ -99,8 +99,8 @@ def test_the_dry_run_knows_its_bytes(tiny_pair: Any) -> None:
     ("given", "said"),
     [
         ({"model__teacher": None, "loss__kd_ratio": 0}, "without a teacher"),
-        ({"model__teacher_cache": "somewhere"}, "leave out the one or the other"),
-        ({"training__fsdp": True}, "not spread over processes"),
+        ({"model__teacher_cache": "somewhere"}, "remove one of the two"),
+        ({"training__fsdp": True}, "cannot be sharded"),
     ],
 )
 def test_what_has_no_sense_is_refused(tiny_pair: Any, given: dict[str, Any], said: str) -> None:

@@ -103,7 +103,7 @@ def test_another_way_of_cutting_texts_is_noted(tiny_tokenizer: Any) -> None:
     teacher = copy.deepcopy(tiny_tokenizer)
     teacher.backend_tokenizer.normalizer = normalizers.Lowercase()
     (note,) = compare_tokenizers(teacher, tiny_tokenizer).notes
-    assert "cut texts in different ways" in note
+    assert "split text differently" in note
 
 
 def test_saved_and_loaded(tiny_tokenizer: Any, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
 
     # transformers would load an empty tokenizer for this type.
     T5Config().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="holds no tokenizer"):
+    with pytest.raises(InputError, match="contains no tokenizer"):
         load_tokenizer(locate_model(tmp_path))
 
 

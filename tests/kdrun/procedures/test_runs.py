@@ -404,7 +404,7 @@ def test_prompts_without_room_are_left_out_counted_and_said(distil: Run, tmp_pat
         data__max_length=64,
     )
     (line,) = [line for line in said if "leave no room" in line]
-    assert line.startswith("procedure: left out 5 of 20 training rows, whose prompts leave no room")
+    assert line.startswith("procedure: skipped 5 of 20 training rows, whose prompts leave no room")
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(

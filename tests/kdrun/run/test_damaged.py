@@ -58,7 +58,7 @@ def test_f9_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     harm(run / "checkpoints" / "checkpoint-4" / name)
     said: list[str] = []
     distil(run, said, resume=True, **{**STEPS, "training__max_steps": 6})
-    (line,) = [line for line in said if line.startswith("checkpoint-4 is damaged and left out")]
+    (line,) = [line for line in said if line.startswith("checkpoint-4 is damaged and skipped")]
     assert name in line
     assert student(run) == student(whole)
 
@@ -66,7 +66,7 @@ def test_f9_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
 def test_without_a_whole_checkpoint_nothing_is_begun(run: Path, distil: Distil) -> None:
     for path in (run / "checkpoints").glob("checkpoint-*/optimizer.pt"):
         cut(path)
-    with pytest.raises(InputError, match=r"no checkpoint is whole .*checkpoint-4 is damaged"):
+    with pytest.raises(InputError, match=r"no checkpoint is complete .*checkpoint-4 is damaged"):
         distil(run, resume=True, **{**STEPS, "training__max_steps": 6})
 
 

@@ -140,7 +140,7 @@ def test_all_models_are_asked_what_each_has_room_for(folders, tmp_path):
 
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(folders, tmp_path):
     given = (folders / "student", "--data", folders / "rows.jsonl", "--output")
-    with pytest.raises(InputError, match=r"--output .*: is a folder; name a file"):
+    with pytest.raises(InputError, match=r"--output .*: is a folder; choose a file"):
         invoke(*given, tmp_path)
     assert not list(tmp_path.iterdir())
     if sys.platform == "linux":  # where not even root may make a file
@@ -169,7 +169,7 @@ def test_bad_input_is_one_line(folders, tmp_path, tiny_tokenizer):
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(InputError, match=r"empty|no rows"):
         invoke(folders / "student", "--data", tmp_path / "empty.jsonl")
-    with pytest.raises(InputError, match=r"the folder .* is not there"):
+    with pytest.raises(InputError, match=r"the folder .* does not exist"):
         invoke(folders / "student", "--data", rows, "--output", tmp_path / "no" / "x.json")
     with pytest.raises(InputError, match=r"loss\.schedules=.* not valid YAML"):
         invoke(folders / "student", "--data", rows, "--set", "loss.schedules={kd_ratio: {")
@@ -180,5 +180,5 @@ def test_bad_input_is_one_line(folders, tmp_path, tiny_tokenizer):
     folder = tmp_path / "foreign"
     transformers.LlamaForCausalLM.from_pretrained(folders / "student").save_pretrained(folder)
     foreign.save_pretrained(folder)
-    with pytest.raises(InputError, match="which not both models know"):
+    with pytest.raises(InputError, match="which only one of the models knows"):
         invoke(folder, "--teacher", folders / "teacher", "--data", rows)

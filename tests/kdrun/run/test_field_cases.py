@@ -174,13 +174,13 @@ def test_p13_resume_on_rows_that_changed_since_is_refused(pair: Make, tmp_path: 
     assert rows.read_text(encoding="utf-8") != text
     line = one_line(kdrun("--resume", "--output", run, "--max-steps", 4))
     number = 1 + [row["response"] for row in usual_rows()].index("sat on d")
-    assert f"rows.jsonl, line {number} is not the row that the run began with" in line
+    assert f"rows.jsonl, line {number} has changed since the run began" in line
     assert "data.accept_changes=true" in line
     assert files(run) == before
     go_on = ("--resume", "--output", run, "--max-steps", 4, "--set", "data.accept_changes=true")
     assert kdrun(*go_on).returncode == 0
     (change,) = read(run / "summary.json")["accepted_changes"]
-    assert "is not the row" in change
+    assert "has changed since" in change
     # Once accepted, the rows are the run's; held-out rows count likewise.
     assert kdrun("--resume", "--output", run, "--max-steps", 5).returncode == 0
     save_rows(tmp_path / "eval.jsonl", usual_rows(2))
@@ -219,7 +219,9 @@ def test_f22_settings_that_may_change_are_told(pair: Make, tmp_path: Path) -> No
     assert kdrun(*pair(), "--output", run).returncode == 0
     done = kdrun("--resume", "--output", run, "--max-steps", 4, "--kd-ratio", 0.9)
     assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("from here on: ")]
+    (line,) = [
+        line for line in done.stderr.splitlines() if line.startswith("changed from here on: ")
+    ]
     assert "loss.kd_ratio 0.9 (was 0.5)" in line
     assert "training.max_steps 4 (was 2)" in line
 
@@ -291,7 +293,7 @@ def test_p20_a_tracker_that_cannot_begin_ends_the_run_before_the_training() -> N
 
     handler = SimpleNamespace(callbacks=[Refusing()])
     trainer: Any = SimpleNamespace(callback_handler=handler, args=None, state=None, model=None)
-    with pytest.raises(InputError, match=r"mlflow: the tracker cannot begin \(no route to the tr"):
+    with pytest.raises(InputError, match=r"mlflow: the tracker cannot start \(no route to the tr"):
         start_trackers(trainer, "mlflow")
 
 

@@ -46,7 +46,7 @@ def test_f75_the_student_in_the_folder_is_not_removed(tiny_pair: Any, folder: Pa
     for more in ({}, {"lora-rank": 2}):
         result = overwrite(tiny_pair, folder, student=folder / "student", **more)
         line = refused(result, folder, before)
-        assert f"{folder / 'student'}, which is model.student; name another folder" in line
+        assert f"{folder / 'student'}, which is model.student; choose another folder" in line
 
 
 def test_f75_the_teacher_and_the_rows_are_not_removed(tiny_pair: Any, folder: Path) -> None:

@@ -35,7 +35,7 @@ def test_another_student_is_refused(
 ) -> None:
     folder = distil(tmp_path / "run")
     other = {"model__student": str(tiny_pair.teacher), "training__max_steps": 3}
-    with pytest.raises(InputError, match="checkpoint-2: has weights of other sizes"):
+    with pytest.raises(InputError, match="checkpoint-2: its weights have other shapes"):
         distil(folder, resume=True, **other)
 
 

@@ -109,7 +109,7 @@ def test_a_full_disk_ends_with_one_line_and_keeps_the_last_complete_checkpoint(
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         resumed = run(tmp_path, ["--resume", "--output", disk / "run"])
         assert resumed.returncode == 0, resumed
-        assert f"checkpoint-{kept[-1] + 2} is incomplete and left out" in resumed.stderr
+        assert f"checkpoint-{kept[-1] + 2} is incomplete and skipped" in resumed.stderr
         steps = [line["step"] for line in lines(disk / "run") if "loss" in line]
         assert steps == list(range(1, 11))
 

@@ -49,7 +49,7 @@ def test_unknown_and_missing_trackers_are_one_line(
     assert "did you mean 'tensorboard'?" in refused("--report-to", "tensorbord")
     assert "known: tensorboard, wandb" in refused("--report-to", "paper")
     monkeypatch.setattr("kdrun.run.trackers.find_spec", lambda name: None)
-    assert "pip install wandb, or --report-to none" in refused("--report-to", "wandb")
+    assert "pip install wandb, or pass --report-to none" in refused("--report-to", "wandb")
     assert not list(tmp_path.iterdir())
     check_tracker("none")
 

@@ -215,7 +215,7 @@ def test_a_gradient_that_is_not_finite_is_no_step_either(
 
 def test_too_many_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     guard = LossGuard(skip=True, limit=2)
-    with pytest.raises(TrainingError, match=r"at step 3 .*after 2 steps in a row"):
+    with pytest.raises(TrainingError, match=r"at step 3 .*after 2 consecutive steps"):
         train(tmp_path, rows(poisoned=(0, 4, 8)), guard, "forward_kl")
     # A good step in between begins the count anew.
     train(tmp_path, rows(poisoned=(0, 8)), LossGuard(skip=True, limit=1), "forward_kl")

@@ -200,4 +200,4 @@ def test_f5_what_is_left_out_is_said() -> None:
     assert find_balancing(dense).note is None
     added = find_balancing(balanced(1)).note
     assert added is not None
-    assert "is added, times 10" in added
+    assert "is added with weight 10" in added
