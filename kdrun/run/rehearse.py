@@ -120,8 +120,9 @@ def _save_and_read(trainer: Any, folder: Path, trust_remote_code: bool) -> None:
     inner, tokenizer = causal_lm(trainer.model), trainer.processing_class
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        name, weight = min(inner.state_dict().items(), key=lambda item: item[1].numel())
-        if not hasattr(weight, "full_tensor"):  # all processes must take part for a sharded model
+        # Of a sharded model all processes would have to take part, also in a look at its state.
+        if not trainer.is_distributed_loading_by_transformers:
+            name, weight = min(inner.state_dict().items(), key=lambda item: item[1].numel())
             inner.save_pretrained(folder, state_dict={name: weight})
         inner.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -308,7 +308,7 @@ def test_the_peak_memory_of_a_trial_is_not_that_of_an_earlier_one() -> None:
         (("--yardstick", "rouge_l", "--set", "evaluation.answers=0"), "answers is 0; raise it"),
         (("--yardstick", "exact_match"), "needs evaluation.answer_pattern"),
         (("--yardstick", "rouge_l", "--data", "builtin"), "are plain text without prompts"),
-        (("--max-length", "100000"), "holds 1024 tokens"),
+        (("--max-length", "100000"), "limited to 1024 tokens"),
         (("--no-teacher-cache", "--set", "model.teacher_cache=c"), "remove one of them"),
         (("--student", "nowhere/at/all", "--teacher", "nowhere/at/all"), "nowhere"),
     ],
