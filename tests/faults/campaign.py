@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -268,7 +269,9 @@ def moments(struck: Struck, name: str, scenario: Scenario, count: int, seed: int
             arguments = [part.replace("{out}", str(out)) for part in scenario.arguments]
             struck._child(arguments, out, -1, 0)
         time.sleep(draw.uniform(0, life))
-        os.killpg(child, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it may not lead a group yet
+            os.killpg(child, signal.SIGKILL)
+        os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         figures.faults += 1
         problem = judge(struck, scenario, out, expected, "kill", -signal.SIGKILL, "")
