@@ -235,8 +235,7 @@ def _held(folder: Path, holder: Mapping[str, Any] | None) -> InputError:
         who = f"process {holder.get('pid')} on {holder.get('host')}"
     return InputError(
         f"{folder} is in use by {who}, which is still running; wait for it to end, stop it, or "
-        "choose "
-        "another folder"
+        "choose another folder"
     )
 
 

@@ -264,8 +264,7 @@ def _by_generation_blocks(
     if "generation %}" not in template and "generation -%}" not in template:
         raise InputError(
             f"{row.position}: the chat template writes earlier messages differently when later "
-            "ones "
-            "follow, so its answers cannot be found; use rows with one answer, or mark the "
+            "ones follow, so its answers cannot be found; use rows with one answer, or mark the "
             "answers in the template with {% generation %}"
         )
     try:

@@ -110,8 +110,7 @@ def _halve(held_out: Sequence[Any], config: DataConfig) -> tuple[list[Any], list
     if len({content_hash(row) for row in held_out}) < 2:
         raise InputError(
             f"{held_out[0].position.file}: data.part={config.part} takes half of the held-out "
-            "rows, "
-            "so at least two must differ; add rows, or put the test rows in data.test"
+            "rows, so at least two must differ; add rows, or put the test rows in data.test"
         )
     return hold_out(held_out, 0.5, config.hold_out)
 
@@ -177,8 +176,7 @@ def check_packed_rows(config: DataConfig, rows: RawRows) -> None:
     if config.packing and isinstance(rows.train[0], TextRow):
         raise InputError(
             "data.packing: the training rows are plain text, whose windows are already full; "
-            "remove "
-            "it"
+            "remove it"
         )
 
 

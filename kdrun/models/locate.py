@@ -135,7 +135,6 @@ def _adapter(folder: Path) -> ModelSource:
     except InputError as error:
         raise InputError(
             f"{folder} contains an adapter whose base model {base} does not exist; set "
-            "base_model_name_or_path "
-            f"in {file} to its path"
+            f"base_model_name_or_path in {file} to its path"
         ) from error
     return replace(found, adapters=(*found.adapters, str(folder)))

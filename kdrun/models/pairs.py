@@ -99,9 +99,8 @@ def _describe_left_out(left_out: Mapping[str, int], vocab_size: int) -> str:
     shown = ", ".join(f"{token!r} (id {i})" for token, i in list(left_out.items())[:_SHOWN])
     more = f" and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""
     return (
-        f"both models share the first {vocab_size} tokens; the others are excluded, and rows "
-        "with them are skipped: "
-        f"{shown}{more}"
+        f"both models share the first {vocab_size} tokens; the others are excluded, and rows with "
+        f"them are skipped: {shown}{more}"
     )
 
 
@@ -190,9 +189,8 @@ def check_head(model: Any, pair: Pair, name: str) -> None:
     width = model.get_output_embeddings().weight.shape[0]
     if width < pair.vocab_size:
         raise InputError(
-            f"{name}: its head has {width} entries, but its configuration states "
-            f"{pair.vocab_size} or "
-            "more; correct vocab_size in its config.json"
+            f"{name}: its head has {width} entries, but its configuration states {pair.vocab_size} "
+            "or more; correct vocab_size in its config.json"
         )
 
 

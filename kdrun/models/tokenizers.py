@@ -153,11 +153,9 @@ def _difference(teacher: dict[str, int], student: dict[str, int]) -> str:
     )
     return (
         f"the tokenizers of teacher and student differ in {len(tokens)} "
-        f"{'token' if len(tokens) == 1 else 'tokens'}: {shown}"
-        f"{'; ...' if len(tokens) > _SHOWN else ''}; one side may lack tokens only above all "
-        "shared "
-        "ids; use a student with the teacher's tokenizer (kdrun init-student makes "
-        "one)"
+        f"{'token' if len(tokens) == 1 else 'tokens'}: "
+        f"{shown}{'; ...' if len(tokens) > _SHOWN else ''}; one side may lack tokens only above "
+        "all shared ids; use a student with the teacher's tokenizer (kdrun init-student makes one)"
     )
 
 

@@ -64,8 +64,7 @@ def prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         if not overwrite:
             raise InputError(
                 f"--output {folder} already contains a run; pass --resume to continue it, "
-                "--overwrite to "
-                "replace it, or choose another folder"
+                "--overwrite to replace it, or choose another folder"
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)

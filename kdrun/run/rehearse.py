@@ -92,8 +92,7 @@ def tell_lost_mass(loaded: Loaded, prepared: Prepared, batch_size: int, start: S
     if positions and total / positions > _LOST_MASS:
         start.say(
             f"the teacher assigns {total / positions:.1%} of its probability to excluded tokens, "
-            "at "
-            "the supervised positions of the first batch; the student does not learn them"
+            "at the supervised positions of the first batch; the student does not learn them"
         )
 
 

@@ -109,9 +109,8 @@ def find_checkpoint(folder: Path) -> Found:
         notes.append(f"{path.name} is damaged and skipped: {problem}")
     if damaged:
         raise InputError(
-            f"--resume: {folder}: no checkpoint is complete ({notes[0]}); restore one from a "
-            "copy, or "
-            "start again with --overwrite"
+            f"--resume: {folder}: no checkpoint is complete ({notes[0]}); restore one from a copy, "
+            "or start again with --overwrite"
         )
     return Found(None, tuple(notes))
 

@@ -107,8 +107,7 @@ class SavingTrainer(Trainer):
                 raise
             raise InputError(
                 f"{resume_from_checkpoint}: its weights have other shapes than the student; "
-                "continue "
-                "the run with its original model"
+                "continue the run with its original model"
             ) from error
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
