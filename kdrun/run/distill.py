@@ -69,16 +69,16 @@ def distill(
     if resume:
         config = recall(config)
     rows = check(config)
-    start = open_folder(config, resume, overwrite, console)
-    with start.held():
+    with open_folder(config, resume, overwrite, console) as start:
         return _run(config, rows, start)
 
 
 def _run(config: RunConfig, rows: RawRows, start: Start) -> RunResult:
     """Run the distillation, from checked input to student and summary."""
-    if start.finished is not None:
+    finished = start.read_summary()
+    if finished is not None:
         start.say(f"the run in {start.folder} is finished; nothing is left to do")
-        return RunResult(start.folder, start.finished)
+        return RunResult(start.folder, finished)
 
     with quiet_libraries(), one_line_where_nothing_can_be_written(start.folder):
         from kdrun.run.build import begin, build

@@ -51,7 +51,7 @@ def finish(
     """
     trainer = built.trainer
     after = held_out_measures(trainer)
-    save_student(trainer, start, built.config.lora.merge, loaded.base)
+    student = save_student(trainer, start, built.config.lora.merge, loaded.base)
     if loaded.questions:
         after |= _ask(built, loaded, start)
     written = {} if trainer.session is None else trainer.session.figures()
@@ -66,7 +66,7 @@ def finish(
         "training_seconds": round(built.rate.seconds, 2),
         "total_seconds": round(time.monotonic() - began, 2),
         "peak_memory_mib": _peak_memory_mib(),
-        "student": list_files(start.folder / STUDENT) if start.world.is_main else {},
+        "student": student,
         "seed": built.config.training.seed,
         "versions": versions(),
         "git": git_state(),
@@ -89,7 +89,9 @@ def _ask(built: Built, loaded: Loaded, start: Start) -> dict[str, Any]:
     return {f"eval_{name}": value for name, value in mean_scores(answers).items()}
 
 
-def save_student(trainer: DistillTrainer, start: Start, merge: bool, base: str | None) -> None:
+def save_student(
+    trainer: DistillTrainer, start: Start, merge: bool, base: str | None
+) -> dict[str, dict[str, Any]]:
     """Save the student as a Hugging Face folder.
 
     Args:
@@ -97,6 +99,9 @@ def save_student(trainer: DistillTrainer, start: Start, merge: bool, base: str |
         start: provides the folder.
         merge: merge the adapters into it, and also save them next to it.
         base: fingerprint of the base model of its adapters, if any.
+
+    Returns:
+        Its files, as :func:`list_files` lists them; none except on the main process.
     """
     from kdrun.models.heads import uninstall
     from kdrun.models.shard import gather
@@ -106,7 +111,7 @@ def save_student(trainer: DistillTrainer, start: Start, merge: bool, base: str |
     if trainer.is_distributed_loading_by_transformers:
         weights = {"state_dict": gather(model)}
     if not trainer.args.should_save:
-        return
+        return {}
     uninstall(model)
     folder = start.folder
     if merge:
@@ -114,10 +119,12 @@ def save_student(trainer: DistillTrainer, start: Start, merge: bool, base: str |
         model, base = model.merge_and_unload(), None
     else:  # from an earlier merged student
         shutil.rmtree(folder / runs.ADAPTER, ignore_errors=True)
-    _save(model, tokenizer, folder / STUDENT, base, **weights)
+    return _save(model, tokenizer, folder / STUDENT, base, **weights)
 
 
-def _save(model: Any, tokenizer: Any, folder: Path, base: str | None, **weights: Any) -> None:
+def _save(
+    model: Any, tokenizer: Any, folder: Path, base: str | None, **weights: Any
+) -> dict[str, dict[str, Any]]:
     """Write a model's folder next to the old one, and replace that one once complete.
 
     Otherwise files of an earlier student, such as an adapter, would be loaded with the new ones.
@@ -131,9 +138,10 @@ def _save(model: Any, tokenizer: Any, folder: Path, base: str | None, **weights:
     # For adapters too: a server that merges them reads the end tokens there.
     causal_lm(model).generation_config.save_pretrained(partial)
     keep_base_print(partial, base)
-    list_files(partial)
+    files = list_files(partial)  # also flushes them
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+    return files
 
 
 def _show(

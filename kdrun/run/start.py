@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,9 +60,11 @@ class Start:
         """The folder, if the run in it goes on."""
         return self.folder if self.resume else None
 
-    @property
-    def finished(self) -> Mapping[str, Any] | None:
-        """The summary of a finished run with a complete student; None otherwise."""
+    def read_summary(self) -> Mapping[str, Any] | None:
+        """Return the summary of a finished run with a complete student; None otherwise.
+
+        Reads the student's files to check them.
+        """
         file = self.folder / runs.SUMMARY
         if not self.trained or not file.is_file():
             return None
@@ -72,14 +74,6 @@ class Start:
         student = self.folder / STUDENT
         whole = holds_model(student) and find_damage(student, summary.get("student", {})) is None
         return summary if whole else None
-
-    def held(self) -> AbstractContextManager[None]:
-        """Lock the folder on the main process, so that no other run writes to it.
-
-        Raises:
-            InputError: another process uses it.
-        """
-        return hold_folder(self.folder) if self.world.is_main else nullcontext()
 
     def say(self, line: str) -> None:
         """Show a line."""
@@ -115,8 +109,11 @@ def recall(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update=update)})
 
 
-def open_folder(config: RunConfig, resume: bool, overwrite: bool, console: Console | None) -> Start:
-    """Open the folder of a run, consistently on all processes.
+@contextmanager
+def open_folder(
+    config: RunConfig, resume: bool, overwrite: bool, console: Console | None
+) -> Iterator[Start]:
+    """Open the folder of a run, consistently on all processes, and lock it for the duration.
 
     Args:
         config: names the folder, the loss and the steps.
@@ -125,8 +122,8 @@ def open_folder(config: RunConfig, resume: bool, overwrite: bool, console: Conso
         console: console for progress; by default standard error.
 
     Raises:
-        InputError: the folder has other contents, or contains input that would be removed; or
-            the processes do not suit the run.
+        InputError: the folder has other contents, contains input that would be removed, or is in
+            use by another run; or the processes do not suit the run.
     """
     world = World(config.training.fsdp)
     folder = Path(world.share(str(runs.choose_folder(config.output.dir, config.loss.spec))))
@@ -137,13 +134,15 @@ def open_folder(config: RunConfig, resume: bool, overwrite: bool, console: Conso
     world.wait()
     console = console or make_console()
     console.quiet = console.quiet or not world.is_main
-    found, changes = Found(None, ()), tuple[str, ...]()
-    if resume:
-        changes = compare_settings(config, folder / runs.CONFIG)
-        found = find_checkpoint(folder / runs.CHECKPOINTS)
-    _check_kind(found.newest, config.training.fsdp)
-    trained = _is_trained(found.newest, config.training)
-    return Start(folder, world, console, resume, found.newest, trained, (*found.notes, *changes))
+    with hold_folder(folder) if world.is_main else nullcontext():
+        found, changes = Found(None, ()), tuple[str, ...]()
+        if resume:
+            changes = compare_settings(config, folder / runs.CONFIG)
+            found = find_checkpoint(folder / runs.CHECKPOINTS)
+        _check_kind(found.newest, config.training.fsdp)
+        trained = _is_trained(found.newest, config.training)
+        notes = (*found.notes, *changes)
+        yield Start(folder, world, console, resume, found.newest, trained, notes)
 
 
 # The checkpoint's optimiser keeps its own values; other changes would repeat rows or not fit.

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kdrun.errors import InputError
+from kdrun.files import hold_folder
 
 Distil = Callable[..., Path]
 # At a constant rate a run that is gone on with equals one that was longer from the start.
@@ -45,6 +46,14 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))
+
+
+def test_a_folder_in_use_is_refused_before_anything_in_it_is_read(
+    run: Path, distil: Distil
+) -> None:
+    flip(run / "checkpoints" / "checkpoint-4" / "model.safetensors")
+    with hold_folder(run), pytest.raises(InputError, match="is in use by process"):
+        distil(run, resume=True, **{**STEPS, "optimizer__lr": 1.0})
 
 
 NAMES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "objective.json")
