@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from kdrun.cache.choose import settle_date
 from kdrun.cache.manifest import MANIFEST, Kind
 from kdrun.cache.write import make_folder, prepare_folder
-from kdrun.data.prepare import encode_for, examples_in, read_rows
+from kdrun.data.encoder import Encoder
+from kdrun.data.prepare import encode_rows, examples_in, read_rows
 from kdrun.errors import InputError
 from kdrun.files import hold_folder
 from kdrun.models.pairs import check_context, describe_model, find_pair, locate_pair, open_teacher
@@ -71,7 +72,8 @@ def cache_teacher(
         pair = find_pair(model)
         check_context(pair, data.max_length, model.trust_remote_code)
         data = settle_date(data, None, pair.tokenizer)
-        examples = encode_for(data, rows, pair.tokenizer, seed, False, pair.left_out)
+        encoder = Encoder.of(data, pair.tokenizer, pair.left_out)
+        examples = encode_rows(rows, encoder, seed, shift_windows=False)
         for note in (*pair.notes, *rows.notes, *examples.notes):
             console.print(note, markup=False)
         teacher = open_teacher(pair, model, lambda line: console.print(line, markup=False))

@@ -16,7 +16,8 @@ from kdrun.compare.plan import Part
 from kdrun.compare.record import Pair, Trial
 from kdrun.compare.run import Comparison
 from kdrun.config.sections import RunConfig
-from kdrun.data.prepare import encode_for, examples_in, read_rows
+from kdrun.data.encoder import Encoder
+from kdrun.data.prepare import encode_rows, examples_in, read_rows
 from kdrun.data.rows import TextRow
 from kdrun.errors import InputError
 from kdrun.models.pairs import find_pair, open_teacher
@@ -98,9 +99,8 @@ def check_named_cache(comparison: Comparison) -> None:
         loss = base.loss.model_copy(update={"kd_ratio": axes.kd_ratios[0]})
         models = find_pair(model)
         data = settle_date(base.data, base.model.teacher_cache, models.tokenizer)
-        examples = encode_for(
-            data, read_rows(data), models.tokenizer, base.training.seed, False, models.left_out
-        )
+        encoder = Encoder.of(data, models.tokenizer, models.left_out)
+        examples = encode_rows(read_rows(data), encoder, base.training.seed, shift_windows=False)
         for spec in axes.losses:
             plain = build_loss(unchunked(loss.model_copy(update={"spec": spec})), None)
             check_cache(model, loss, models, examples, plain)
@@ -214,11 +214,10 @@ def _examples(
     base: RunConfig, models: Models, parts: Sequence[Part]
 ) -> Iterator[Mapping[str, Sequence[int]]]:
     """The training rows, followed by the rows for evaluation."""
+    encoder = Encoder.of(base.data, models.tokenizer, models.left_out)
     for number, part in enumerate(parts):
         rows = read_rows(base.data.model_copy(update={"part": part}))
-        examples = encode_for(
-            base.data, rows, models.tokenizer, base.training.seed, False, models.left_out
-        )
+        examples = encode_rows(rows, encoder, base.training.seed, shift_windows=False)
         if number == 0:
             yield from examples_in(examples.train)
         yield from examples_in(examples.held_out)

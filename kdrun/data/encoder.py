@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kdrun.data.chat import ChatRenderer, Rendering
+from kdrun.data.chat import USUAL_RENDERING, ChatRenderer, Rendering
 from kdrun.data.encode import LongRows, encode
 from kdrun.data.encode_report import report_on
 from kdrun.data.origins import Origins
 from kdrun.data.rows import BadRow, ChatRow, Position, Row, TextRow, describe_bad_rows
+from kdrun.data.token_cache import TokenCache
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from kdrun.data.token_cache import TokenCache
+    from kdrun.config.sections import DataConfig
 
 
 class Kept(Sequence[Any]):
@@ -68,11 +69,35 @@ class Encoder:
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
-    long_rows: LongRows
-    cache: TokenCache | None
-    rendering: Rendering
-    left_out: Mapping[str, int]
-    strict: bool
+    long_rows: LongRows = "cut"
+    cache: TokenCache | None = None
+    rendering: Rendering = USUAL_RENDERING
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    strict: bool = False
+
+    @classmethod
+    def of(
+        cls, data: DataConfig, tokenizer: PreTrainedTokenizerBase, left_out: Mapping[str, int]
+    ) -> Encoder:
+        """Return the encoder of a configuration.
+
+        Args:
+            data: how rows are tokenised.
+            tokenizer: encodes them.
+            left_out: tokens, with their ids, that only one model knows.
+
+        Raises:
+            InputError: ``data.cache_dir`` cannot be written.
+        """
+        return cls(
+            tokenizer,
+            data.max_length,
+            data.long_rows,
+            TokenCache.at(data.cache_dir),
+            Rendering.of(data),
+            left_out,
+            data.strict,
+        )
 
     def __call__(self, rows: Sequence[Row], seed: int, phase: bool, part: str) -> Encoded:
         """Encode rows.

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from kdrun.builtin.text import load_text
 from kdrun.config.sections import BUILT_IN, DataConfig
-from kdrun.data.chat import USUAL_RENDERING, Rendering
-from kdrun.data.encode import LongRows
-from kdrun.data.encoder import Encoder
 from kdrun.data.origins import Origins
 from kdrun.data.rows import (
     Position,
@@ -25,9 +21,8 @@ from kdrun.errors import InputError
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
-    from transformers import PreTrainedTokenizerBase
 
-    from kdrun.data.token_cache import TokenCache
+    from kdrun.data.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -129,44 +124,6 @@ def read_held_out(source: str, config: DataConfig) -> tuple[Sequence[Any], list[
     return found.rows, found.warnings()
 
 
-def encode_for(
-    data: DataConfig,
-    rows: RawRows,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    shift_windows: bool,
-    left_out: Mapping[str, int] = MappingProxyType({}),
-) -> Examples:
-    """Encode the rows of a run as examples, or reuse those of an earlier run.
-
-    Args:
-        data: how rows are tokenised.
-        rows: rows of the run.
-        tokenizer: encodes them.
-        seed: decides where windows of plain text start.
-        shift_windows: whether those of training text shift from epoch to epoch.
-        left_out: tokens, with their ids, that only one model knows; rows with them are skipped.
-
-    Raises:
-        InputError: no row fits ``data.max_length``, or ``data.cache_dir`` cannot be written.
-    """
-    from kdrun.data.token_cache import TokenCache
-
-    cache = TokenCache.at(data.cache_dir)
-    return encode_rows(
-        rows,
-        tokenizer,
-        data.max_length,
-        seed,
-        shift_windows,
-        data.long_rows,
-        cache,
-        Rendering.of(data),
-        left_out,
-        data.strict,
-    )
-
-
 def check_packed_rows(config: DataConfig, rows: RawRows) -> None:
     """Refuse to pack plain text, without encoding anything.
 
@@ -197,35 +154,19 @@ def pack_training(examples: Examples, max_length: int) -> Examples:
 
 
 def encode_rows(
-    rows: RawRows,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    seed: int,
-    shift_windows: bool = True,
-    long_rows: LongRows = "cut",
-    cache: TokenCache | None = None,
-    rendering: Rendering = USUAL_RENDERING,
-    left_out: Mapping[str, int] = MappingProxyType({}),
-    strict: bool = False,
+    rows: RawRows, encode: Encoder, seed: int = 0, shift_windows: bool = True
 ) -> Examples:
-    """Encode rows as examples.
+    """Encode the rows of a run as examples.
 
     Args:
         rows: training and held-out rows.
-        tokenizer: encodes them.
-        max_length: tokens per row, or per window of plain text.
-        seed: decides where windows start.
-        shift_windows: whether the windows of training text shift from epoch to epoch.
-        long_rows: what to do with longer conversations.
-        cache: keeps encoded rows for the next run.
-        rendering: settings that determine the text of conversations besides the template.
-        left_out: as for :func:`encode_for`.
-        strict: refuse rows that the chat template rejects or does not write in full.
+        encode: encodes them.
+        seed: decides where windows of plain text start.
+        shift_windows: whether those of training text shift from epoch to epoch.
 
     Raises:
-        InputError: no row fits ``max_length``, or a row is incomplete.
+        InputError: no row fits the maximum length, or with ``strict`` one is incomplete.
     """
-    encode = Encoder(tokenizer, max_length, long_rows, cache, rendering, left_out, strict)
     train = encode(rows.train, seed, shift_windows, "training")
     held_out = encode(rows.held_out, 0, False, "held-out")
     notes = [
@@ -243,22 +184,12 @@ def examples_in(data: Any) -> Iterator[Mapping[str, Sequence[int]]]:
     return (data[index] for index in range(len(data)))
 
 
-def encode_held_out(
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    long_rows: LongRows = "cut",
-    cache: TokenCache | None = None,
-    rendering: Rendering = USUAL_RENDERING,
-    left_out: Mapping[str, int] = MappingProxyType({}),
-    strict: bool = False,
-) -> tuple[Dataset[Any], list[str]]:
+def encode_held_out(rows: Sequence[Row], encode: Encoder) -> tuple[Dataset[Any], list[str]]:
     """Encode rows to evaluate on, with notes on them; windows of text do not shift.
 
     Raises:
-        InputError: no row fits ``max_length``, or with ``strict`` one is incomplete.
+        InputError: no row fits the maximum length, or with ``strict`` one is incomplete.
     """
-    encode = Encoder(tokenizer, max_length, long_rows, cache, rendering, left_out, strict)
     encoded = encode(rows, 0, False, "held-out")
     return encoded.examples, [*encoded.notes, *encode.notes_on_template(rows)]
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kdrun.data.chat import Rendering
+from kdrun.data.encoder import Encoder
 from kdrun.data.prepare import encode_held_out
-from kdrun.data.token_cache import TokenCache
 from kdrun.evaluation.answers import Asked, Question, ask, choose_questions, mean_scores
 from kdrun.evaluation.measures import measure_model
 from kdrun.losses.build import build_loss
@@ -55,14 +54,12 @@ def judge(
     Raises:
         InputError: no row fits.
     """
-    cache = TokenCache.at(data.cache_dir)
-    rendering = Rendering.of(data)
-    settings = (pair.tokenizer, data.max_length, data.long_rows, cache, rendering, pair.left_out)
-    examples, notes = encode_held_out(rows, *settings, data.strict)
+    encoder = Encoder.of(data, pair.tokenizer, pair.left_out)
+    examples, notes = encode_held_out(rows, encoder)
     note = None
     if questions is None:
         questions, note = choose_questions(
-            rows, Asked(pair.tokenizer, context_limit(model.config), rendering), evaluation
+            rows, Asked(pair.tokenizer, context_limit(model.config), encoder.rendering), evaluation
         )
     if teacher is None:  # print notes on the rows once: this model is evaluated first
         for line in (*notes, note):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdrun.cache.choose import settle_date
-from kdrun.data.prepare import Examples, RawRows, encode_for, pack_training
+from kdrun.data.encoder import Encoder
+from kdrun.data.prepare import Examples, RawRows, encode_rows, pack_training
 from kdrun.models.pairs import Pair, check_context, find_pair
 from kdrun.run.procedure import leave_room, read_text
 
@@ -61,7 +62,8 @@ def prepare(
     pair = find_pair(model)
     check_context(pair, data.max_length, model.trust_remote_code)
     data = settle_date(data, model.teacher_cache, pair.tokenizer)
-    examples = encode_for(data, rows, pair.tokenizer, seed, data.shift_windows, pair.left_out)
+    encoder = Encoder.of(data, pair.tokenizer, pair.left_out)
+    examples = encode_rows(rows, encoder, seed, data.shift_windows)
     if data.packing:
         examples = pack_training(examples, data.max_length)
     sampling = None
@@ -70,7 +72,7 @@ def prepare(
 
         sampling = Sampling.of(procedure, data.max_length)
         examples = leave_room(examples, sampling, pair.tokenizer)
-    text, of_text = read_text(procedure.text, data, pair.tokenizer)
+    text, of_text = read_text(procedure.text, encoder)
     for note in (*pair.notes, *rows.notes, *examples.notes, *of_text):
         say(note)
     return Prepared(data, pair, examples, rows.held_out, sampling, text)

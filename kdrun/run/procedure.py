@@ -12,7 +12,7 @@ from kdrun.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from kdrun.config.sections import DataConfig
+    from kdrun.data.encoder import Encoder
     from kdrun.procedures.sampling import Sampling
 
 
@@ -54,22 +54,18 @@ def leave_room(
     return replace(examples, train=kept, notes=notes, origins=origins)  # type: ignore[arg-type]
 
 
-def read_text(
-    source: str | None, data: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Any, list[str]]:
+def read_text(source: str | None, encoder: Encoder) -> tuple[Any, list[str]]:
     """Read windows of ``procedure.text`` and notes on them; None and no notes if it is unset.
 
     Raises:
         InputError: it cannot be read, or is not plain text.
     """
     from kdrun.data.rows import TextRow, load_rows
-    from kdrun.data.token_cache import TokenCache
 
     if source is None:
         return None, []
-    rows = load_rows(source, strict=data.strict).rows
+    rows = load_rows(source, strict=encoder.strict).rows
     if not isinstance(rows[0], TextRow):
         raise InputError(f"procedure.text={source}: contains conversations; pass plain text")
-    cache = TokenCache.at(data.cache_dir)
-    windows, notes = encode_held_out(rows, tokenizer, data.max_length, cache=cache)
-    return windows, [f"procedure.text: {notes[0]}"]
+    windows, notes = encode_held_out(rows, encoder)
+    return windows, [f"procedure.text: {note}" for note in notes]

@@ -1,23 +1,19 @@
-"""Conversations of a few words, and a tokenizer of words for them."""
+"""Conversations of a few words, chat templates for them, and what is encoded."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
+from words import CHAT, PROMPT, make_tokenizer
+
 from kdrun.data.chat import USUAL_RENDERING
 from kdrun.data.encode import encode_chats
 from kdrun.data.encoding import Example
 from kdrun.data.rows import ChatRow, Message, Position
 
-WORDS = (
-    *("<pad>", "<bos>", "<eos>", "<unk>"),
-    *("the", "cat", "dog", "sat", "on", "mat", "a", "b", "c", "d", "user", "assistant", "system"),
-)
 ADDED = ["<think>", "</think>", "</call>"]
 SPECIAL = ["<end>", "<user>"]
-PROMPT = "{% if add_generation_prompt %}assistant {% endif %}"
-CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <end> {% endfor %}" + PROMPT
 ENDLESS = CHAT.replace(" <end>", "")
 CUTS_REASONING = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'].split('</think>')[-1] }} <end> "
@@ -39,23 +35,7 @@ PARTS = (
 
 def words(template: str | None, eos: str | None = "<eos>") -> Any:
     """A tokenizer of words, with tokens that are added and some of them special."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    names = {word: number for number, word in enumerate(WORDS)}
-    inner = Tokenizer(models.WordLevel(names, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<bos>",
-        eos_token=eos,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        additional_special_tokens=SPECIAL,
-    )
-    tokenizer.add_tokens(ADDED)
-    tokenizer.chat_template = template
-    return tokenizer
+    return make_tokenizer(template, SPECIAL, ADDED, eos)
 
 
 def chat(*contents: str, number: int = 1, system: str | None = None) -> ChatRow:

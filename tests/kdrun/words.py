@@ -32,30 +32,40 @@ WORDS = [
     "assistant",
     "system",
 ]
-CHAT = (
-    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <end> {% endfor %}"
-    "{% if add_generation_prompt %}assistant {% endif %}"
-)
+PROMPT = "{% if add_generation_prompt %}assistant {% endif %}"
+CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <end> {% endfor %}" + PROMPT
+
+
+def make_tokenizer(
+    template: str | None = None,
+    special: Sequence[str] = (),
+    added: Sequence[str] = (),
+    eos: str | None = "<eos>",
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of words, with special and other tokens on top of them."""
+    vocabulary = {word: number for number, word in enumerate(WORDS)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token=eos,
+        unk_token="<unk>",
+    )
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    tokenizer.add_tokens(list(added))
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def save_tokenizer(
     folder: Path, special: Sequence[str] = (), template: str | None = None
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer of words, and of special tokens on top of them."""
-    vocabulary = {word: number for number, word in enumerate(WORDS)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-    )
-    if special:
-        tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
-    if template is not None:
-        tokenizer.chat_template = template
+    """Save such a tokenizer."""
+    tokenizer = make_tokenizer(template, special)
     tokenizer.save_pretrained(folder)
     return tokenizer
 

@@ -22,6 +22,7 @@ from kdrun.compare.declare import declare
 from kdrun.compare.ledger import Ledger
 from kdrun.compare.run import Comparison
 from kdrun.compare.teachers import cache_teachers
+from kdrun.data.encoder import Encoder
 from kdrun.data.prepare import encode_rows, examples_in, read_rows
 from kdrun.models.pairs import find_pair
 
@@ -125,7 +126,7 @@ def test_the_rows_that_tuning_and_final_trials_are_measured_on_are_in_it(tmp_pat
     teacher = CachedTeacher(Cache(folder), tokenizer)
     for part, served in (("validation", True), ("test", True), ("all", False)):
         rows = read_rows(comparison.base.data.model_copy(update={"part": part}))
-        examples = encode_rows(rows, tokenizer, 32, seed=5, shift_windows=False)
+        examples = encode_rows(rows, Encoder(tokenizer, 32), seed=5, shift_windows=False)
         assert teacher.missing(examples_in(examples.train)) is None
         # The windows of all held-out text are others than those of its halves.
         assert (teacher.missing(examples_in(examples.held_out)) is None) == served

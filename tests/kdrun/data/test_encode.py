@@ -15,6 +15,7 @@ from kdrun.data.chat import USUAL_RENDERING
 from kdrun.data.collate import IGNORE_INDEX
 from kdrun.data.encode import encode_chats
 from kdrun.data.encode_report import EncodedRows, report_on
+from kdrun.data.encoder import Encoder
 from kdrun.data.encoding import Example
 from kdrun.data.prepare import encode_held_out
 from kdrun.data.rows import ChatRow, Message, Position, TextRow, load_rows
@@ -346,7 +347,7 @@ def test_text_without_an_end_token_is_told(tiny_tokenizer: Any) -> None:
     changed.eos_token = None
     rows = [TextRow("the user asks", Position("text.txt", 1))]
     with pytest.raises(InputError, match=r"no end-of-text token.*tokenizer_config\.json"):
-        encode_held_out(rows, changed, 4)
+        encode_held_out(rows, Encoder(changed, 4))
 
 
 def test_no_file_is_opened_with_the_platforms_encoding(tiny_tokenizer: Any, tmp_path: Path) -> None:

@@ -14,21 +14,21 @@ from typing import Any
 
 import pytest
 from word_chats import (
-    CHAT,
     CUTS_EARLIER_REASONING,
     CUTS_REASONING,
     PARTS,
-    PROMPT,
     WITHOUT_SYSTEM,
     chat,
     encoded,
     read,
     words,
 )
+from words import CHAT, PROMPT
 
 from kdrun.data.chat import USUAL_RENDERING, ChatRenderer
 from kdrun.data.encode import encode, encode_chats
 from kdrun.data.encode_report import EncodedRows, report_on
+from kdrun.data.encoder import Encoder
 from kdrun.data.prepare import RawRows, encode_held_out, encode_rows
 from kdrun.data.rows import ChatRow, Message, Position
 from kdrun.data.token_cache import TokenCache
@@ -191,9 +191,10 @@ class TestParts:
     def test_f2_it_is_said(self) -> None:
         rows = [chat("the cat", "sat")]
         said = "the chat template accepts only lists of parts; each text is passed as one part"
-        assert said in encode_held_out(rows, words(PARTS), 100)[1]
-        assert encode_rows(RawRows(rows, rows, ()), words(PARTS), 100, 0).notes.count(said) == 1
-        assert said not in encode_held_out(rows, words(CHAT), 100)[1]
+        encoder = Encoder(words(PARTS), 100)
+        assert said in encode_held_out(rows, encoder)[1]
+        assert encode_rows(RawRows(rows, rows, ()), encoder).notes.count(said) == 1
+        assert said not in encode_held_out(rows, Encoder(words(CHAT), 100))[1]
 
     def test_f2_a_template_of_both_is_given_texts(self) -> None:
         both = PARTS.replace(
@@ -256,4 +257,4 @@ class TestFailures:
         with pytest.raises(
             InputError, match=r"^eval\.jsonl: data\.max_length=64: all 2 held-out rows are skipped"
         ):
-            encode_rows(rows, words(CHAT), 64, 0)
+            encode_rows(rows, Encoder(words(CHAT), 64))

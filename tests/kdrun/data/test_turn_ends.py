@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from word_chats import CHAT, ENDLESS, chat, encoded, words
+from word_chats import ENDLESS, chat, encoded, words
+from words import CHAT
 
 from kdrun.data.chat import Rendering
 from kdrun.data.encode import encode, encode_chats

@@ -20,7 +20,8 @@ from kdrun.cli import cli
 from kdrun.config.load import load_config
 from kdrun.config.sections import KD_RATIO, RunConfig
 from kdrun.data.collate import Collator
-from kdrun.data.prepare import encode_for, read_rows
+from kdrun.data.encoder import Encoder
+from kdrun.data.prepare import encode_rows, read_rows
 from kdrun.dry_run.devices import find_device
 from kdrun.dry_run.models import Shadow
 from kdrun.dry_run.report import dry_run
@@ -84,7 +85,9 @@ class Measured:
 def one_step(config: RunConfig, folder: Path) -> tuple[DistillTrainer, int]:
     """A real step of a run, and the most memory that its loss took."""
     pair = find_pair(config.model)
-    examples = encode_for(config.data, read_rows(config.data), pair.tokenizer, 0, False)
+    examples = encode_rows(
+        read_rows(config.data), Encoder.of(config.data, pair.tokenizer, {}), shift_windows=False
+    )
     student: Any = load_student(pair, config.model, 0)
     if config.lora.rank is not None:
         student = add_adapters(student, config.lora, pair.student.path, 0)
