@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -106,15 +107,15 @@ def report_on(
         _refuse_losses(rows, encoding, max_length)
     if not examples:
         raise _nothing_left(skipped, encoding.shortest, max_length, f"{part} " if part else "")
-    lost: dict[str, tuple[Position, ...]] = {}
+    lost: dict[str, list[Position]] = defaultdict(list)
     for number, kind in encoding.lost:
-        lost[kind] = (*lost.get(kind, ()), rows[number].position)
+        lost[kind].append(rows[number].position)
     report = EncodeReport(
         rows=len(rows),
         kept=len(examples),
         skipped=tuple(skipped),
         cut=tuple(rows[number].position for number in encoding.cut),
-        lost=lost,
+        lost={kind: tuple(found) for kind, found in lost.items()},
         controls=tuple(rows[number].position for number, _ in encoding.controls),
         control=encoding.controls[0][1] if encoding.controls else "",
         tokens=encoding.tokens,

@@ -7,7 +7,7 @@ continue with different rows or another teacher.
 from __future__ import annotations
 
 import hashlib
-import json
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,5 +195,7 @@ def _hashes(examples: Any) -> np.ndarray:
 
 
 def _hash(example: Mapping[str, Sequence[int]]) -> int:
-    content = json.dumps([list(example["input_ids"]), list(example["labels"])]).encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+    digest = hashlib.blake2b(digest_size=8)
+    for name in ("input_ids", "labels"):
+        digest.update(array("i", example[name]).tobytes())
+    return int.from_bytes(digest.digest(), "big", signed=True)
