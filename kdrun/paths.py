@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import tempfile
 from pathlib import Path
 
 from kdrun.errors import InputError
@@ -21,6 +22,23 @@ def expand_home(given: str | Path) -> Path:
             f"{given}: no home folder is known for {Path(given).parts[0]}; write the full path, or "
             f"./{given} for a name in this folder"
         ) from error
+
+
+def make_output_folder(folder: Path) -> None:
+    """Create the output folder of a command, and check that files can be created in it.
+
+    Raises:
+        InputError: it is a file or cannot be written.
+    """
+    if folder.is_file():
+        raise InputError(f"--output {folder} is a file; choose a writable folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"--output {folder}: {reason}; choose a writable folder") from error
 
 
 def close_paths(path: Path, limit: int = 3) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from kdlosses import BrokenLossError, available_losses, get_loss, parse_spec
 from kdrun.bench.cases import CHUNKED, PLAIN, Case, Point, Settings
 from kdrun.bench.peers import PEERS, is_installed
 from kdrun.errors import InputError
+from kdrun.paths import make_output_folder
 
 NO_PEER = "none"
 
@@ -83,7 +83,7 @@ def make_plan(
     chosen = [name for name in PEERS if name in peers or (not peers and name not in absent)]
     if settings.device == "cuda":
         _require_cuda()
-    _make_writable(folder)
+    make_output_folder(folder)
     return Plan(
         settings,
         tuple(Point(*sizes) for sizes in product(dict.fromkeys(tokens), dict.fromkeys(vocabs))),
@@ -169,13 +169,3 @@ def _require_cuda() -> None:
 
     if not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA device here; use --device cpu")
-
-
-def _make_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"--output {folder}: {reason}; choose a writable folder") from error

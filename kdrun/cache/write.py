@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from kdrun.cache.manifest import MANIFEST, Manifest, StoredFile, is_unfinished, shard_name
 from kdrun.errors import InputError, TrainingError
 from kdrun.files import LOCK, write_bytes, write_text
+from kdrun.paths import make_output_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,20 +25,11 @@ def make_folder(folder: Path) -> None:
     Raises:
         InputError: the folder contains a cache, is a file, or cannot be written.
     """
-    if folder.is_file():
-        raise InputError(f"--output {folder} is a file; choose a folder")
     if (folder / MANIFEST).is_file():
         raise InputError(
             f"--output {folder} already contains a cache; remove it, or choose another folder"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--output {folder}: {error.strerror}; choose a writable folder"
-        ) from error
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"--output {folder} cannot be written; choose another folder")
+    make_output_folder(folder)
 
 
 def prepare_folder(folder: Path) -> None:

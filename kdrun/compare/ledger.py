@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from kdrun.compare.record import Record
 from kdrun.errors import InputError
 from kdrun.files import lock_file, write_text
-from kdrun.paths import did_you_mean
+from kdrun.paths import did_you_mean, make_output_folder
 from kdrun.run.folder import CONFIG
 
 COMPARISON, RECORDS, TRIALS, LOCKS = "comparison.yaml", "records", "trials", "locks"
@@ -32,19 +32,12 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if folder.is_file():
-            raise InputError(f"--output {folder} is a file; choose a folder")
         if folder.is_dir() and not (folder / COMPARISON).is_file() and _holds_more(folder):
             raise InputError(
                 f"--output {folder} is not empty and contains no comparison; choose another folder"
             )
-        try:
-            for name in (RECORDS, TRIALS, LOCKS):
-                (folder / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"--output {folder}: {error.strerror}; choose a writable folder"
-            ) from error
+        for name in ("", RECORDS, TRIALS, LOCKS):
+            make_output_folder(folder / name)
 
     @classmethod
     def of(cls, folder: Path) -> Ledger:

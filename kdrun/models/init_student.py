@@ -17,7 +17,7 @@ from kdrun.errors import InputError
 from kdrun.models.load import load_model, rebuild
 from kdrun.models.locate import ModelSource, locate_model
 from kdrun.models.tokenizers import load_tokenizer
-from kdrun.paths import expand_home
+from kdrun.paths import expand_home, make_output_folder
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ def init_student(
     layers = model.config.get_text_config().num_hidden_layers
     kept = spaced_layers(layers, keep_layers)
     student = keep_only(model, kept)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_output_folder(folder)
     student.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return InitialStudent(folder, kept, layers, student.num_parameters())

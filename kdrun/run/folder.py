@@ -14,7 +14,7 @@ from pathlib import Path
 from kdrun.errors import InputError, Interrupted, UnwritableError, signal_of
 from kdrun.files import LOCK
 from kdrun.models.locate import STUDENT
-from kdrun.paths import expand_home
+from kdrun.paths import expand_home, make_output_folder
 from kdrun.training.checkpoint import newest_complete
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
@@ -51,8 +51,6 @@ def prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     Raises:
         InputError: it contains another run or other files, or is not writable.
     """
-    if folder.is_file():
-        raise InputError(f"--output {folder} is a file; choose a folder")
     holds_run = (folder / CONFIG).is_file()
     if resume and not holds_run:
         raise InputError(f"--resume: {folder} contains no run to continue")
@@ -66,14 +64,7 @@ def prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:
                 f"--output {folder} already contains a run; pass --resume to continue it, "
                 "--overwrite to replace it, or choose another folder"
             )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--output {folder}: {error.strerror}; choose a writable folder"
-        ) from error
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"--output {folder} cannot be written; choose another folder")
+    make_output_folder(folder)
 
 
 def _holds_anything(folder: Path) -> bool:

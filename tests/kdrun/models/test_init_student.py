@@ -198,6 +198,8 @@ class TestCommand:
         assert [p.name for p in folder.iterdir()] == ["mine"]
         with pytest.raises(InputError, match="is a file"):
             init_student(teacher, 2, folder / "mine")
+        with pytest.raises(InputError, match=r"mine/below: Not a directory; .* writable folder"):
+            init_student(teacher, 2, folder / "mine" / "below")
 
     def test_nothing_is_written_when_the_number_is_wrong(
         self, teacher: Path, tmp_path: Path
