@@ -76,7 +76,7 @@ class Settings(Protocol):
         """Steps and batches."""
 
 
-class Desk(Protocol):
+class SessionProtocol(Protocol):
     """The interface of a run for procedures, implemented by :class:`kdrun.procedures.Session`.
 
     Attributes:
@@ -218,7 +218,7 @@ class Procedure(BaseModel):
         """The state before the first step."""
         return {}
 
-    def prepare(self, rows: Sequence[Any], session: Desk) -> Sequence[Any]:
+    def prepare(self, rows: Sequence[Any], session: SessionProtocol) -> Sequence[Any]:
         """Replace the training rows once, before the first step.
 
         Args:
@@ -227,7 +227,7 @@ class Procedure(BaseModel):
         """
         return rows
 
-    def batches(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
+    def batches(self, given: Sequence[MicroBatch], session: SessionProtocol) -> list[MicroBatch]:
         """Return the micro-batches of an optimiser step.
 
         Args:

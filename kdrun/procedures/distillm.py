@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from kdrun.procedures.base import Desk, MicroBatch, Origin, Procedure, State
+from kdrun.procedures.base import MicroBatch, Origin, Procedure, SessionProtocol, State
 
 Source = Literal["fresh", "buffer", "data"]
 
@@ -63,7 +63,7 @@ class DistiLLM(Procedure):
             return "fresh"
         return "buffer" if uniform < phi else "data"
 
-    def batches(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
+    def batches(self, given: Sequence[MicroBatch], session: SessionProtocol) -> list[MicroBatch]:
         """Return the micro-batches of a step, all from one source."""
         source = self.source(session.state, session.draw("source"), session.step / session.steps)
         if source == "data":
@@ -84,7 +84,7 @@ class DistiLLM(Procedure):
             "(training.eval_steps)"
         ]
 
-    def _fresh(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
+    def _fresh(self, given: Sequence[MicroBatch], session: SessionProtocol) -> list[MicroBatch]:
         from kdrun.procedures.sampling import examples_of
 
         made = []
@@ -96,7 +96,7 @@ class DistiLLM(Procedure):
             session.state["buffer"] = [*session.state["buffer"], *pairs][-self.capacity :]
         return made
 
-    def _stored(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
+    def _stored(self, given: Sequence[MicroBatch], session: SessionProtocol) -> list[MicroBatch]:
         from kdrun.procedures.sampling import Sample
 
         buffer = session.state["buffer"]

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, field_validator
 
 from kdrun.errors import InputError
-from kdrun.procedures.base import Cost, Desk, LossRows, MicroBatch, Origin, Procedure, Settings
+from kdrun.procedures.base import (
+    Cost,
+    LossRows,
+    MicroBatch,
+    Origin,
+    Procedure,
+    SessionProtocol,
+    Settings,
+)
 
 if TYPE_CHECKING:
     from kdlosses import KDOutput, Term, TokenLoss
@@ -69,7 +77,7 @@ class DistiLLM2(Procedure):
         super().check(config)
         _check_buildable(self.student_loss, config.loss.match_curvature)
 
-    def prepare(self, rows: Sequence[Any], session: Desk) -> Sequence[Any]:
+    def prepare(self, rows: Sequence[Any], session: SessionProtocol) -> Sequence[Any]:
         """Replace the answers of rows with those of the teacher.
 
         Raises:
@@ -84,7 +92,7 @@ class DistiLLM2(Procedure):
         """The cost of one answer of the teacher, generated once, and one of the student."""
         return Cost(rows=2, student_answers=1.0, teacher_answers_once=True)
 
-    def batches(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
+    def batches(self, given: Sequence[MicroBatch], session: SessionProtocol) -> list[MicroBatch]:
         """Return the teacher's answers and the student's answers to the same prompts."""
         from kdrun.procedures.sampling import examples_of, sample_of
 

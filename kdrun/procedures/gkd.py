@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from kdrun.procedures.base import Cost, Desk, LossRows, MicroBatch, Origin, Procedure, Settings
+from kdrun.procedures.base import (
+    Cost,
+    LossRows,
+    MicroBatch,
+    Origin,
+    Procedure,
+    SessionProtocol,
+    Settings,
+)
 
 if TYPE_CHECKING:
     from kdlosses import KDOutput
@@ -39,7 +47,7 @@ class GKD(Procedure):
         """The cost of answers for a share of the batches."""
         return Cost(student_answers=self.lambda_)
 
-    def batches(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
+    def batches(self, given: Sequence[MicroBatch], session: SessionProtocol) -> list[MicroBatch]:
         """Replace answers of the data with the student's, depending on the draw of a micro-batch.
 
         In a step with ``kd_ratio`` 0 the student's answers have no effect, so the data is kept.

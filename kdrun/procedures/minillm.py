@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from kdrun.errors import InputError
-from kdrun.procedures.base import Cost, Desk, LossRows, MicroBatch, Origin, Procedure, Settings
+from kdrun.procedures.base import (
+    Cost,
+    LossRows,
+    MicroBatch,
+    Origin,
+    Procedure,
+    SessionProtocol,
+    Settings,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +90,7 @@ class MiniLLM(Procedure):
         """A state without samples."""
         return {"samples": []}
 
-    def batches(self, given: Sequence[MicroBatch], session: Desk) -> list[MicroBatch]:
+    def batches(self, given: Sequence[MicroBatch], session: SessionProtocol) -> list[MicroBatch]:
         """Return samples, and the rows of the data if cross-entropy is used."""
         from kdrun.procedures.sampling import examples_of
 
@@ -146,7 +154,7 @@ class MiniLLM(Procedure):
         count = rows.origin_tokens[int(Origin.STUDENT)].clamp_min(1)
         return -surrogate.sum() / count
 
-    def _write(self, batch: MicroBatch, number: int, session: Desk) -> list[Sample]:
+    def _write(self, batch: MicroBatch, number: int, session: SessionProtocol) -> list[Sample]:
         from kdrun.procedures.sampling import examples_of
 
         # The teacher is included even with share 0, because rewards use its log-probabilities.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from kdrun.procedures.base import Cost, Desk, Procedure, Settings
+from kdrun.procedures.base import Cost, Procedure, SessionProtocol, Settings
 
 
 class SeqKD(Procedure):
@@ -29,7 +29,7 @@ class SeqKD(Procedure):
         """The cost of answers generated once before training."""
         return Cost(teacher_answers_once=True)
 
-    def prepare(self, rows: Sequence[Any], session: Desk) -> Sequence[Any]:
+    def prepare(self, rows: Sequence[Any], session: SessionProtocol) -> Sequence[Any]:
         """Replace the answers of rows with those of the teacher."""
         from kdrun.procedures.teacher_text import teacher_rows
 

@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from kdrun.data.encoding import Example
 from kdrun.errors import InputError
-from kdrun.procedures.base import Desk, Origin
+from kdrun.procedures.base import Origin, SessionProtocol
 from kdrun.procedures.sampling import Sample
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _FORMAT = 1
 """Version of the answers, increased when the same prompts would get different answers."""
 
 
-def teacher_rows(rows: Sequence[Any], session: Desk) -> list[Example]:
+def teacher_rows(rows: Sequence[Any], session: SessionProtocol) -> list[Example]:
     """Replace the answers of rows with those of the teacher.
 
     All processes generate a part of the answers. The file of answers is named by a hash of
@@ -69,7 +69,7 @@ def teacher_rows(rows: Sequence[Any], session: Desk) -> list[Example]:
     return kept
 
 
-def _write_all(prompts: Sequence[list[int]], session: Desk) -> list[list[int]]:
+def _write_all(prompts: Sequence[list[int]], session: SessionProtocol) -> list[list[int]]:
     rank, size = session.place.rank, session.place.size
     # Prompts of similar length are batched together, to reduce padding.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))[rank::size]
@@ -80,7 +80,7 @@ def _write_all(prompts: Sequence[list[int]], session: Desk) -> list[list[int]]:
     return [found[number] for number in range(len(prompts))]
 
 
-def _file(prompts: Sequence[list[int]], session: Desk) -> Path | None:
+def _file(prompts: Sequence[list[int]], session: SessionProtocol) -> Path | None:
     if session.answers_folder is None:
         return None
     from kdrun.cache.fingerprint import print_teacher

@@ -6,6 +6,8 @@ A student that cannot be saved or loaded again is reported before training.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,15 +48,15 @@ def rehearse(built: Built, loaded: Loaded, start: Start) -> None:
     """
     trainer, config = built.trainer, built.config
     if start.world.is_main:
-        with _told("the student cannot be saved"):
+        with _reporting("the student cannot be saved"):
             folder = start.folder / runs.CHECKPOINTS / runs.REHEARSAL
             _save_and_read(trainer, folder, config.model.trust_remote_code)
     if start.world.size == 1:
         if loaded.questions:
-            with _told("the student cannot generate answers"):
+            with _reporting("the student cannot generate answers"):
                 _answer(trainer, loaded.questions)
         if config.lora.rank is not None and config.lora.merge:
-            with _told("lora.merge=true: the adapters cannot be merged"):
+            with _reporting("lora.merge=true: the adapters cannot be merged"):
                 _merge(trainer.model, config)
     start_trackers(trainer, config.training.report_to)
 
@@ -96,20 +98,20 @@ def tell_lost_mass(loaded: Loaded, prepared: Prepared, batch_size: int, start: S
         )
 
 
-class _told:  # noqa: N801 - a context manager, read as a word
-    """Turn any failure into one line."""
+@contextmanager
+def _reporting(what: str) -> Iterator[None]:
+    """Turn any failure into one line; disk errors are reported elsewhere.
 
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        """Do nothing."""
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Report what failed; disk errors are reported elsewhere."""
-        if isinstance(error, Exception) and not isinstance(error, OSError | InputError):
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"{self._what} ({reason}); nothing was trained") from error
+    Raises:
+        InputError: instead of the failure, which is its cause.
+    """
+    try:
+        yield
+    except (OSError, InputError):
+        raise
+    except Exception as error:  # libraries raise errors of any type
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{what} ({reason}); nothing was trained") from error
 
 
 def _save_and_read(trainer: Any, folder: Path, trust_remote_code: bool) -> None:
