@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from kdrun.cli.options import overrides_of
+from kdrun.cli.options import config_options, overrides_of
 from kdrun.paths import expand_home
 
 
@@ -46,14 +46,7 @@ from kdrun.paths import expand_home
 )
 @click.option("--max-length", metavar="L", help="Maximum number of tokens in a row.")
 @click.option("--batch-size", metavar="B", help="Rows per batch.")
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    help="Configuration (YAML) of the run that will use the cache.",
-)
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set section.key; repeatable."
-)
+@config_options("Configuration (YAML) of the run that will use the cache.")
 @click.option("--output", required=True, metavar="DIR", help="Folder of the cache.")
 def cache_teacher(
     kind: str,

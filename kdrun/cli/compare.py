@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from kdrun.cli.options import overrides_of
+from kdrun.cli.options import config_options, overrides_of
 
 
 @click.command("compare-losses")
@@ -65,14 +65,7 @@ from kdrun.cli.options import overrides_of
 @click.option("--max-steps", metavar="N", help="Optimiser steps of each trial.")
 @click.option("--batch-size", metavar="B", help="Rows per micro-batch.")
 @click.option("--max-length", metavar="L", help="Maximum number of tokens in a row.")
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    help="YAML file with the settings that all trials share.",
-)
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set section.key; repeatable."
-)
+@config_options("YAML file with the settings that all trials share.")
 @click.option("--output", metavar="DIR", help="Folder; by default runs/<time>-comparison.")
 @click.option("--keep-students", is_flag=True, help="Keep the weights of every trial.")
 @click.option(

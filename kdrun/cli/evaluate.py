@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from kdrun.cli.options import overrides_of
+from kdrun.cli.options import config_options, overrides_of
 
 
 @click.command("evaluate")
@@ -33,12 +33,7 @@ from kdrun.cli.options import overrides_of
 @click.option(
     "--task-limit", type=click.IntRange(1), metavar="N", help="Questions per task; by default all."
 )
-@click.option(
-    "--config", type=click.Path(path_type=Path), help="YAML file with the configuration of a run."
-)
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set section.key; repeatable."
-)
+@config_options("YAML file with the configuration of a run.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path),

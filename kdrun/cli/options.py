@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -47,6 +48,26 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
         name = key.replace(".", "__")
         command = click.option(flag, name, metavar=placeholder, help=text)(command)
     return command
+
+
+def config_options(text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add ``--config`` and ``--set``.
+
+    Args:
+        text: help text of ``--config``.
+    """
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        command = click.option(
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Set section.key; repeatable.",
+        )(command)
+        return click.option("--config", type=click.Path(path_type=Path), help=text)(command)
+
+    return add
 
 
 def overrides_of(

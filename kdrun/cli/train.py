@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from kdrun.cli.options import overrides_of, run_options
+from kdrun.cli.options import config_options, overrides_of, run_options
 from kdrun.errors import InputError
 from kdrun.paths import expand_home
 
@@ -41,10 +41,7 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -
 
 @click.group("kdrun", cls=_Group, invoke_without_command=True)
 @run_options
-@click.option("--config", type=click.Path(path_type=Path), help="YAML file with sections and keys.")
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set section.key; repeatable."
-)
+@config_options("YAML file with sections and keys.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --output.")
 @click.option("--resume", is_flag=True, help="Continue the run in --output.")
 @click.option(
