@@ -12,7 +12,7 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -38,9 +38,6 @@ from kdrun.procedures.testing_pair import (
     run_steps,
     usual_steps,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 class ConformanceError(AssertionError):
