@@ -13,6 +13,7 @@ from kdrun.data.chat import uses_date
 from kdrun.data.prepare import examples_in
 from kdrun.data.rows import TextRow
 from kdrun.errors import InputError
+from kdrun.models.cast import cast_weights
 from kdrun.models.pairs import describe_model, load_teacher, open_teacher
 from kdrun.paths import expand_home
 
@@ -168,7 +169,7 @@ def _open(
     from kdrun.cache.teacher import CachedTeacher
 
     assert model.teacher_cache is not None, "a cache is given"
-    cached = CachedTeacher(Cache(model.teacher_cache), pair.tokenizer, model.dtype)
+    cached = CachedTeacher(Cache(model.teacher_cache), pair.tokenizer, model.teacher_type)
     if distilled.kd_ratio > 0 or KD_RATIO in distilled.schedules:
         _check_training(cached, distilled, examples, loss)
     return cached
@@ -211,10 +212,10 @@ def _named_teacher(
     from kdrun.cache.fingerprint import print_teacher
     from kdrun.models.heads import FrozenTeacher, find_split
 
-    stored_as = named.model_copy(update={"dtype": cached.cache.manifest.dtype})
+    stored_as = named.model_copy(update={"teacher_dtype": cached.cache.manifest.dtype})
     model = load_teacher(pair, stored_as, say)
     if model is None:
         return None
     cached.cache.check_teacher(print_teacher(model), str(pair.teacher))
-    model = model.to(getattr(torch, named.dtype))
+    cast_weights(model, getattr(torch, named.teacher_type))
     return FrozenTeacher(model, find_split(model))

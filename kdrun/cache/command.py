@@ -15,6 +15,7 @@ from kdrun.data.encoder import Encoder
 from kdrun.data.prepare import encode_rows, examples_in, read_rows
 from kdrun.errors import InputError
 from kdrun.files import hold_folder
+from kdrun.models.device import find_device
 from kdrun.models.pairs import check_context, describe_model, find_pair, locate_pair, open_teacher
 from kdrun.quiet import make_console, quiet_libraries
 
@@ -65,8 +66,6 @@ def cache_teacher(
     console = make_console()
     with hold_folder(folder), quiet_libraries():
         prepare_folder(folder)
-        import torch
-
         from kdrun.cache.build import Recipe, build_cache
 
         pair = find_pair(model)
@@ -79,7 +78,7 @@ def cache_teacher(
         teacher = open_teacher(pair, model, lambda line: console.print(line, markup=False))
         assert teacher is not None
         console.print(f"teacher: {describe_model(teacher.model)}", markup=False)
-        teacher.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        teacher.to(find_device())
         recipe = Recipe(
             kind=kind,
             entries=entries,

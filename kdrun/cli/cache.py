@@ -69,12 +69,13 @@ def cache_teacher(
         )
     from kdrun.cache.command import cache_teacher as run
     from kdrun.config.load import load_config
+    from kdrun.run.precision import settle_precision
 
     keys = {
         "data": "data.train",
         "eval_data": "data.eval",
         "temperature": "loss.temperature",
-        "dtype": "model.dtype",
+        "dtype": "model.teacher_dtype",
         "max_length": "data.max_length",
         "batch_size": "training.batch_size",
     }
@@ -83,7 +84,7 @@ def cache_teacher(
         ("model.student", student or teacher),
         *((keys[name], value) for name, value in flags.items()),
     ]
-    run_config = load_config(config, overrides_of(settings, given))
+    run_config = settle_precision(load_config(config, overrides_of(settings, given)))
     run(
         run_config.model,
         run_config.data,

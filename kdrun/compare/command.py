@@ -41,6 +41,7 @@ from kdrun.data.rows import TextRow
 from kdrun.errors import InputError, Interrupted, signal_of
 from kdrun.paths import expand_home
 from kdrun.procedures.registry import get_procedure
+from kdrun.run.precision import settle_precision
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -137,7 +138,9 @@ def comparison_of(options: Options) -> Comparison:
         )
     if base.model.teacher is None:
         raise InputError("compare-losses needs a --teacher")
-    training: dict[str, Any] = {"save_steps": _NEVER}  # an interrupted trial starts again
+    precision = settle_precision(base).training.precision  # one for all, wherever they run
+    # An interrupted trial starts again.
+    training: dict[str, Any] = {"save_steps": _NEVER, "precision": precision}
     if base.model.student == BUILT_IN and not _LENGTH & {*given, *stated}:
         training["max_steps"] = _BUILT_IN_STEPS
     # A cache given by the user is used unchanged.

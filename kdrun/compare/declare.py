@@ -27,6 +27,7 @@ from kdrun.data.prepare import read_rows
 from kdrun.data.split import content_hash
 from kdrun.errors import InputError
 from kdrun.models.pairs import find_pair
+from kdrun.run.precision import settle_precision
 
 
 class Declaration(BaseModel):
@@ -188,17 +189,18 @@ def print_models(comparison: Comparison) -> dict[str, str]:
     from kdrun.models.pairs import locate_pair
     from kdrun.models.tokenizers import load_tokenizer
 
-    model, axes = comparison.base.model, comparison.plan.axes
-    sources = {}
+    model, axes = settle_precision(comparison.base).model, comparison.plan.axes
+    sources, types = {}, {}
     for teacher, student in product(axes.teachers, axes.students):
         named = model.model_copy(update={"teacher": teacher, "student": student})
         sources[teacher], of_student = locate_pair(named)
+        types[teacher] = model.teacher_type
         if student != BUILT_IN:
-            sources[student] = of_student
+            sources[student], types[student] = of_student, model.student_type
     found = {}
     for name, source in sources.items():
         assert source is not None, "a comparison has a teacher"
-        weights = print_teacher(load_model(source, model.dtype, model.trust_remote_code))
+        weights = print_teacher(load_model(source, types[name], model.trust_remote_code))
         tokenizer = print_tokenizer(
             load_tokenizer(source, trust_remote_code=model.trust_remote_code)
         )

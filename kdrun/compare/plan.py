@@ -21,6 +21,8 @@ TUNING_FROM = 10**6
 """The first tuning seed, above all final seeds, so that more final seeds do not affect tuning."""
 DEFAULT_LOSSES = ("forward_kl_chunked", "reverse_kl_chunked", "generalized_jsd_chunked")
 _DEFAULTS = RunConfig().model_dump(mode="json")
+# What earlier versions knew: one type for both models, and no mixed precision.
+_DEFAULTS["training"]["precision"] = _DEFAULTS["model"]["dtype"] = "float32"
 _VARIED = {
     "model": ("teacher", "student"),
     "loss": ("spec", "kd_ratio"),

@@ -88,7 +88,9 @@ def _measure_pair(config: RunConfig) -> References:
     from kdrun.evaluation.judge import judge
     from kdrun.models.heads import FrozenTeacher, find_split
     from kdrun.models.pairs import find_pair, load_student, load_teacher
+    from kdrun.run.precision import settle_precision
 
+    config = settle_precision(config)
     pair = find_pair(config.model)
     rows = read_rows(config.data).held_out
     model = load_teacher(pair, config.model)

@@ -20,7 +20,9 @@ from kdrun.data.encoder import Encoder
 from kdrun.data.prepare import encode_rows, examples_in, read_rows
 from kdrun.data.rows import TextRow
 from kdrun.errors import InputError
+from kdrun.models.device import find_device
 from kdrun.models.pairs import find_pair, open_teacher
+from kdrun.run.precision import settle_precision
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,7 +113,7 @@ def _find_or_build(
 ) -> Path | None:
     teacher, student = pair
     model = base.model.model_copy(update={"teacher": teacher, "student": student})
-    base = base.model_copy(update={"model": model})
+    base = settle_precision(base.model_copy(update={"model": model}))
     models = find_pair(model)
     name = _name(base, models, parts)
     folder = ledger.folder / CACHES / name
@@ -138,7 +140,7 @@ def _name(base: RunConfig, models: Models, parts: Sequence[Part]) -> str:
 
     content: dict[str, Any] = {
         "teacher": base.model.teacher,
-        "dtype": base.model.dtype,
+        "dtype": base.model.teacher_type,
         "data": base.data.model_dump(mode="json"),
         "parts": parts,
         "tokenizer": print_tokenizer(models.tokenizer).model_dump(),
@@ -172,8 +174,7 @@ def _build(
     name = str(base.model.teacher)
     reason = teacher.split.reason
     if reason is None:
-        cuda = torch.cuda.is_available()
-        teacher.to(torch.device("cuda" if cuda else "cpu"))
+        teacher.to(find_device())
         recipe = Recipe(
             kind="hidden",
             entries=0,
@@ -201,7 +202,7 @@ def _build(
             shutil.rmtree(folder)
             reason = f"{error.shortage}, and {SPARE_BYTES / 1e6:.0f} MB are reserved for the trials"
         finally:
-            if cuda:
+            if torch.cuda.is_available():
                 teacher.to(torch.device("cpu"))
                 torch.cuda.empty_cache()
     console.print(

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from kdrun.builtin import DEFAULTS
-from kdrun.config.sections import BUILT_IN, KD_RATIO, RunConfig
+from kdrun.config.sections import BUILT_IN, KD_RATIO, SHORT_NAMES, RunConfig
 from kdrun.errors import InputError
 
 _NULL = ("", "null")
@@ -49,7 +49,7 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
         InputError: a wrong value, naming its key.
     """
     try:
-        return RunConfig.model_validate(values)
+        return RunConfig.model_validate(spread_short_names(values))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -103,6 +103,19 @@ def complete_pair(given: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def spread_short_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace short names in sections by the keys that they stand for."""
+    result = dict(values)
+    for short, keys in SHORT_NAMES.items():
+        section, _, name = short.partition(".")
+        content = _section(result, section)
+        if name in content:
+            rest = {key: value for key, value in content.items() if key != name}
+            others = {key.partition(".")[2]: content[name] for key in keys}
+            result[section] = {**others, **rest}
+    return result
+
+
 def _with_procedure(given: Mapping[str, Any]) -> Mapping[str, Any]:
     """Fill in the defaults of a procedure for keys that the user did not set."""
     spec = _section(given, "procedure").get("spec")
@@ -138,7 +151,7 @@ def stated_values(file: Path) -> dict[str, Mapping[str, Any]]:
     Raises:
         InputError: unreadable YAML.
     """
-    sections = _read_yaml(file)
+    sections = spread_short_names(_read_yaml(file))
     return {name: _section(sections, name) for name in sections}
 
 
@@ -198,14 +211,15 @@ def parse_value(key: str, text: str) -> Any:
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
     _field(key)
-    section, _, name = key.partition(".")
-    target = values.get(section)
-    values[section] = {**target, name: value} if isinstance(target, dict) else {name: value}
+    for whole in SHORT_NAMES.get(key, (key,)):
+        section, _, name = whole.partition(".")
+        target = values.get(section)
+        values[section] = {**target, name: value} if isinstance(target, dict) else {name: value}
 
 
 def _field(key: str) -> FieldInfo:
     """The schema field of a key from ``--set`` or a flag."""
-    section, dot, name = key.partition(".")
+    section, dot, name = SHORT_NAMES.get(key, (key,))[0].partition(".")
     if not dot or not name:
         raise InputError(f"--set {key}: expected section.key=value, such as optimizer.lr=1e-3")
     _check_key(section, name, "--set")
@@ -239,7 +253,7 @@ def _check_key(section: str, name: str | None, origin: str) -> None:
     if section not in sections:
         raise InputError(f"{origin}: unknown section {section!r}{_hint(section, sections)}")
     keys = list(_model_of(section).model_fields)
-    if name is not None and name not in keys:
+    if name is not None and name not in keys and f"{section}.{name}" not in SHORT_NAMES:
         hint = _hint(name, keys, f"{section}.") or _hint(f"{section}.{name}", every_key())
         raise InputError(f"{origin}: unknown key '{section}.{name}'{hint}")
 

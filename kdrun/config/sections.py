@@ -11,6 +11,10 @@ from kdlosses import Schedule
 
 BUILT_IN = "builtin"
 KD_RATIO = "kd_ratio"
+SHORT_NAMES = {"model.dtype": ("model.student_dtype", "model.teacher_dtype")}
+"""Keys that set several others, where those are not set themselves."""
+DType = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["float32", "bf16", "fp16"]
 ALL_LINEAR = "all-linear"
 
 
@@ -30,18 +34,34 @@ class ModelConfig(_Section):
     teacher_quantization: Literal["int8"] | None = Field(
         None,
         description="store the weights of the teacher's layers in 8 bits (pip install "
-        "'kdlosses[quantize]'); null keeps model.dtype",
+        "'kdlosses[quantize]'); null keeps model.teacher_dtype",
     )
     student: str = Field(BUILT_IN, description="folder or hub id; 'builtin'")
     init_seed: int | None = Field(
         None, ge=0, description="seed for a student without weights; null uses training.seed"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="data type of the weights of both models"
+    student_dtype: DType | None = Field(
+        None,
+        description="data type of the student's weights; null is float32, or below adapters the "
+        "type of training.precision. The short name model.dtype sets this and teacher_dtype",
+    )
+    teacher_dtype: DType | None = Field(
+        None,
+        description="data type of the teacher's weights; null is the type of training.precision",
     )
     trust_remote_code: bool = Field(
         False, description="run the Python code that comes with a model, for both models"
     )
+
+    @property
+    def student_type(self) -> DType:
+        """The type of the student's weights; float32 if the run has chosen none."""
+        return self.student_dtype or "float32"
+
+    @property
+    def teacher_type(self) -> DType:
+        """The type of the teacher's weights; float32 if the run has chosen none."""
+        return self.teacher_dtype or "float32"
 
 
 class DataConfig(_Section):
@@ -179,6 +199,11 @@ class OptimizerConfig(_Section):
 class TrainingConfig(_Section):
     """Steps, batches, checkpoints and logging."""
 
+    precision: Precision | None = Field(
+        None,
+        description="type of the matrix products: bf16 and fp16 are mixed precision, with weights "
+        "and optimiser in float32; null is bf16 on an accelerator that supports it, else float32",
+    )
     max_steps: int | None = Field(None, ge=1, description="optimiser steps; overrides num_epochs")
     num_epochs: float = Field(1.0, gt=0, description="passes over the training rows")
     batch_size: int = Field(8, ge=1, description="rows per micro-batch in each process")
@@ -344,6 +369,11 @@ class OutputConfig(_Section):
     """The output folder."""
 
     dir: str | None = Field(None, description="the run folder; null uses runs/<time>-<loss>")
+    dtype: DType | None = Field(
+        None,
+        description="data type of the saved student, not of adapters; null is the type of "
+        "training.precision",
+    )
 
 
 class RunConfig(_Section):

@@ -56,7 +56,11 @@ def _dump(value: Any) -> str:
 
 def _choices(annotation: Any) -> list[str]:
     """The allowed values of a key with a fixed set of values; else an empty list."""
-    return list(map(str, get_args(annotation))) if get_origin(annotation) is Literal else []
+    if get_origin(annotation) is Literal:
+        return list(map(str, get_args(annotation)))
+    others = [part for part in get_args(annotation) if part is not type(None)]
+    # What null means is part of the description.
+    return _choices(others[0]) if len(others) == 1 else []
 
 
 def _comment(text: str, indent: str) -> list[str]:

@@ -76,19 +76,25 @@ def _key(tensor: torch.Tensor) -> int:
 
 
 def loss_bytes(
-    config: LossConfig, vocab_size: int, student: ModelSize, tokens: int, device: str
+    config: LossConfig,
+    vocab_size: int,
+    student: ModelSize,
+    item_size: int,
+    tokens: int,
+    device: str,
 ) -> int:
     """The peak memory of the loss of a micro-batch in bytes, including gradients of its inputs.
 
     Args:
         config: section of the loss, with chunk size and compilation resolved if it is chunked.
         vocab_size: shared vocabulary size of both heads.
-        student: student, for widths and data type.
+        student: student, for its widths.
+        item_size: bytes of an element of the hidden states at its head.
         tokens: number of supervised tokens of the micro-batch.
         device: ``cpu`` or ``cuda``.
     """
     width = student.head[1]
-    inputs = tokens * width * student.item_size
+    inputs = tokens * width * item_size
     if not parse_spec(config.spec).chunked:
         return inputs + tokens * _measured(config, vocab_size, _FEW_ROWS) // _FEW_ROWS
     assert config.chunk_size is not None

@@ -13,7 +13,7 @@ from kdrun.models.quantize import is_quantized
 if TYPE_CHECKING:
     import torch
 
-    from kdrun.config.sections import RunConfig
+    from kdrun.config.sections import DType, RunConfig
     from kdrun.models.locate import ModelSource
     from kdrun.models.pairs import Pair
 
@@ -53,12 +53,18 @@ class Shadow:
     Args:
         source: source of the model, for messages.
         model_config: configuration of transformers.
-        config: configuration of the run, for the data type of the weights.
+        dtype: data type of the weights.
+        trust_remote_code: whether the model may run its own code.
         pair: the pair, for the vocabulary size.
     """
 
     def __init__(
-        self, source: ModelSource, model_config: Any, config: RunConfig, pair: Pair
+        self,
+        source: ModelSource,
+        model_config: Any,
+        dtype: DType,
+        trust_remote_code: bool,
+        pair: Pair,
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
@@ -66,8 +72,8 @@ class Shadow:
         with torch.device("meta"):
             self.model: Any = AutoModelForCausalLM.from_config(
                 model_config,
-                dtype=getattr(torch, config.model.dtype),
-                trust_remote_code=config.model.trust_remote_code,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=trust_remote_code,
             )
         check_head(self.model, pair, str(source))
 
@@ -111,7 +117,26 @@ class Shadow:
             outside_blocks=_bytes(every) - sum(blocks),
         )
 
-    def activations(self, rows: int, length: int, checkpointing: bool) -> int | None:
+    def copies(self, autocast: torch.dtype, head: bool = True) -> int:
+        """Bytes of the copies of weights that autocast keeps until a step's backward pass.
+
+        Args:
+            autocast: type of the products.
+            head: whether to count the copy for the output head, which lives as long as the loss.
+        """
+        import torch
+
+        inner = causal_lm(self.model)
+        last = inner.get_output_embeddings()
+        layers = {id(x.weight): x.weight for x in inner.modules() if isinstance(x, torch.nn.Linear)}
+        cast = [x for x in layers.values() if x.dtype != autocast and x is not last.weight]
+        if head and last.weight.dtype != autocast:
+            cast.append(last.weight)
+        return autocast.itemsize * _elements(cast)
+
+    def activations(
+        self, rows: int, length: int, checkpointing: bool, autocast: torch.dtype | None = None
+    ) -> int | None:
         """Bytes that the backbone keeps for the backward pass of a batch.
 
         Args:
@@ -119,6 +144,7 @@ class Shadow:
             length: tokens per row.
             checkpointing: whether to keep only the inputs of layers and the activations of one
                 layer at a time.
+            autocast: type of the products in mixed precision; None without it.
 
         Returns:
             The bytes; None if the model's code needs real values to run.
@@ -140,12 +166,18 @@ class Shadow:
 
         inner.train()
         try:
-            with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            with (
+                mode,
+                torch.autocast("cpu", autocast, enabled=autocast is not None),
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+            ):
                 ids = torch.zeros(rows, length, dtype=torch.long)
                 hidden = inner.base_model(input_ids=ids, use_cache=False).last_hidden_state
         except Exception:  # a forward pass of remote code may need real values
             return None
         total = sum(storage.nbytes() for storage in kept.values())
+        if autocast is not None:
+            total -= self.copies(autocast, head=False)
         if not checkpointing:
             return int(total)
         layers = max(1, int(inner.config.get_text_config().num_hidden_layers))

@@ -16,14 +16,17 @@ from kdrun.data.prepare import (
 from kdrun.dry_run.devices import Device, find_device
 from kdrun.errors import InputError
 from kdrun.losses.build import build_loss, unchunked
+from kdrun.models.cast import cast_weights
 from kdrun.models.context import load_model_config
 from kdrun.paths import expand_home
 from kdrun.quiet import quiet_libraries
 from kdrun.run.arguments import settle
 from kdrun.run.check import check, procedure_of
+from kdrun.run.precision import autocast_type, notes_on_types, settle_precision
 from kdrun.run.prepare import prepare
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
     from kdrun.dry_run.models import ModelSize
@@ -81,14 +84,15 @@ def dry_run(
         InputError: as raised by the run itself.
     """
     rows = check(config)
+    device = find_device(device_name)
+    config = settle_precision(config, None if device_name is None else device.kind)
     procedure, made = procedure_of(config), 1
     processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
     if config.training.fsdp and processes == 1:
         raise InputError(
             "training.fsdp=true shards the models across processes: pass --processes N"
         )
-    device = find_device(device_name)
-    notes: list[str] = []
+    notes = notes_on_types(config)
     with quiet_libraries():
         prepared = prepare(
             config.model, config.data, config.procedure, rows, config.training.seed, notes.append
@@ -109,7 +113,10 @@ def dry_run(
         batch = made * min(config.training.batch_size, count)
         student, teacher, memory = _memory(config, pair, longest, count, batch, device)
         if processes > 1:
-            memory = _on_one_of(processes, config.training.fsdp, student, teacher, memory)
+            gathered = 0
+            if config.training.fsdp:
+                gathered = _gathered(student, teacher, autocast_type(config))
+            memory = _on_one_of(processes, gathered, memory)
     return DryRun(
         student=student,
         teacher=teacher,
@@ -150,8 +157,9 @@ def _memory(
     from kdrun.dry_run.loss_memory import loss_bytes
     from kdrun.dry_run.models import Shadow
 
-    trust = config.model.trust_remote_code
-    shadow = Shadow(pair.student, load_model_config(pair.student, trust), config, pair)
+    model, trust = config.model, config.model.trust_remote_code
+    shape = load_model_config(pair.student, trust)
+    shadow = Shadow(pair.student, shape, model.student_type, trust, pair)
     if config.lora.rank is not None:
         shadow.adapt(config)
     student = shadow.size()
@@ -159,7 +167,7 @@ def _memory(
     if pair.teacher is not None:
         quantized = config.model.teacher_quantization is not None
         shape = load_model_config(pair.teacher, trust)
-        teacher = Shadow(pair.teacher, shape, config, pair).size(quantized)
+        teacher = Shadow(pair.teacher, shape, model.teacher_type, trust, pair).size(quantized)
         teacher_weights, width = teacher.weights, teacher.head[1]
     if config.model.teacher_cache is not None:
         manifest = read_manifest(expand_home(config.model.teacher_cache))
@@ -168,44 +176,60 @@ def _memory(
     tokens = batch * longest
     kept = 0  # teacher values for the loss: its last hidden states, or cached entries
     if config.loss.kd_ratio > 0 or KD_RATIO in config.loss.schedules:
-        kept = tokens * width * student.item_size
-    activations = shadow.activations(batch, longest, config.training.gradient_checkpointing)
+        kept = tokens * width * getattr(torch, model.teacher_type).itemsize
+    checkpointing, autocast = config.training.gradient_checkpointing, autocast_type(config)
+    if config.training.fsdp and autocast is not None:  # gathered in this type, without copies
+        cast_weights(shadow.model, autocast)
+        activations = shadow.activations(batch, longest, checkpointing)
+    else:
+        activations = shadow.activations(batch, longest, checkpointing, autocast)
+    item_size = student.item_size if autocast is None else autocast.itemsize
     settled = settle(config, pair.vocab_size, student.head[1], torch.device(device.kind), rows)
+    copies = 0 if autocast is None or config.training.fsdp else shadow.copies(autocast)
     memory = {
         "weights of the student": student.weights,
+        **({"16-bit copies of them": copies} if copies else {}),
         "weights of the teacher": teacher_weights,
         "gradients": student.trained_weights,
         "optimiser": _OPTIMIZER_STATES * student.trained_weights,
         "activations": None if activations is None else activations + kept,
-        "loss": loss_bytes(settled.loss, pair.vocab_size, student, tokens, device.kind),
+        "loss": loss_bytes(settled.loss, pair.vocab_size, student, item_size, tokens, device.kind),
     }
     return student, teacher, memory
 
 
 def _on_one_of(
-    processes: int,
-    fsdp: bool,
-    student: ModelSize,
-    teacher: ModelSize | None,
-    memory: dict[str, int | None],
+    processes: int, gathered: int, memory: dict[str, int | None]
 ) -> dict[str, int | None]:
     """The memory of one of several processes.
 
     DDP keeps a full copy on each process, and a second copy of the gradients in the communication
-    buckets. FSDP2 keeps a share of weights, gradients and optimiser, plus the gathered parameters:
-    those outside the blocks of each model, the current block and the next one.
+    buckets. FSDP2 keeps a share of weights, gradients and optimiser, plus the gathered parameters.
+
+    Args:
+        processes: their number.
+        gathered: bytes of gathered parameters; 0 without FSDP2.
+        memory: bytes by part, of a single process.
     """
-    if not fsdp:
+    if not gathered:
         return {**memory, "gradients": 2 * (memory["gradients"] or 0)}
-    models = [student] if teacher is None else [student, teacher]
-    gathered = sum(model.outside_blocks for model in models)
-    gathered += 2 * max(model.largest_block for model in models)
     shared = {
         name: math.ceil(part / processes)
         for name, part in memory.items()
         if part is not None and name in _SPREAD
     }
     return {**memory, **shared, "gathered weights": gathered}
+
+
+def _gathered(
+    student: ModelSize, teacher: ModelSize | None, computed_in: torch.dtype | None
+) -> int:
+    """Bytes outside the blocks of each model, of the current block and of the next one."""
+    smaller = 1.0 if computed_in is None else computed_in.itemsize / student.item_size
+    parts = [(student.outside_blocks * smaller, student.largest_block * smaller)]
+    if teacher is not None:
+        parts.append((teacher.outside_blocks, teacher.largest_block))
+    return int(sum(outside for outside, _ in parts) + 2 * max(block for _, block in parts))
 
 
 def show(found: DryRun, console: Console) -> None:
@@ -232,7 +256,7 @@ def show(found: DryRun, console: Console) -> None:
         console.print(
             "this does not fit: lower --batch-size (and raise "
             "training.gradient_accumulation_steps), set training.gradient_checkpointing=true, "
-            "use --lora-rank, or use model.dtype=bfloat16"
+            "or use --lora-rank"
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from kdlosses import KDObjective, TokenLoss, calibration_error, measure
 from kdrun.data.collate import IGNORE_INDEX, LABELS, Collator, split_inputs
 from kdrun.errors import TrainingError
+from kdrun.models.device import find_device
 from kdrun.models.heads import Consumer, Teacher, call, find_split, install, uninstall
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def measure_model(
     """
     from torch.utils.data import DataLoader
 
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = find_device()
     batches = DataLoader(examples, batch_size, collate_fn=Collator(tokenizer.pad_token_id))
     if teacher is not None:
         teacher.to(device)

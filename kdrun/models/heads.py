@@ -177,6 +177,8 @@ def _consume(
     consume: Consumer,
     wants_routers: bool,
 ) -> dict[str, Tensor]:
+    import torch
+
     accepted = {*inspect.signature(type(model.base_model).forward).parameters}
     if wants_routers:  # backbones accept it as a keyword argument
         accepted.add("output_router_logits")
@@ -186,6 +188,8 @@ def _consume(
     head = model.get_output_embeddings()
 
     def project(states: Tensor) -> dict[str, Tensor]:
+        if torch.is_autocast_enabled(states.device.type):  # the losses leave it, and keep the type
+            states = states.to(torch.get_autocast_dtype(states.device.type))
         source = Projected(states, head.weight, head.bias, split.logit_scale, split.softcap)
         return consume(source)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdrun.errors import InputError
 from kdrun.models.adapters import INSTALL_PEFT, without_advice
+from kdrun.models.cast import cast_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,6 +71,30 @@ def merge_adapter(
     for weight in merged.parameters():  # peft has frozen them
         weight.requires_grad_(weight.is_floating_point())
     return merged.eval()
+
+
+def merge_trained(adapted: Any, dtype: str | None) -> PreTrainedModel:
+    """Merge trained adapters into a type of weights.
+
+    Each layer is summed in float32 and rounded once; a 16-bit sum would be rounded twice.
+
+    Args:
+        adapted: a model with adapters of peft.
+        dtype: type of the merged weights; None keeps that of the base model.
+    """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from kdrun.models.heads import causal_lm
+
+    wanted = causal_lm(adapted).dtype if dtype is None else getattr(torch, dtype)
+    for layer in list(adapted.modules()):
+        if isinstance(layer, BaseTunerLayer):
+            cast_weights(layer, torch.float32)
+            layer.merge()
+            cast_weights(layer, wanted)
+    merged: PreTrainedModel = adapted.unload()
+    return cast_weights(merged, wanted)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kdrun.builtin import STUDENT_DIR, TEACHER_DIR
 from kdrun.config.sections import BUILT_IN, ModelConfig
 from kdrun.errors import InputError
+from kdrun.models.cast import cast_weights
 from kdrun.models.context import check_length, load_model_config
 from kdrun.models.load import load_model
 from kdrun.models.locate import ModelSource, locate_model
@@ -126,7 +127,7 @@ def load_teacher(
     """Load the teacher's weights, if there is a teacher, with the configured quantisation."""
     if pair.teacher is None:
         return None
-    model = load_model(pair.teacher, config.dtype, config.trust_remote_code, say=say)
+    model = load_model(pair.teacher, config.teacher_type, config.trust_remote_code, say=say)
     if config.teacher_quantization is not None:
         quantize(model)
     return model
@@ -175,9 +176,9 @@ def load_student(
     set_seed(seed if config.init_seed is None else config.init_seed)
     if pair.fresh_student:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pair.student.path))
-        model = model.to(getattr(torch, config.dtype))
+        cast_weights(model, getattr(torch, config.student_type))
     else:
-        model = load_model(pair.student, config.dtype, config.trust_remote_code, say=say)
+        model = load_model(pair.student, config.student_type, config.trust_remote_code, say=say)
         check_head(model, pair, str(pair.student))
     if config.init_seed is not None:
         set_seed(seed)

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
 
-def shard(model: PreTrainedModel) -> PreTrainedModel:
+def shard(model: PreTrainedModel, computed_in: torch.dtype | None = None) -> PreTrainedModel:
     """Shard a model's weights across all processes, in place: each block, then the rest.
 
     Embeddings and output head belong to the outermost group, whether tied or not. The
@@ -19,20 +20,25 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
 
     Args:
         model: complete on every process and not yet wrapped; a process group must exist.
+        computed_in: type in which weights are gathered and used; None keeps their own. Gradients
+            are averaged in float32.
 
     Returns:
         The model, which transformers' Trainer does not wrap again: gradients are averaged
         over the processes, checkpoints are gathered.
     """
     import torch.distributed
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from transformers.distributed import DistributedConfig
 
+    policy = MixedPrecisionPolicy()
+    if computed_in is not None:
+        policy = MixedPrecisionPolicy(param_dtype=computed_in, reduce_dtype=torch.float32)
     blocks = set(model._no_split_modules or ())
     for module in model.modules():
         if type(module).__name__ in blocks:
-            fully_shard(module)
-    fully_shard(model)
+            fully_shard(module, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
     sharded: Any = model
     sharded.config.distributed_config = DistributedConfig(
         fsdp_size=torch.distributed.get_world_size()

@@ -37,6 +37,9 @@ def training_arguments(
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         activation_checkpointing=training.gradient_checkpointing,
         torch_compile=training.torch_compile,
+        # Sharded models have a policy of their own; see shard.py.
+        bf16=training.precision == "bf16" and not training.fsdp,
+        fp16=training.precision == "fp16",
         learning_rate=optimizer.lr,
         weight_decay=optimizer.weight_decay,
         adam_beta1=optimizer.betas[0],

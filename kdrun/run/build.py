@@ -12,9 +12,12 @@ from kdrun.losses.build import build_loss
 from kdrun.run import folder as runs
 from kdrun.run.arguments import settle, training_arguments
 from kdrun.run.check import procedure_of
+from kdrun.run.precision import autocast_type
 from kdrun.run.trackers import place_logs
 
 if TYPE_CHECKING:
+    import torch
+
     from kdrun.config.sections import DataConfig, RunConfig, TrainingConfig
     from kdrun.run.load import Loaded
     from kdrun.run.prepare import Prepared
@@ -62,7 +65,7 @@ def build(config: RunConfig, prepared: Prepared, loaded: Loaded, start: Start) -
     count = len(examples.train)  # type: ignore[arg-type]
     config = settle(config, pair.vocab_size, width, arguments.device, count)
     if config.training.fsdp:
-        _shard(loaded)
+        _shard(loaded, autocast_type(config))
     trainer = DistillTrainer(
         model=loaded.student,
         teacher=loaded.teacher.training,
@@ -85,11 +88,11 @@ def build(config: RunConfig, prepared: Prepared, loaded: Loaded, start: Start) -
     return Built(config, trainer, rate, show)
 
 
-def _shard(loaded: Loaded) -> None:
+def _shard(loaded: Loaded, computed_in: torch.dtype | None) -> None:
     from kdrun.models.heads import FrozenTeacher, causal_lm
     from kdrun.models.shard import shard
 
-    shard(causal_lm(loaded.student))
+    shard(causal_lm(loaded.student), computed_in)
     for live in dict.fromkeys((loaded.teacher.training, loaded.teacher.evaluation)):
         if isinstance(live, FrozenTeacher):
             shard(live.model)

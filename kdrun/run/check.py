@@ -15,6 +15,7 @@ from kdrun.models.adapters import check_peft
 from kdrun.models.pairs import locate_pair
 from kdrun.models.quantize import check_quantization
 from kdrun.procedures.registry import get_procedure
+from kdrun.run.precision import check_precision
 from kdrun.run.processes import check_deepspeed
 from kdrun.run.trackers import check_tracker
 
@@ -43,6 +44,7 @@ def check(config: RunConfig) -> RawRows:
     check_tracker(config.training.report_to)
     check_quantization(config.model, config.training.fsdp)
     check_deepspeed(config.training.deepspeed)
+    check_precision(config)
     locate_pair(config.model)
     rows = read_rows(config.data)
     check_cached_rows(config.model.teacher_cache, config.data.shift_windows, rows)

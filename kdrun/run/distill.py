@@ -12,6 +12,7 @@ from kdrun.models.locate import STUDENT
 from kdrun.quiet import quiet_libraries
 from kdrun.run.check import check, resolve
 from kdrun.run.folder import one_line_where_nothing_can_be_written, saying_how_to_go_on
+from kdrun.run.precision import settle_precision
 from kdrun.run.prepare import prepare
 from kdrun.run.start import open_folder, recall
 
@@ -69,6 +70,7 @@ def distill(
     if resume:
         config = recall(config)
     rows = check(config)
+    config = settle_precision(config)
     with open_folder(config, resume, overwrite, console) as start:
         return _run(config, rows, start)
 

@@ -33,6 +33,7 @@ from kdrun.models.pairs import (
 )
 from kdrun.quiet import quiet_libraries
 from kdrun.run.environment import versions
+from kdrun.run.precision import settle_precision
 
 _MOST_COLUMNS = 4
 """Maximum number of models that are columns of the table."""
@@ -90,6 +91,7 @@ def evaluate(
         raise InputError("nothing to evaluate: pass rows with --data, or tasks with --task")
     if output is not None:
         _check_output(output)
+    config = settle_precision(config)
     configs = [
         config.model_copy(
             update={"model": config.model.model_copy(update={"student": str(find_model(student))})}
@@ -205,7 +207,7 @@ def _measure_all(
         students, pairs, configs, questions[: len(pairs)], strict=True
     ):
         trust = config.model.trust_remote_code
-        student = load_model(pair.student, config.model.dtype, trust, say=say)
+        student = load_model(pair.student, config.model.student_type, trust, say=say)
         found.append(measure(name, "student", student, teacher, pair, config, asked))
     return found
 

@@ -22,6 +22,10 @@ from kdrun.run.environment import git_state, versions
 from kdrun.run.train import held_out_measures
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from kdrun.config.sections import RunConfig
     from kdrun.run.build import Built
     from kdrun.run.load import Loaded
     from kdrun.run.start import Start
@@ -51,7 +55,7 @@ def finish(
     """
     trainer = built.trainer
     after = held_out_measures(trainer)
-    student = save_student(trainer, start, built.config.lora.merge, loaded.base)
+    student = save_student(trainer, start, built.config, loaded.base)
     if loaded.questions:
         after |= _ask(built, loaded, start)
     written = {} if trainer.session is None else trainer.session.figures()
@@ -90,20 +94,24 @@ def _ask(built: Built, loaded: Loaded, start: Start) -> dict[str, Any]:
 
 
 def save_student(
-    trainer: DistillTrainer, start: Start, merge: bool, base: str | None
+    trainer: DistillTrainer, start: Start, config: RunConfig, base: str | None
 ) -> dict[str, dict[str, Any]]:
     """Save the student as a Hugging Face folder.
 
     Args:
         trainer: provides the student.
         start: provides the folder.
-        merge: merge the adapters into it, and also save them next to it.
+        config: its type, and whether adapters are merged into it and also saved next to it.
         base: fingerprint of the base model of its adapters, if any.
 
     Returns:
         Its files, as :func:`list_files` lists them; none except on the main process.
     """
+    import torch
+
+    from kdrun.models.cast import cast_weights
     from kdrun.models.heads import uninstall
+    from kdrun.models.merge import merge_trained
     from kdrun.models.shard import gather
 
     model, tokenizer = trainer.model, trainer.processing_class
@@ -114,12 +122,20 @@ def save_student(
         return {}
     uninstall(model)
     folder = start.folder
-    if merge:
+    if config.lora.merge:
         _save(model, tokenizer, folder / runs.ADAPTER, base)
-        model, base = model.merge_and_unload(), None
+        model, base = merge_trained(model, config.output.dtype), None
     else:  # from an earlier merged student
         shutil.rmtree(folder / runs.ADAPTER, ignore_errors=True)
+        if config.lora.rank is None and config.output.dtype is not None:
+            dtype = getattr(torch, config.output.dtype)
+            cast_weights(model, dtype)
+            weights = {name: _cast(state, dtype) for name, state in weights.items()}
     return _save(model, tokenizer, folder / STUDENT, base, **weights)
+
+
+def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}
 
 
 def _save(

@@ -19,6 +19,7 @@ from kdrun.models.ends import own_ends, settle_generation, stop_tokens, taught_e
 from kdrun.models.locate import ModelSource
 from kdrun.models.pairs import Pair, describe_cut, describe_model, load_student
 from kdrun.run import folder as runs
+from kdrun.run.precision import notes_on_types
 
 if TYPE_CHECKING:
     from kdrun.config.sections import LoraConfig, RunConfig
@@ -69,7 +70,7 @@ def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
     describe_cut(widths, pair.vocab_size, start.say)
     of_student = Asked(pair.tokenizer, context_limit(student.config), Rendering.of(config.data))
     questions, asked = choose_questions(prepared.held_out, of_student, config.evaluation)
-    for line in notes_on_names(config.loss.spec):
+    for line in (*notes_on_names(config.loss.spec), *notes_on_types(config)):
         start.say(line)
     for line in (*teacher.notes, f"student: {describe_model(student)}"):
         start.say(line)

@@ -100,13 +100,33 @@ def recall(config: RunConfig) -> RunConfig:
     file = expand_home(config.output.dir) / runs.CONFIG
     if not file.is_file():
         return config
-    before = stated_values(file).get("data", {})
+    before = stated_values(file)
     update: dict[str, Any] = {}
-    if config.data.date is None and before.get("date") is not None:
-        update["date"] = str(before["date"])
-    if "hold_out" not in before:  # a run from a version that split rows by their content
-        update["hold_out"] = "content"
-    return config.model_copy(update={"data": config.data.model_copy(update=update)})
+    for section, name, former in _AUTOMATIC:
+        chosen = before.get(section, {}).get(name, former)
+        own = getattr(config, section)
+        if getattr(own, name) is None and chosen is not None:
+            # YAML parses a date itself.
+            update.setdefault(section, {})[name] = str(chosen)
+    if "hold_out" not in before.get("data", {}):
+        # A run from a version that split rows by their content.
+        update.setdefault("data", {})["hold_out"] = "content"
+    return config.model_copy(
+        update={
+            section: getattr(config, section).model_copy(update=values)
+            for section, values in update.items()
+        }
+    )
+
+
+# Choices that a run makes once, and what versions that did not record them did.
+_AUTOMATIC = (
+    ("data", "date", None),
+    ("training", "precision", "float32"),
+    ("model", "student_dtype", "float32"),
+    ("model", "teacher_dtype", "float32"),
+    ("output", "dtype", None),
+)
 
 
 @contextmanager
@@ -158,7 +178,9 @@ _FIXED = (
     "lora.dora",
     "loss.spec",
     "procedure.spec",
-    "model.dtype",
+    "model.student_dtype",
+    "model.teacher_dtype",
+    "training.precision",
 )
 # Folders, settings that are derived again identically, and those checked elsewhere.
 _NO_SETTINGS = (

@@ -317,7 +317,7 @@ class DistillTrainer(SavingTrainer):
                     world=self.accelerator.num_processes,
                 )
                 consume, features = prepare_measures(inputs, self.objective.loss, self.eval_teacher)
-                with torch.no_grad():
+                with torch.no_grad(), self.accelerator.autocast():
                     found = call(model, self._apart(consume), **features)["sums"]
                 sums = found if sums is None else sums + found
         finally:

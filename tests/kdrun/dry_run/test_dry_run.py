@@ -149,7 +149,7 @@ def test_loss_and_optimiser_are_those_of_a_measured_step(
 def test_activations_are_those_of_a_real_forward_pass() -> None:
     config = load_config()
     pair = find_pair(config.model)
-    shadow = Shadow(pair.student, load_model_config(pair.student), config, pair)
+    shadow = Shadow(pair.student, load_model_config(pair.student), "float32", False, pair)
     student = load_student(pair, config.model, 0).train()
     ids = torch.zeros(4, 96, dtype=torch.long)
     with profiled() as profile:
@@ -159,6 +159,16 @@ def test_activations_are_those_of_a_real_forward_pass() -> None:
     assert estimated == pytest.approx(growth(profile)[1], rel=0.2)
     assert shadow.activations(8, 96, False) == pytest.approx(2 * estimated, rel=0.05)
     assert shadow.activations(4, 96, True) < 0.7 * estimated
+    del hidden
+    with profiled() as profile, torch.autocast("cpu", torch.bfloat16):
+        hidden = student.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    assert hidden.requires_grad
+    mixed = shadow.activations(4, 96, False, torch.bfloat16)
+    copies = shadow.copies(torch.bfloat16, head=False)
+    assert copies == 2 * sum(
+        x.weight.numel() for x in student.base_model.modules() if isinstance(x, torch.nn.Linear)
+    )
+    assert mixed + copies == pytest.approx(growth(profile)[1], rel=0.2)
 
 
 def test_steps_and_rows_are_those_of_the_run(tiny_pair: Any, distil: Any, tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_p13_resume_on_rows_that_changed_since_is_refused(pair: Make, tmp_path: 
         (("--lora-rank", "2"), "lora.rank was None"),
         (("--loss", "reverse_kl_chunked"), "loss.spec was 'forward_kl_chunked'"),
         (("--procedure", "gkd:lambda=0.5"), "procedure.spec was None"),
-        (("--set", "model.dtype=bfloat16"), "model.dtype was 'float32'"),
+        (("--set", "model.dtype=bfloat16"), "model.student_dtype was 'float32'"),
     ],
 )
 def test_f8_f20_f22_f23_a_refused_resume_leaves_the_run_as_it_was(
