@@ -18,8 +18,10 @@ from pydantic.fields import FieldInfo
 
 from kdrun.builtin import DEFAULTS
 from kdrun.config.sections import BUILT_IN, KD_RATIO, SHORT_NAMES, RunConfig
+from kdrun.config.trainer_keys import type_of
 from kdrun.errors import InputError
 
+TRAINER = "trainer"
 _NULL = ("", "null")
 _NONE = ("model.teacher", "procedure.spec")
 """Keys that the word none unsets, since no teacher or procedure has that name."""
@@ -223,6 +225,8 @@ def _field(key: str) -> FieldInfo:
     if not dot or not name:
         raise InputError(f"--set {key}: expected section.key=value, such as optimizer.lr=1e-3")
     _check_key(section, name, "--set")
+    if section == TRAINER:
+        return FieldInfo(annotation=type_of(name))
     fields: dict[str, FieldInfo] = _model_of(section).model_fields
     return fields[name]
 
@@ -252,6 +256,10 @@ def _check_key(section: str, name: str | None, origin: str) -> None:
     sections = list(RunConfig.model_fields)
     if section not in sections:
         raise InputError(f"{origin}: unknown section {section!r}{_hint(section, sections)}")
+    if section == TRAINER:
+        if name is not None:
+            type_of(name)
+        return
     keys = list(_model_of(section).model_fields)
     if name is not None and name not in keys and f"{section}.{name}" not in SHORT_NAMES:
         hint = _hint(name, keys, f"{section}.") or _hint(f"{section}.{name}", every_key())

@@ -8,12 +8,22 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kdlosses import Schedule
+from kdrun.config.trainer_keys import check_value
 
 BUILT_IN = "builtin"
 KD_RATIO = "kd_ratio"
 SHORT_NAMES = {"model.dtype": ("model.student_dtype", "model.teacher_dtype")}
 """Keys that set several others, where those are not set themselves."""
 DType = Literal["float32", "bfloat16", "float16"]
+Measure = Literal[
+    "eval_loss",
+    "eval_ce",
+    "eval_kd_loss",
+    "eval_forward_kl",
+    "eval_reverse_kl",
+    "eval_top1_agreement",
+    "eval_calibration_error",
+]
 Precision = Literal["float32", "bf16", "fp16"]
 ALL_LINEAR = "all-linear"
 
@@ -183,8 +193,13 @@ class LossConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    """AdamW and its schedule."""
+    """The optimiser and its schedule."""
 
+    name: str | None = Field(
+        None,
+        description="optimiser of transformers, such as adafactor or adamw_8bit; null is its "
+        "default, AdamW",
+    )
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
     weight_decay: float = Field(0.0, ge=0, description="weight decay, on matrices only")
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of AdamW's moments")
@@ -214,6 +229,17 @@ class TrainingConfig(_Section):
         None,
         ge=1,
         description="evaluate every this many steps; null evaluates only before and after training",
+    )
+    keep_best: Measure | None = Field(
+        None,
+        description="held-out measure, such as eval_ce; the student is that of its best "
+        "evaluation, which is saved whenever it improves; null takes the last step",
+    )
+    early_stopping: int | None = Field(
+        None, ge=1, description="stop after this many evaluations without a gain in keep_best"
+    )
+    smallest_gain: float = Field(
+        0.0, ge=0, description="with early_stopping: a smaller improvement is no gain"
     )
     save_steps: int = Field(250, ge=1, description="write a checkpoint every this many steps")
     save_total_limit: int = Field(2, ge=1, description="number of checkpoints to keep")
@@ -252,6 +278,26 @@ class TrainingConfig(_Section):
         "none",
         description="experiment tracker: tensorboard, wandb, trackio, mlflow and others; or none",
     )
+
+
+class TrainerConfig(_Section):
+    """Any other training argument of transformers.
+
+    Attributes are those of ``transformers.TrainingArguments`` that no other section sets.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Names and values."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, value in self.arguments.items():
+            check_value(name, value)
+        return self
 
 
 class EvaluationConfig(_Section):
@@ -385,6 +431,7 @@ class RunConfig(_Section):
     procedure: ProcedureConfig = ProcedureConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    trainer: TrainerConfig = TrainerConfig()
     lora: LoraConfig = LoraConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     output: OutputConfig = OutputConfig()

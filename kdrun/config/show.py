@@ -31,7 +31,7 @@ def _lines(config: RunConfig) -> Iterator[str]:
         section: BaseModel = getattr(config, name)
         yield ""
         yield from _comment(str(type(section).__doc__).split("\n")[0], "")
-        yield f"{name}:"
+        yield f"{name}:" if type(section).model_fields else f"{name}: {{}}"
         elsewhere = field.get_default(call_default_factory=True)
         values = section.model_dump(mode="json")
         for key, inner in type(section).model_fields.items():

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from kdrun.dry_run.models import ModelSize
     from kdrun.models.pairs import Pair
 
-_OPTIMIZER_STATES = 2  # AdamW's two moments, in the data type of the weights
+# Values that an optimiser keeps for each trained weight, in its type or in 8 bits, by its name.
+_STATES = {"ademamix": 3, "adamw": 2, "lion": 1, "adagrad": 1, "rmsprop": 1}
+_NO_STATES = ("sgd", "adafactor")  # adafactor keeps rows and columns only
+_OTHER_STATES = ("galore", "apollo", "grokadamw", "adamw_torch_4bit")
 _SPREAD = ("weights of the student", "weights of the teacher", "gradients", "optimiser")
 
 
@@ -191,11 +194,22 @@ def _memory(
         **({"16-bit copies of them": copies} if copies else {}),
         "weights of the teacher": teacher_weights,
         "gradients": student.trained_weights,
-        "optimiser": _OPTIMIZER_STATES * student.trained_weights,
+        "optimiser": _optimizer_bytes(config.optimizer.name, student),
         "activations": None if activations is None else activations + kept,
         "loss": loss_bytes(settled.loss, pair.vocab_size, student, item_size, tokens, device.kind),
     }
     return student, teacher, memory
+
+
+def _optimizer_bytes(name: str | None, student: ModelSize) -> int | None:
+    """Bytes of the optimiser's state; None if they are unknown, as of low-rank projections."""
+    name = name or "adamw"
+    if name.startswith(_NO_STATES):
+        return 0
+    states = next((count for part, count in _STATES.items() if part in name), None)
+    if states is None or name.startswith(_OTHER_STATES):
+        return None
+    return states * (student.trained if name.endswith("8bit") else student.trained_weights)
 
 
 def _on_one_of(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from kdrun.config.sections import LossConfig
+from kdrun.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +21,10 @@ _COMPILE_FROM_ELEMENTS = 2e8
 
 
 def training_arguments(
-    optimizer: OptimizerConfig, training: TrainingConfig, checkpoints: Path
+    optimizer: OptimizerConfig,
+    training: TrainingConfig,
+    checkpoints: Path,
+    further: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """Return the Trainer's arguments for a configuration.
 
@@ -24,11 +32,16 @@ def training_arguments(
         optimizer: section ``optimizer``.
         training: section ``training``.
         checkpoints: folder of the checkpoints.
+        further: section ``trainer``.
+
+    Raises:
+        InputError: the installed packages cannot do what ``further`` asks for.
     """
     import torch
     from transformers import TrainingArguments
 
-    return TrainingArguments(
+    accelerated = torch.accelerator.is_available()
+    given: dict[str, Any] = dict(
         output_dir=str(checkpoints),
         max_steps=training.max_steps or -1,
         num_train_epochs=training.num_epochs,
@@ -61,10 +74,61 @@ def training_arguments(
         report_to=training.report_to,
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=False,
+        dataloader_pin_memory=accelerated,
         # Without it, processes on a CPU would silently train independently.
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=not accelerated,
+        # The student is uploaded when it is finished; see publish.py.
+        hub_strategy="end",
+        **({} if optimizer.name is None else {"optim": optimizer.name}),
     )
+    try:
+        return TrainingArguments(**given | dict(further))
+    except (ValueError, ImportError) as error:
+        if not further:
+            raise
+        reason = " ".join(str(error).split())
+        raise InputError(f"trainer: transformers refuses {dict(further)} ({reason})") from error
+
+
+_BETAS_UNUSED = ("sgd", "adafactor", "adagrad", "rmsprop")
+_PACKAGES = {  # by a part of the optimiser's name; the first that fits
+    "galore": ("galore_torch", "galore-torch"),
+    "apollo": ("apollo_torch", "apollo-torch"),
+    "lomo": ("lomo_optim", "lomo-optim"),
+    "grokadamw": ("grokadamw", "grokadamw"),
+    "schedule_free": ("schedulefree", "schedulefree"),
+    "stable_adamw": ("optimi", "torch-optimi"),
+    "anyprecision": ("torchdistx", "torchdistx"),
+    "adamw_torch_4bit": ("torchao", "torchao"),
+    "adamw_torch_8bit": ("torchao", "torchao"),
+    "xla": ("torch_xla", "torch_xla"),
+    "npu": ("torch_npu", "torch_npu"),
+    **dict.fromkeys(("bnb", "8bit", "paged", "lion", "ademamix"), ("bitsandbytes", "bitsandbytes")),
+}
+
+
+def check_optimizer(optimizer: OptimizerConfig) -> None:
+    """Refuse an optimiser that transformers does not have, or whose package is missing.
+
+    Raises:
+        InputError: gives a similar name, or the command that installs the package.
+    """
+    name = optimizer.name
+    if name is None:
+        return
+    from transformers.training_args import OptimizerNames
+
+    known = [str(one.value) for one in OptimizerNames]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+        raise InputError(f"optimizer.name={name!r}: transformers has no such optimiser; {hint}")
+    needed = next((package for part, package in _PACKAGES.items() if part in name), None)
+    if needed is not None and find_spec(needed[0]) is None:
+        raise InputError(f"optimizer.name={name} needs a package: pip install {needed[1]}")
+    default = type(optimizer).model_fields["betas"].default
+    if name.startswith(_BETAS_UNUSED) and optimizer.betas != default:
+        raise InputError(f"optimizer.betas has no effect with optimizer.name={name}; remove it")
 
 
 def settle(

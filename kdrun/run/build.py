@@ -13,6 +13,7 @@ from kdrun.run import folder as runs
 from kdrun.run.arguments import settle, training_arguments
 from kdrun.run.check import procedure_of
 from kdrun.run.precision import autocast_type
+from kdrun.run.publish import reporting_hub
 from kdrun.run.trackers import place_logs
 
 if TYPE_CHECKING:
@@ -59,26 +60,30 @@ def build(config: RunConfig, prepared: Prepared, loaded: Loaded, start: Start) -
 
     pair, examples = prepared.pair, prepared.examples
     arguments = training_arguments(
-        config.optimizer, config.training, start.folder / runs.CHECKPOINTS
+        config.optimizer,
+        config.training,
+        start.folder / runs.CHECKPOINTS,
+        config.trainer.arguments,
     )
     width = loaded.student.get_output_embeddings().weight.shape[1]
     count = len(examples.train)  # type: ignore[arg-type]
     config = settle(config, pair.vocab_size, width, arguments.device, count)
     if config.training.fsdp:
         _shard(loaded, autocast_type(config))
-    trainer = DistillTrainer(
-        model=loaded.student,
-        teacher=loaded.teacher.training,
-        loss=build_loss(config.loss, pair.vocab_size),
-        kd_ratio=config.loss.schedules.get(KD_RATIO, config.loss.kd_ratio),
-        args=arguments,
-        data_collator=Collator(pair.tokenizer.pad_token_id),
-        train_dataset=Numbered(examples.train),
-        eval_dataset=examples.held_out,
-        processing_class=pair.tokenizer,
-        procedure=procedure_of(config),
-        sampling=prepared.sampling,
-    )
+    with reporting_hub(arguments):
+        trainer = DistillTrainer(
+            model=loaded.student,
+            teacher=loaded.teacher.training,
+            loss=build_loss(config.loss, pair.vocab_size),
+            kd_ratio=config.loss.schedules.get(KD_RATIO, config.loss.kd_ratio),
+            args=arguments,
+            data_collator=Collator(pair.tokenizer.pad_token_id),
+            train_dataset=Numbered(examples.train),
+            eval_dataset=examples.held_out,
+            processing_class=pair.tokenizer,
+            procedure=procedure_of(config),
+            sampling=prepared.sampling,
+        )
     arguments.save_only_model = False  # SavingTrainer keeps the optimiser's parts as well
     trainer.eval_teacher = loaded.teacher.evaluation
     _begin_procedure(trainer, config.data, prepared, start)
@@ -147,6 +152,8 @@ def _listen(
     """Replace the Trainer's own display, ahead of trackers."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+    from kdrun.training.best import Best
+    from kdrun.training.callbacks import KeepBest
     from kdrun.training.gradient_parts import GradientParts
     from kdrun.training.progress import ShowProgress, TokenRate
 
@@ -154,7 +161,9 @@ def _listen(
     show = ShowProgress(start.console)
     # The rate excludes the computation of gradient parts.
     parts = [GradientParts(trainer)] if training.gradient_parts else []
-    added: list[Any] = [*parts, rate, show]
+    best = Best.of(training)
+    keep = [] if best is None else [KeepBest(best)]
+    added: list[Any] = [*parts, rate, show, *keep]
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
     for callback in added:

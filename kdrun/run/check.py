@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrun.cache.choose import check_cached_rows
+from kdrun.cache.manifest import read_manifest
 from kdrun.config.load import complete_pair, validate
 from kdrun.config.sections import RunConfig
 from kdrun.data.prepare import RawRows, check_packed_rows, read_rows
@@ -14,7 +16,9 @@ from kdrun.losses.build import build_loss, check_name
 from kdrun.models.adapters import check_peft
 from kdrun.models.pairs import locate_pair
 from kdrun.models.quantize import check_quantization
+from kdrun.paths import expand_home
 from kdrun.procedures.registry import get_procedure
+from kdrun.run.arguments import check_optimizer
 from kdrun.run.precision import check_precision
 from kdrun.run.processes import check_deepspeed
 from kdrun.run.trackers import check_tracker
@@ -45,6 +49,8 @@ def check(config: RunConfig) -> RawRows:
     check_quantization(config.model, config.training.fsdp)
     check_deepspeed(config.training.deepspeed)
     check_precision(config)
+    check_optimizer(config.optimizer)
+    _check_best(config)
     locate_pair(config.model)
     rows = read_rows(config.data)
     check_cached_rows(config.model.teacher_cache, config.data.shift_windows, rows)
@@ -56,6 +62,30 @@ def check(config: RunConfig) -> RawRows:
             "adapter"
         )
     return rows
+
+
+def _check_best(config: RunConfig) -> None:
+    """Refuse a best student by a measure that is not evaluated."""
+    training, model = config.training, config.model
+    for name in ("early_stopping", "smallest_gain"):
+        needed = "keep_best" if name == "early_stopping" else "early_stopping"
+        if getattr(training, name) and getattr(training, needed) is None:
+            raise InputError(f"training.{name} has no effect without training.{needed}")
+    if training.keep_best is None:
+        return
+    if training.eval_steps is None:
+        raise InputError(
+            f"training.keep_best={training.keep_best} needs evaluations in training; set "
+            "training.eval_steps"
+        )
+    if training.keep_best in ("eval_ce", "eval_calibration_error") or model.teacher is not None:
+        return
+    cache = None if model.teacher_cache is None else Path(expand_home(model.teacher_cache))
+    if cache is None or not read_manifest(cache).exact:
+        raise InputError(
+            f"training.keep_best={training.keep_best} compares with the whole teacher, and there "
+            "is none; pass --teacher, or use eval_ce"
+        )
 
 
 def procedure_of(config: RunConfig) -> Procedure | None:

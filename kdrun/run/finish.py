@@ -19,7 +19,10 @@ from kdrun.models.base_print import keep_base_print
 from kdrun.models.locate import STUDENT
 from kdrun.run import folder as runs
 from kdrun.run.environment import git_state, versions
-from kdrun.run.train import held_out_measures
+from kdrun.run.publish import publish
+from kdrun.run.train import held_out_measures, logged_measures
+from kdrun.training.best import Best
+from kdrun.training.checkpoint import checkpoint_at, damage_of
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +57,10 @@ def finish(
         The summary.
     """
     trainer = built.trainer
-    after = held_out_measures(trainer)
+    after, step = held_out_measures(trainer), trainer.state.global_step
+    best = Best.of(built.config.training)
+    if best is not None:
+        after, step = _take_best(trainer, best, after, start)
     student = save_student(trainer, start, built.config, loaded.base)
     if loaded.questions:
         after |= _ask(built, loaded, start)
@@ -63,6 +69,7 @@ def finish(
         "before": dict(before),
         "after": after,
         "steps": trainer.state.global_step,
+        **({} if best is None else {"student_step": step}),
         **({"procedure": written} if written else {}),
         **({"accepted_changes": list(changes)} if changes else {}),
         "skipped_steps": trainer.guard.skipped,
@@ -79,7 +86,43 @@ def finish(
     if start.world.is_main:
         write_json(start.folder / runs.SUMMARY, summary)
     _show(built, summary, written, start)
+    publish(trainer, start)
     return summary
+
+
+def _take_best(
+    trainer: DistillTrainer, best: Best, after: dict[str, Any], start: Start
+) -> tuple[dict[str, Any], int]:
+    """Load the student of the best evaluation, unless it is the last.
+
+    Args:
+        trainer: after training.
+        best: what counts.
+        after: measures of the last step.
+        start: provides the folder.
+
+    Returns:
+        The measures of the student, and its step.
+    """
+    last = trainer.state.global_step
+    found = best.find(trainer.state.log_history)
+    if found is None or found[0] == last:
+        start.say(f"the student is that of step {last}, the last, which is the best")
+        return after, last
+    checkpoint = checkpoint_at(start.folder / runs.CHECKPOINTS, found[0])
+    problem = damage_of(checkpoint)
+    if problem is not None:
+        start.say(
+            f"the student is that of step {last}, the last: the best, {checkpoint.name}, cannot be "
+            f"used ({problem})"
+        )
+        return after, last
+    trainer.load_weights(checkpoint)
+    start.say(
+        f"the student is that of step {found[0]} of {last}, the best by {best.measure} "
+        f"({found[1]:.4f})"
+    )
+    return logged_measures(trainer, found[0]) or after, found[0]
 
 
 def _ask(built: Built, loaded: Loaded, start: Start) -> dict[str, Any]:

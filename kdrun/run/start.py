@@ -167,6 +167,7 @@ def open_folder(
 
 # The checkpoint's optimiser keeps its own values; other changes would repeat rows or not fit.
 _FIXED = (
+    "optimizer.name",
     "optimizer.lr",
     "optimizer.weight_decay",
     "optimizer.betas",
@@ -181,6 +182,7 @@ _FIXED = (
     "model.student_dtype",
     "model.teacher_dtype",
     "training.precision",
+    "trainer.train_sampling_strategy",
 )
 # Folders, settings that are derived again identically, and those checked elsewhere.
 _NO_SETTINGS = (
@@ -210,10 +212,11 @@ def compare_settings(config: RunConfig, file: Path) -> tuple[str, ...]:
     now = config.model_dump(mode="json")
     for key in _FIXED:
         section, _, name = key.partition(".")
-        if before.get(section, {}).get(name, now[section][name]) != now[section][name]:
+        value = now[section].get(name)
+        if before.get(section, {}).get(name, value) != value:
             raise InputError(
                 f"--resume: {key} was {before[section][name]!r} when the run began and is "
-                f"{now[section][name]!r}; it cannot change during a run: restore it, or start a "
+                f"{value!r}; it cannot change during a run: restore it, or start a "
                 f"new run from the student (--student {file.parent})"
             )
     _check_step(before.get("training", {}), config.training, file.parent)
@@ -251,7 +254,7 @@ def _check_step(before: Mapping[str, Any], now: TrainingConfig, folder: Path) ->
 def _is_trained(checkpoint: Path | None, training: TrainingConfig) -> bool:
     if checkpoint is None:
         return False
-    return is_last(checkpoint, training.max_steps, training.num_epochs)
+    return is_last(checkpoint, training)
 
 
 def _check_kind(checkpoint: Path | None, fsdp: bool) -> None:

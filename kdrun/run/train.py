@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ def train(built: Built, start: Start) -> dict[str, Any]:
         TrainingError: training failed.
         Interrupted: it was stopped, after a checkpoint was saved.
     """
-    from transformers import set_seed
+    from transformers import TrainerState, set_seed
 
     trainer = built.trainer
     before = _measures_before(trainer, start)
@@ -44,7 +44,8 @@ def train(built: Built, start: Start) -> dict[str, Any]:
         with _telling_damage(start.checkpoint):
             trainer.load_weights(start.checkpoint)
             trainer.load_objective(start.checkpoint)
-        trainer.state.global_step = start.first_step
+        state = TrainerState.load_from_json(str(start.checkpoint / "trainer_state.json"))
+        trainer.state.global_step, trainer.state.log_history = start.first_step, state.log_history
         return before
     try:
         _steps(trainer, start)
@@ -59,9 +60,17 @@ def held_out_measures(trainer: DistillTrainer) -> dict[str, Any]:
     Those that need a teacher are None without one. An evaluation at the current step, such as the
     one at the end of training, is not repeated.
     """
-    step = trainer.state.global_step
+    return logged_measures(trainer, trainer.state.global_step) or _only_measures(trainer.evaluate())
+
+
+def logged_measures(trainer: DistillTrainer, step: int) -> dict[str, Any] | None:
+    """Return the measures of an evaluation in training; None if there was none at this step."""
     done = (line for line in reversed(trainer.state.log_history) if line.get("step") == step)
-    found = next((line for line in done if "eval_ce" in line), None) or trainer.evaluate()
+    found = next((line for line in done if "eval_ce" in line), None)
+    return None if found is None else _only_measures(found)
+
+
+def _only_measures(found: Mapping[str, Any]) -> dict[str, Any]:
     return {f"eval_{name}": found[f"eval_{name}"] for name in KEYS}
 
 

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 if TYPE_CHECKING:
     from kdrun.procedures.session import Session
+    from kdrun.training.best import Best
 
 _SETTINGS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -121,3 +122,26 @@ class TellProcedure(TrainerCallback):
         """Pass on the held-out cross-entropy, which is the same on every process."""
         if state.max_steps == 0 or state.global_step < state.max_steps:  # not after training
             self._session.evaluated(metrics["eval_ce"])
+
+
+class KeepBest(TrainerCallback):
+    """Save after each evaluation that is the best so far, and stop training early.
+
+    The Trainer's own way saves only where steps of evaluations and checkpoints coincide, and its
+    early stopping begins to count anew in a resumed run.
+
+    Args:
+        best: what counts.
+    """
+
+    def __init__(self, best: Best) -> None:
+        self._best = best
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Mark the step, so that its checkpoint is saved and kept."""
+        found = self._best.find(state.log_history)
+        if found is not None and found[0] == state.global_step:
+            state.best_global_step, state.best_metric = found
+            control.should_save = True
+        if self._best.stops(state.log_history):
+            control.should_training_stop = control.should_save = True

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 from kdrun.errors import InputError, TrainingError
 from kdrun.files import find_damage, list_files, write_json, write_text
+from kdrun.training.best import Best
 
 if TYPE_CHECKING:
     from kdlosses import KDObjective
+    from kdrun.config.sections import TrainingConfig
     from kdrun.procedures.session import Session
     from kdrun.training.guard import LossGuard
 
@@ -150,18 +152,30 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def is_last(checkpoint: Path, max_steps: int | None, num_epochs: float) -> bool:
+def checkpoint_at(folder: Path, step: int) -> Path:
+    """Return the checkpoint of a step, whether or not it exists.
+
+    Args:
+        folder: of a run's checkpoints.
+        step: an optimiser step.
+    """
+    return folder / f"checkpoint-{step}"
+
+
+def is_last(checkpoint: Path, training: TrainingConfig) -> bool:
     """Return whether a checkpoint is from the last step, so that training is complete.
 
     Args:
         checkpoint: its folder.
-        max_steps: number of steps, overrides epochs; None uses epochs.
-        num_epochs: number of epochs.
+        training: the length of training, and what stops it early.
     """
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    if max_steps is not None:
-        return bool(state["global_step"] >= max_steps)
-    return bool(state["epoch"] >= num_epochs)
+    best = Best.of(training)
+    if best is not None and best.stops(state["log_history"]):
+        return True
+    if training.max_steps is not None:
+        return bool(state["global_step"] >= training.max_steps)
+    return bool(state["epoch"] >= training.num_epochs)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from kdrun.procedures.session import Session
 from kdrun.training.checkpoint import (
     SCHEDULER,
     SHARDS,
+    checkpoint_at,
     load_objective,
     mark_complete,
     save_objective,
@@ -156,10 +157,12 @@ class SavingTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # each process writes its own file
         procedure = None if self.session is None else self.session.state_dict()
         if self.args.should_save and not self.args.save_only_model:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder = checkpoint_at(Path(self.args.output_dir), self.state.global_step)
             save_objective(folder, self.objective, self.guard, procedure)
             mark_complete(folder)
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
+            best = None
+            if self.state.best_global_step:  # not the recorded path: the run may have been moved
+                best = str(checkpoint_at(Path(self.args.output_dir), self.state.best_global_step))
             # Ordered by step: with a clock that jumps back, the newest one would be removed.
             rotate_checkpoints(self.args.output_dir, limit, best, use_mtime=False)

@@ -40,7 +40,7 @@ with suppress(ImportError):  # its import must not count as memory of a reader
 
 CORPUS = Path(__file__).with_name("corpus")
 KNOWN = (InputError, LossSpecError, BrokenLossError)
-EXAMPLES = 3000 if os.environ.get("HYPOTHESIS_PROFILE") == "hour" else 60
+EXAMPLES = 30000 if os.environ.get("HYPOTHESIS_PROFILE") == "hour" else 60
 _ROOM = 2**22  # bytes that any reader may take, whatever its input
 
 fuzzed = settings(
