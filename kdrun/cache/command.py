@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,15 +15,10 @@ from kdrun.errors import InputError
 from kdrun.files import hold_folder
 from kdrun.models.device import find_device
 from kdrun.models.pairs import check_context, describe_model, find_pair, locate_pair, open_teacher
-from kdrun.quiet import make_console, quiet_libraries
+from kdrun.quiet import make_console, quiet_libraries, show_progress
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from kdrun.cache.build import Report
     from kdrun.config.sections import DataConfig, ModelConfig
-
-_LINES_WITHOUT_TERMINAL = 10
 
 
 def cache_teacher(
@@ -91,7 +84,7 @@ def cache_teacher(
         )
         every = (*examples_in(examples.train), *examples_in(examples.held_out))
         started = time.monotonic()
-        with show_progress(console) as report:
+        with show_progress(console, "row", "tokens") as report:
             manifest = build_cache(
                 folder, teacher, model.teacher, pair.tokenizer, every, recipe, report
             )
@@ -107,37 +100,3 @@ def cache_teacher(
         f"({manifest.tokens / seconds:.0f} tokens/s), {size / 1e6:.1f} MB on disk"
     )
     console.print(f"cache: {folder}", markup=False)
-
-
-@contextmanager
-def show_progress(console: Console) -> Iterator[Report]:
-    """Show a progress bar on a terminal; otherwise print a few lines."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    started = time.monotonic()
-    if not console.is_terminal:
-        told = 0
-
-        def tell(rows: int, total: int, tokens: int) -> None:
-            nonlocal told
-            if rows * _LINES_WITHOUT_TERMINAL // total > told:
-                told = rows * _LINES_WITHOUT_TERMINAL // total
-                rate = tokens / (time.monotonic() - started)
-                console.print(f"row {rows}/{total}  {rate:.0f} tokens/s")
-
-        yield tell
-        return
-    columns = (
-        TextColumn("row {task.completed}/{task.total}"),
-        BarColumn(),
-        TextColumn("{task.fields[rate]:.0f} tokens/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("cache", total=None, rate=0.0)
-
-        def show(rows: int, total: int, tokens: int) -> None:
-            rate = tokens / (time.monotonic() - started)
-            progress.update(task, completed=rows, total=total, rate=rate)
-
-        yield show

@@ -167,7 +167,7 @@ def _build(
     import torch
 
     from kdrun.cache.build import Recipe, SpaceError, build_cache
-    from kdrun.cache.command import show_progress
+    from kdrun.quiet import show_progress
 
     teacher = open_teacher(models, base.model)
     assert teacher is not None
@@ -187,7 +187,7 @@ def _build(
         )
         every = _examples(base, models, parts)
         try:
-            with show_progress(console) as report:
+            with show_progress(console, "row", "tokens") as report:
                 return build_cache(
                     folder,
                     teacher,

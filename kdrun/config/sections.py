@@ -124,6 +124,9 @@ class DataConfig(_Section):
         description="folder that keeps tokenised rows for the next run; 'none' disables it, null "
         "uses kdrun/tokens in the user's cache folder",
     )
+    workers: int | None = Field(
+        None, ge=1, description="processes that tokenise rows; null is one for each core"
+    )
     shift_windows: bool = Field(
         True,
         description="cut plain text into windows at different places in each epoch; false cuts it "

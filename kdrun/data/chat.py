@@ -94,6 +94,11 @@ class Rendering:
         """Return the rendering of a run's rows."""
         return cls(data.date, data.rendered)
 
+    @property
+    def key(self) -> list[Any]:
+        """Everything but the date, as JSON can hold it."""
+        return [self.rendered]
+
     def dated(self, template: str) -> str:
         """Return a chat template that uses :attr:`date` as the current date.
 

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from kdrun.data.chat import USUAL_RENDERING, ChatRenderer, Rendering
+from kdrun.data.chat import USUAL_RENDERING, ChatRenderer, Rendering, uses_date
 from kdrun.data.encode import LongRows, encode
 from kdrun.data.encode_report import report_on
-from kdrun.data.origins import Origins
-from kdrun.data.rows import BadRow, ChatRow, Position, Row, TextRow, describe_bad_rows
-from kdrun.data.token_cache import TokenCache
+from kdrun.data.encoding import Example
+from kdrun.data.origins import Origins, Places
+from kdrun.data.parallel import run_in_order, usual_workers
+from kdrun.data.row_store import BATCH, Rows, store_rows
+from kdrun.data.rows import BadRow, ChatRow, Row, TextRow, describe_bad_rows
+from kdrun.data.token_cache import TokenCache, token_key
+from kdrun.data.token_store import Chunk, Tokens, pack_chunk, store_tokens
 from kdrun.errors import InputError
+from kdrun.quiet import make_console, show_progress
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from kdrun.config.sections import DataConfig
+
+_ROWS_FOR_A_WORKER = 4 * BATCH
+"""Fewer rows are encoded sooner than another process is started."""
 
 
 class Kept(Sequence[Any]):
@@ -65,15 +75,17 @@ class Encoder:
         rendering: settings that determine the text of conversations besides the template.
         left_out: tokens, with their ids, that only one model knows; rows with them are skipped.
         strict: refuse rows that the chat template rejects or does not write in full.
+        workers: number of processes; None is one for each core.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     long_rows: LongRows = "cut"
-    cache: TokenCache | None = None
+    cache: TokenCache = field(default_factory=lambda: TokenCache(None))
     rendering: Rendering = USUAL_RENDERING
     left_out: Mapping[str, int] = field(default_factory=dict)
     strict: bool = False
+    workers: int | None = None
 
     @classmethod
     def of(
@@ -97,13 +109,14 @@ class Encoder:
             Rendering.of(data),
             left_out,
             data.strict,
+            data.workers,
         )
 
-    def __call__(self, rows: Sequence[Row], seed: int, phase: bool, part: str) -> Encoded:
+    def __call__(self, given: Sequence[Row], seed: int, phase: bool, part: str) -> Encoded:
         """Encode rows.
 
         Args:
-            rows: all texts, or all conversations.
+            given: all texts, or all conversations.
             seed: decides where windows of text start.
             phase: whether they shift from epoch to epoch.
             part: ``training`` or ``held-out``, for messages.
@@ -111,20 +124,43 @@ class Encoder:
         Raises:
             InputError: none fits ``max_length``, or with ``strict`` one is incomplete.
         """
+        rows = store_rows(given)
         if isinstance(rows[0], ChatRow):
-            return self._chats(rows, part)  # type: ignore[arg-type]
+            return self._chats(rows, part)
         # Imported here because this module also reads rows, before torch is needed.
-        from kdrun.data.windows import TextWindows
+        from kdrun.data.windows import TextWindows, check_end_of_text
 
-        length = self.max_length
-        rows, skipped = self._without_left_out(rows)
-        tokens = self._text([row.text for row in rows])
+        check_end_of_text(self.tokenizer)
+        tokens = self.texts(rows, part)
+        unknown = self._unknown(rows, tokens)
+        if not len(tokens):
+            raise InputError(
+                f"{unknown[0].position}: no text can be used; this one {unknown[0].reason}"
+            )
         try:
-            windows = TextWindows(tokens, length, seed=seed, phase=phase)
+            windows = TextWindows(tokens.flat(), self.max_length, seed=seed, phase=phase)
         except ValueError as error:
             raise InputError(f"{error} Pass more text, or lower --max-length.") from error
-        note = f"{len(rows)} documents, {len(windows)} windows of {length} tokens"
-        return Encoded(windows, [note, *skipped], Origins())
+        note = f"{len(tokens)} documents, {len(windows)} windows of {self.max_length} tokens"
+        return Encoded(windows, [note, *describe_bad_rows(unknown, len(rows))], Origins())
+
+    def chats(self, rows: Sequence[Row], part: str = "") -> Tokens:
+        """Return the tokens of conversations, from the cache if it has them.
+
+        Args:
+            rows: conversations.
+            part: ``training`` or ``held-out``, for the display of progress.
+        """
+        return self._encode(_encode_chats, store_rows(rows), part)
+
+    def texts(self, rows: Sequence[Row], part: str = "") -> Tokens:
+        """Return the tokens of texts, from the cache if it has them.
+
+        Args:
+            rows: texts.
+            part: ``training`` or ``held-out``, for the display of progress.
+        """
+        return self._encode(_encode_texts, store_rows(rows), part)
 
     def notes_on_template(self, rows: Sequence[Row]) -> list[str]:
         """Return notes about the chat template, independent of the rows."""
@@ -137,61 +173,127 @@ class Encoder:
             ]
         return []
 
-    def _without_left_out(self, rows: Sequence[Any]) -> tuple[list[TextRow], list[str]]:
-        """Return the texts without tokens that only one model knows, and a note on the others."""
-        bad = []
-        for row in rows if self.left_out else ():
-            token = next((token for token in self.left_out if token in row.text), None)
-            if token is not None:
-                bad.append(BadRow(row.position, _knows_not(token)))
-        places = {row.position for row in bad}
-        kept = [row for row in rows if row.position not in places]
-        if not kept:
-            raise InputError(f"{bad[0].position}: no text can be used; this one {bad[0].reason}")
-        return kept, describe_bad_rows(bad, len(rows))
-
-    def _chats(self, rows: Sequence[ChatRow], part: str) -> Encoded:
-        settings = (rows, self.tokenizer, self.max_length, self.long_rows, self.rendering)
-        encoding = encode(*settings) if self.cache is None else self.cache.chats(*settings)
-        encoded = report_on(
-            rows, encoding, self.max_length, self.rendering.rendered, self.strict, part
-        )
-        report = encoded.report
+    def _chats(self, rows: Rows, part: str) -> Encoded:
+        tokens = self.chats(rows, part)
+        unknown = self._unknown(rows, tokens)
+        if unknown and not len(tokens):
+            raise InputError(
+                f"{unknown[0].position}: no row can be used; this one {unknown[0].reason}"
+            )
+        report = report_on(
+            rows,  # type: ignore[arg-type]
+            tokens.encoding(),
+            self.max_length,
+            self.rendering.rendered,
+            self.strict,
+            part,
+        ).report
         summary = (
             f"{report.kept} of {report.rows} rows, {report.tokens} tokens, "
             f"{report.supervised_tokens} supervised"
         )
-        skipped = {number for number, _ in encoding.skipped}
-        kept = [row.position for number, row in enumerate(rows) if number not in skipped]
-        notes = [summary, *report.warnings()]
-        examples: Any = encoded.examples
-        if self.left_out:
-            examples, kept, more = self._known(examples, kept)
-            notes += more
-        return Encoded(examples, notes, Origins(kept))
+        notes = [summary, *report.warnings(), *describe_bad_rows(unknown, len(rows))]
+        examples: Any = tokens
+        return Encoded(examples, notes, Origins(Places(rows, tokens.rows())))
 
-    def _known(
-        self, examples: Any, positions: list[Position]
-    ) -> tuple[Any, list[Position], list[str]]:
-        """Return examples without tokens that only one model knows, and a note on the others."""
-        names = {number: token for token, number in self.left_out.items()}
-        numbers, bad = [], []
-        for number, example in enumerate(examples):
-            found = next((token for token in example["input_ids"] if token in names), None)
-            if found is None:
-                numbers.append(number)
-            else:
-                bad.append(BadRow(positions[number], _knows_not(names[found])))
-        if not bad:
-            return examples, positions, []
-        if not numbers:
-            raise InputError(f"{bad[0].position}: no row can be used; this one {bad[0].reason}")
-        kept = [positions[number] for number in numbers]
-        return Kept(examples, numbers), kept, describe_bad_rows(bad, len(examples))
+    def _unknown(self, rows: Rows, tokens: Tokens) -> list[BadRow]:
+        """Return the rows with a token that only one model knows."""
+        return [
+            BadRow(rows.position(number), _knows_not(token))
+            for number, token in tokens.encoding().unknown
+        ]
 
-    def _text(self, texts: Sequence[str]) -> list[int]:
-        from kdrun.data.windows import concatenate
+    def _encode(self, function: Callable[[_Job, int], Chunk], rows: Rows, part: str) -> Tokens:
+        """Encode rows in worker processes, unless a store has them already."""
+        place = self._place(function.__name__, rows)
+        found = None if place is None else Tokens.at(place)
+        if found is not None:
+            return found
+        most = usual_workers() if self.workers is None else self.workers
+        workers = max(1, min(most, len(rows) // _ROWS_FOR_A_WORKER))
+        starts = range(0, len(rows), BATCH)
+        job = _Job(replace(self, cache=TokenCache(None)), rows)
+        chunks = run_in_order(function, job, starts, workers)
+        return store_tokens(place, _shown(chunks, rows, part) if workers > 1 else chunks)
 
-        if self.cache is None:
-            return concatenate(texts, self.tokenizer)
-        return self.cache.text(texts, self.tokenizer)
+    def _place(self, kind: str, rows: Rows) -> Any:
+        day = None
+        if uses_date(self.tokenizer):
+            day = self.rendering.date or date.today().isoformat()
+        settings = [self.max_length, self.long_rows, self.rendering.key, day, sorted(self.left_out)]
+        key = token_key(self.tokenizer, [kind, rows.fingerprint(), settings])
+        cache = self.cache if key is not None else TokenCache(None)
+        return cache.place("tokens", lambda: key or uuid.uuid4().hex, rows.characters())
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the workers share."""
+
+    encoder: Encoder
+    rows: Rows
+
+
+def _encode_chats(job: _Job, start: int) -> Chunk:
+    """Encode the conversations from a row on."""
+    own = job.encoder
+    rows: Any = job.rows[start : start + BATCH]
+    found = encode(rows, own.tokenizer, own.max_length, own.long_rows, own.rendering)
+    skipped = {number for number, _ in found.skipped}
+    numbers = [start + number for number in range(len(rows)) if number not in skipped]
+    kept, known, unknown = _known(found.examples, numbers, own.left_out)
+    left = {number for number, _ in unknown}
+    notes: dict[str, list[Any]] = {
+        "skipped": [(start + number, reason) for number, reason in found.skipped],
+        "cut": [start + n for n in found.cut if start + n not in left],
+        "lost": [(start + n, kind) for n, kind in found.lost],
+        "controls": [(start + n, token) for n, token in found.controls],
+        "unknown": unknown,
+    }
+    return pack_chunk(kept, known, notes, found.shortest)
+
+
+def _encode_texts(job: _Job, start: int) -> Chunk:
+    """Encode the documents from a row on, each ended by the end-of-text token."""
+    from kdrun.data.windows import concatenate
+
+    own = job.encoder
+    examples, numbers, unknown = [], [], []
+    for number, row in enumerate(job.rows[start : start + BATCH], start):
+        assert isinstance(row, TextRow), "texts are not mixed with conversations"
+        token = next((token for token in own.left_out if token in row.text), None)
+        if token is not None:
+            unknown.append((number, token))
+            continue
+        ids = concatenate([row.text], own.tokenizer)
+        examples.append(Example(input_ids=ids, labels=ids))
+        numbers.append(number)
+    return pack_chunk(examples, numbers, {"unknown": unknown})
+
+
+def _known(
+    examples: Sequence[Example], numbers: Sequence[int], left_out: Mapping[str, int]
+) -> tuple[list[Example], list[int], list[tuple[int, str]]]:
+    """Return examples without tokens that only one model knows, their rows, and the others."""
+    if not left_out:
+        return list(examples), list(numbers), []
+    names = {number: token for token, number in left_out.items()}
+    kept, known, unknown = [], [], []
+    for number, example in zip(numbers, examples, strict=True):
+        found = next((token for token in example["input_ids"] if token in names), None)
+        if found is None:
+            kept.append(example)
+            known.append(number)
+        else:
+            unknown.append((number, names[found]))
+    return kept, known, unknown
+
+
+def _shown(chunks: Iterator[Chunk], rows: Rows, part: str) -> Iterator[Chunk]:
+    """Show the progress of encoding."""
+    done = 0
+    with show_progress(make_console(), f"{part} rows", "rows") as report:
+        for chunk in chunks:
+            done = min(len(rows), done + BATCH)
+            report(done, len(rows), done)
+            yield chunk

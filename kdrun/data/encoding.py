@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 
@@ -27,6 +27,7 @@ class Encoding:
         shortest: The fewest tokens before an answer, and the fewest in a row.
         tokens: Number of tokens in all examples.
         supervised: Number of targets among them.
+        unknown: Rows left out for a token that only one model knows, and the token.
     """
 
     examples: Sequence[Example]
@@ -37,3 +38,4 @@ class Encoding:
     shortest: tuple[int, ...] | None
     tokens: int
     supervised: int
+    unknown: list[tuple[int, str]] = field(default_factory=list)

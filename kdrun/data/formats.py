@@ -27,7 +27,7 @@ from kdrun.data.messages import (
     history,
     system_prompt,
 )
-from kdrun.data.records import Position, Record
+from kdrun.data.records import Position
 from kdrun.errors import InputError
 
 DataFormat = Literal["auto", "text", "prompt_response", "alpaca", "messages"]
@@ -59,7 +59,8 @@ Converter = Callable[[Fields, Position], list[Row]]
 
 
 def choose_converter(
-    records: Sequence[Record],
+    keys: Sequence[str],
+    any_text: bool,
     data_format: DataFormat,
     prompt_field: str | None,
     response_field: str | None,
@@ -68,8 +69,8 @@ def choose_converter(
     """Choose how the records of one source are read.
 
     Args:
-        records: All records of the source; the fields of all of them count, since some rows may
-            lack a key.
+        keys: the names of the fields of all records.
+        any_text: whether any record is text, without fields.
         data_format: The configured format; ``auto`` detects it from the field names.
         prompt_field: The name of the prompt field, if it is not a common one.
         response_field: The same for the response.
@@ -86,8 +87,6 @@ def choose_converter(
         raise InputError(
             f"data.format={data_format}: must be one of {', '.join(get_args(DataFormat))}"
         )
-    keys = list(dict.fromkeys(k for r in records if isinstance(r.value, dict) for k in r.value))
-    any_text = any(isinstance(record.value, str) for record in records)
     for key, field in (("prompt_field", prompt_field), ("response_field", response_field)):
         if field is not None and field not in keys:
             raise InputError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kdrun.builtin.text import load_text
 from kdrun.config.sections import BUILT_IN, DataConfig
 from kdrun.data.origins import Origins
+from kdrun.data.row_store import Rows, store_rows
 from kdrun.data.rows import (
     Position,
     Row,
@@ -16,7 +17,8 @@ from kdrun.data.rows import (
     TextRow,
     load_rows,
 )
-from kdrun.data.split import content_hash, hold_out, shared_prompts
+from kdrun.data.split import hold_out, shared_prompts, shared_rows
+from kdrun.data.token_cache import TokenCache
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,8 +56,8 @@ class RawRows:
         notes: what was read and skipped, one line each.
     """
 
-    train: Sequence[Any]
-    held_out: Sequence[Any]
+    train: Rows
+    held_out: Rows
     notes: tuple[str, ...]
 
 
@@ -72,8 +74,7 @@ def read_rows(config: DataConfig) -> RawRows:
             f"built-in text: topics of pydoc_data.topics, sha256 {text.sha256[:12]} "
             "(figures depend on it)"
         )
-        train: Sequence[Any] = _documents(text.train)
-        held_out: Sequence[Any] = _documents(text.held_out)
+        train, held_out = _documents(text.train), _documents(text.held_out)
     else:
         found = _load(config.train, config)
         notes += found.warnings()
@@ -91,18 +92,23 @@ def read_rows(config: DataConfig) -> RawRows:
     elif config.part != "all" and config.test is None:
         validation, test_rows = _halve(held_out, config)
         held_out = validation if config.part == "validation" else test_rows
-    shared = shared_prompts(train, held_out)
-    if shared:
+    same, shared = shared_rows(train, held_out), shared_prompts(train, held_out)
+    if same:
         notes.append(
-            f"held-out rows: {shared} of {len(held_out)} have the same prompt as a training row, "
-            "which flatters the student"
+            f"held-out rows: {same} of {len(held_out)} are also training rows, so the measures "
+            "flatter the student; pass others with --eval-data"
+        )
+    if shared > same:
+        notes.append(
+            f"held-out rows: {shared - same} of {len(held_out)} have the same prompt as a training "
+            "row, which flatters the student"
         )
     return RawRows(train, held_out, tuple(notes))
 
 
-def _halve(held_out: Sequence[Any], config: DataConfig) -> tuple[list[Any], list[Any]]:
+def _halve(held_out: Rows, config: DataConfig) -> tuple[Rows, Rows]:
     """Return the held-out rows for selection, and those for reporting."""
-    if len({content_hash(row) for row in held_out}) < 2:
+    if len(set(held_out.hashes("own"))) < 2:
         raise InputError(
             f"{held_out[0].position.file}: data.part={config.part} takes half of the held-out "
             "rows, so at least two must differ; add rows, or put the test rows in data.test"
@@ -110,7 +116,7 @@ def _halve(held_out: Sequence[Any], config: DataConfig) -> tuple[list[Any], list
     return hold_out(held_out, 0.5, config.hold_out)
 
 
-def read_held_out(source: str, config: DataConfig) -> tuple[Sequence[Any], list[str]]:
+def read_held_out(source: str, config: DataConfig) -> tuple[Rows, list[str]]:
     """Read all rows of a source to evaluate on, and notes on them.
 
     For the built-in text, this is the held-out part.
@@ -194,10 +200,10 @@ def encode_held_out(rows: Sequence[Row], encode: Encoder) -> tuple[Dataset[Any],
     return encoded.examples, [*encoded.notes, *encode.notes_on_template(rows)]
 
 
-def _documents(texts: Sequence[str]) -> list[TextRow]:
-    return [
-        TextRow(text, Position("pydoc_data.topics", number)) for number, text in enumerate(texts, 1)
-    ]
+def _documents(texts: Sequence[str]) -> Rows:
+    return store_rows(
+        [TextRow(text, Position("pydoc_data.topics", i)) for i, text in enumerate(texts, 1)]
+    )
 
 
 def _load(source: str, config: DataConfig) -> RowSet:
@@ -207,4 +213,5 @@ def _load(source: str, config: DataConfig) -> RowSet:
         prompt_field=config.prompt_field,
         response_field=config.response_field,
         strict=config.strict,
+        keep=lambda key, size: TokenCache.at(config.cache_dir).place("rows", key, size),
     )

@@ -1,10 +1,9 @@
-"""Raw records of a data set: the contents of a file, before interpretation.
+"""Adds to datasets' JSON reader: files judged by content, one row at a time, errors by line.
 
-The file type is detected from the content. A file that begins like JSON (``[{``, ``["``, ``{"``)
-is a JSON list, a JSON object that contains one, or JSON lines; everything else is plain text. The
-extension only decides what is an error: a file called ``.json`` or ``.jsonl`` that is not JSON is
-broken, not plain text. Tables are the exception: only the extension ``.csv`` or ``.tsv``
-distinguishes them from text. A Parquet file is recognised by its first bytes.
+A file that begins like JSON (``[{``, ``["``, ``{"``) is a JSON list, a JSON object that contains
+one, or JSON lines; everything else is plain text. The extension only decides what is an error: a
+file called ``.json`` or ``.jsonl`` that is not JSON is broken, not plain text. Tables are the
+exception: only the extension ``.csv`` or ``.tsv`` distinguishes them from text.
 
 In a plain text file documents are separated by blank lines; if there is no blank line, every line
 is a document.
@@ -14,26 +13,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from kdrun.data.tables import DELIMITERS, PARQUET_START, parse_csv, read_parquet
+from kdrun.data.streams import TextFile
+from kdrun.data.tables import DELIMITERS, read_csv
 from kdrun.errors import InputError
-from kdrun.paths import did_you_mean, expand_home
 
+JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
 _JSON_START = re.compile(r"""\s*(\[\s*[\[{"\]]|\{\s*["}])""")
-_JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
-_SUFFIXES = _JSON_SUFFIXES | {".txt", ".parquet", *DELIMITERS}
 _LIST_KEYS = ("data", "train", "rows", "examples")
-_BINARY_STARTS = {
-    b"\x1f\x8b": "is compressed (gzip); unpack it first",
-    b"PK\x03\x04": "is a zip archive; unpack it first",
-    b"\x28\xb5\x2f\xfd": "is compressed (zstd); unpack it first",
-    b"\xff\xfe": "is UTF-16, not UTF-8; save it again as UTF-8",
-    b"\xfe\xff": "is UTF-16, not UTF-8; save it again as UTF-8",
-}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
+_SPACE = re.compile(r"\s*")
+_UNFINISHED = 64
+"""A JSON error this close to the end of what was read may be due to the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,126 +50,85 @@ class Record:
     position: Position
 
 
-def read_records(source: str | Path, *, as_text: bool = False) -> list[Record]:
-    """Read every record of a file, or of a data set of the Hugging Face hub.
+def read_text_file(file: TextFile, as_text: bool) -> Iterator[Record]:
+    """Yield the records of a file.
 
     Args:
-        source: A file; or ``owner/name`` or ``owner/name:configuration``, if no such file
-            exists, for a data set that the optional package ``datasets`` loads.
-        as_text: Treat the file as plain text, even if it looks like JSON.
-
-    Returns:
-        At least one record, in the order of the file.
+        file: not a Parquet file.
+        as_text: treat it as plain text, even if it looks like JSON.
 
     Raises:
-        InputError: It does not exist, is empty, is not UTF-8, or its JSON is broken.
+        InputError: it is empty or broken; names the line.
     """
-    path = expand_home(source)
-    if path.is_dir():
-        raise InputError(f"{source} is a folder; choose one data file in it{_files_in(path)}")
-    if not path.exists():
-        if _is_hub_id(str(source)):
-            return _read_hub(str(source))
-        raise InputError(f"{source}: no such file{did_you_mean(path)}")
-    name = str(source)
-    data = _read_bytes(path, name)
-    if data.startswith(PARQUET_START):
-        return _numbered(read_parquet(path, name), name)
-    text = _decode(data, name)
-    if not text.strip():
-        raise InputError(f"{name}: the file is empty; it must contain at least one row")
-    delimiter = DELIMITERS.get(path.suffix.lower())
+    if not file.head.strip() and not any(line.strip() for _, line in file.lines()):
+        raise InputError(f"{file.name}: the file is empty; it must contain at least one row")
+    delimiter = DELIMITERS.get(file.suffix)
     if delimiter is not None:
-        rows = parse_csv(text, name, delimiter)
-        return _some([Record(row, Position(name, line)) for line, row in rows], name)
-    is_json_file = path.suffix.lower() in _JSON_SUFFIXES
-    if _JSON_START.match(text) or (is_json_file and not as_text):
-        try:
-            records = _parse_json(text, name)
-        except InputError:
-            if not as_text or is_json_file:
-                raise
-            records = _parse_text(text, name)
+        for line, row in read_csv(file, delimiter):
+            yield Record(row, Position(file.name, line))
+        return
+    head = file.head.decode("utf-8", errors="replace")
+    is_json_file = file.suffix in JSON_SUFFIXES
+    if not _JSON_START.match(head) and not (is_json_file and not as_text):
+        yield from _read_documents(file)
+    elif as_text and not is_json_file:
+        yield from _read_documents(file) if _is_broken(file, head) else _read_json(file, head)
     else:
-        records = _parse_text(text, name)
-    return _some(records, name)
+        yield from _read_json(file, head)
 
 
-def _some(records: list[Record], name: str) -> list[Record]:
-    if not records:
-        raise InputError(f"{name}: the file contains no rows")
-    return records
-
-
-def _numbered(rows: list[Any], name: str) -> list[Record]:
-    return _some([Record(row, Position(name, i, "row")) for i, row in enumerate(rows, 1)], name)
-
-
-def _files_in(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES)
-    return f" ({', '.join(names[:3])})" if names else ""
-
-
-def _is_hub_id(source: str) -> bool:
-    """Distinguish ``owner/name`` from a misspelled path."""
-    if not _HUB_ID.fullmatch(source):
-        return False
-    path = Path(source)
-    return not path.parent.is_dir() and path.suffix.lower() not in _SUFFIXES
-
-
-def _read_bytes(path: Path, name: str) -> bytes:
+def _is_broken(file: TextFile, head: str) -> bool:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read ({error.strerror})") from error
+        for _ in _read_json(file, head):
+            pass
+    except InputError:
+        return True
+    return False
 
 
-def _decode(data: bytes, name: str) -> str:
-    for start, cure in _BINARY_STARTS.items():
-        if data.startswith(start):
-            raise InputError(f"{name} {cure}")
-    try:
-        # Decode bytes instead of opening as text, to be independent of the platform's encoding;
-        # "utf-8-sig" removes the byte-order mark that Windows editors write.
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{name}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x}); "
-            "save the file again as UTF-8"
-        ) from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _parse_text(text: str, name: str) -> list[Record]:
-    lines = text.split("\n")
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    first, last = numbered[0][0], numbered[-1][0]
-    if last - first + 1 == len(numbered):
-        return [Record(line.strip(), Position(name, number)) for number, line in numbered]
-    records: list[Record] = []
+def _read_documents(file: TextFile) -> Iterator[Record]:
+    spread = _has_blank_lines(file)
     paragraph: list[str] = []
-    for number, line in enumerate([*lines, ""], 1):
+    first = 0
+    for number, line in file.lines():
         if line.strip():
+            if not spread:
+                yield Record(line.strip(), Position(file.name, number))
+                continue
+            first = first if paragraph else number
             paragraph.append(line)
         elif paragraph:
-            position = Position(name, number - len(paragraph))
-            records.append(Record("\n".join(paragraph).strip(), position))
+            yield Record("\n".join(paragraph).strip(), Position(file.name, first))
             paragraph = []
-    return records
+    if paragraph:
+        yield Record("\n".join(paragraph).strip(), Position(file.name, first))
 
 
-def _parse_json(text: str, name: str) -> list[Record]:
-    if text.lstrip().startswith("["):
-        return _from_document(_load_document(text, name), name)
-    first = next(line for line in text.split("\n") if line.strip())
+def _has_blank_lines(file: TextFile) -> bool:
+    """Return whether a blank line stands between others."""
+    begun = blank = False
+    for _, line in file.lines():
+        if not line.strip():
+            blank = begun
+        elif blank:
+            return True
+        else:
+            begun = True
+    return False
+
+
+def _read_json(file: TextFile, head: str) -> Iterator[Record]:
+    if head.lstrip().startswith("["):
+        yield from _read_list(file)
+        return
+    first = next((line for _, line in file.lines() if line.strip()), "")
     try:
         json.loads(first)
     except ValueError as error:
         if _ends_early(error, first):
-            return _parse_spread_out(text, name)
-    return _parse_json_lines(text, name)
+            yield from _read_spread_out(file)
+            return
+    yield from _read_json_lines(file)
 
 
 def _ends_early(error: ValueError, line: str) -> bool:
@@ -184,14 +136,22 @@ def _ends_early(error: ValueError, line: str) -> bool:
     return isinstance(error, json.JSONDecodeError) and error.pos >= len(line.rstrip())
 
 
-def _parse_spread_out(text: str, name: str) -> list[Record]:
-    """Parse one object on several lines, or else JSON lines whose first line is truncated."""
+def _read_spread_out(file: TextFile) -> Iterator[Record]:
+    """Read one object on several lines, or else JSON lines whose first line is truncated."""
     try:
-        return _from_document(_load_document(text, name), name)
+        document = _load_document(file)
     except InputError:
-        if any(_is_object(line) for line in text.split("\n")):
-            return _parse_json_lines(text, name)
+        if any(_is_object(line) for _, line in file.lines()):
+            yield from _read_json_lines(file)
+            return
         raise
+    rows = [document]
+    if isinstance(document, dict):
+        lists = [document[key] for key in _LIST_KEYS if isinstance(document.get(key), list)]
+        if len(lists) == 1:
+            rows = lists[0]
+    for number, row in enumerate(rows, 1):
+        yield Record(row, Position(file.name, number, "row"))
 
 
 def _is_object(line: str) -> bool:
@@ -201,65 +161,120 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _parse_json_lines(text: str, name: str) -> list[Record]:
-    records = []
-    # Not splitlines(), which also splits at U+2028 and others that JSON strings may contain.
-    for number, line in enumerate(text.split("\n"), 1):
+def _read_json_lines(file: TextFile) -> Iterator[Record]:
+    for number, line in file.lines():
         if not line.strip():
             continue
         try:
-            records.append(Record(json.loads(line), Position(name, number)))
+            yield Record(json.loads(line), Position(file.name, number))
         except ValueError as error:
-            raise _broken_json(name, number, error) from error
-    return records
+            raise _broken_json(file.name, number, error) from error
 
 
-def _load_document(text: str, name: str) -> Any:
+class _ListReader:
+    """Reads the values of a JSON list one by one; ``json`` would hold all of them.
+
+    Args:
+        file: begins with a bracket.
+    """
+
+    def __init__(self, file: TextFile) -> None:
+        self._name = file.name
+        self._pieces = file.pieces()
+        self._text, self._place = "", 0
+        self._line, self._column = 1, 0  # of the beginning of the text
+        self._decoder = json.JSONDecoder()
+
+    def values(self) -> Iterator[Any]:
+        """Yield the values.
+
+        Raises:
+            InputError: the JSON is broken; names the line.
+        """
+        self._next()
+        self._place += 1
+        if self._next() == "]":
+            self._place += 1
+        else:
+            yield self._value()
+            while self._next() == ",":
+                self._place += 1
+                self._next()
+                yield self._value()
+            if self._next() != "]":
+                raise self._broken("Expecting ',' delimiter", self._place)
+            self._place += 1
+        if self._next():
+            raise self._broken("Extra data", self._place)
+
+    def _next(self) -> str:
+        """Return the next character that is not white space; nothing at the end."""
+        while True:
+            found = _SPACE.match(self._text, self._place)
+            assert found is not None, "the pattern matches nothing, too"
+            self._place = found.end()
+            if self._place < len(self._text):
+                return self._text[self._place]
+            if not self._read_more():
+                return ""
+
+    def _value(self) -> Any:
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._place)
+            except json.JSONDecodeError as error:
+                cut_off = error.pos >= len(self._text) - _UNFINISHED or "Unterminated" in error.msg
+                if not cut_off or not self._read_more():
+                    raise self._broken(error.msg, error.pos) from error
+            except ValueError as error:  # a number of too many digits
+                raise self._broken(str(error).splitlines()[0], self._place) from error
+            else:
+                if end < len(self._text) or not self._read_more():  # a number may go on
+                    self._place = end
+                    return value
+
+    def _read_more(self) -> bool:
+        """Drop what was read and read as much again as is left; False at the end of the file."""
+        left, pieces, size = len(self._text) - self._place, [], 0
+        for piece in self._pieces:
+            pieces.append(piece)
+            size += len(piece)
+            if size > left:
+                break
+        if not size:
+            return False
+        dropped = self._text[: self._place]
+        lines = dropped.count("\n")
+        self._line += lines
+        self._column = len(dropped) - dropped.rfind("\n") - 1 + (0 if lines else self._column)
+        self._text, self._place = "".join([self._text[self._place :], *pieces]), 0
+        return True
+
+    def _broken(self, what: str, place: int) -> InputError:
+        before = self._text[:place]
+        lines = before.count("\n")
+        column = len(before) - before.rfind("\n") + (0 if lines else self._column)
+        return _broken_json(self._name, self._line + lines, f"{what}, column {column}")
+
+
+def _read_list(file: TextFile) -> Iterator[Record]:
+    for number, value in enumerate(_ListReader(file).values(), 1):
+        yield Record(value, Position(file.name, number, "row"))
+
+
+def _load_document(file: TextFile) -> Any:
+    text = file.text()
     try:
         return json.loads(text)
     except ValueError as error:
-        raise _broken_json(name, getattr(error, "lineno", 1), error) from error
+        raise _broken_json(file.name, getattr(error, "lineno", 1), error) from error
 
 
-def _broken_json(name: str, line: int, error: ValueError) -> InputError:
-    what = (
-        f"{error.msg}, column {error.colno}"
-        if isinstance(error, json.JSONDecodeError)
-        else str(error).splitlines()[0]
-    )
+def _broken_json(name: str, line: int, error: ValueError | str) -> InputError:
+    what = str(error).splitlines()[0]
+    if isinstance(error, json.JSONDecodeError):
+        what = f"{error.msg}, column {error.colno}"
     return InputError(
         f"{name}, line {line}: broken JSON ({what}); fix the line, or for plain text "
         "use the extension .txt and data.format=text"
     )
-
-
-def _from_document(document: Any, name: str) -> list[Record]:
-    rows = document if isinstance(document, list) else [document]
-    if isinstance(document, dict):
-        lists = [document[key] for key in _LIST_KEYS if isinstance(document.get(key), list)]
-        if len(lists) == 1:
-            rows = lists[0]
-    return [Record(row, Position(name, number, "row")) for number, row in enumerate(rows, 1)]
-
-
-def _read_hub(source: str) -> list[Record]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(
-            f"{source}: no such file; to read it as a data set of the Hugging Face hub, "
-            "install the package that loads them: pip install 'kdlosses[data]'"
-        ) from error
-    name, _, configuration = source.partition(":")
-    try:
-        rows = datasets.load_dataset(name, configuration or None, split="train")
-    except Exception as error:
-        # The package raises any error of its many back-ends; report it as one line.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"{source}: no such file, and not a data set that the hub can provide ({reason})"
-        ) from error
-    records = [Record(dict(row), Position(source, i, "row")) for i, row in enumerate(rows, 1)]
-    if not records:
-        raise InputError(f"{source}: the data set's split 'train' contains no rows")
-    return records

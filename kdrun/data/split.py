@@ -1,18 +1,18 @@
-"""Hold out rows by the hash of their content, keeping rows with the same prompt together."""
+"""Adds to datasets' splits: rows are held out by their content, rows of one prompt together."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
-from kdrun.data.formats import ChatRow, Row, TextRow
+from kdrun.data.formats import Row, TextRow
 from kdrun.data.messages import Message
 from kdrun.errors import InputError
 
-_AnyRow = TypeVar("_AnyRow", TextRow, ChatRow, Row)
+if TYPE_CHECKING:
+    from kdrun.data.row_store import Rows
 
 
 def content_hash(row: Row) -> str:
@@ -25,12 +25,6 @@ def prompt_hash(row: Row) -> str:
     return _hash(row.text if isinstance(row, TextRow) else _contents(row.messages[:-1]))
 
 
-def shared_prompts(train: Sequence[Row], held_out: Sequence[Row]) -> int:
-    """Return held-out rows with the same prompt as a training row."""
-    asked = {prompt_hash(row) for row in train}
-    return sum(prompt_hash(row) in asked for row in held_out)
-
-
 def _contents(messages: Sequence[Message]) -> list[list[str]]:
     return [[message.role, message.content] for message in messages]
 
@@ -39,9 +33,25 @@ def _hash(content: object) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def shared_prompts(train: Rows, held_out: Rows) -> int:
+    """Return held-out rows with the same prompt as a training row."""
+    return _shared(train, held_out, "prompt")
+
+
+def shared_rows(train: Rows, held_out: Rows) -> int:
+    """Return held-out rows that are also training rows."""
+    return _shared(train, held_out, "own")
+
+
+def _shared(train: Rows, held_out: Rows, name: str) -> int:
+    import numpy as np
+
+    return int(np.isin(held_out.hashes(name), train.hashes(name)).sum())
+
+
 def hold_out(
-    rows: Sequence[_AnyRow], fraction: float = 0.05, by: Literal["prompt", "content"] = "prompt"
-) -> tuple[list[_AnyRow], list[_AnyRow]]:
+    rows: Rows, fraction: float = 0.05, by: Literal["prompt", "content"] = "prompt"
+) -> tuple[Rows, Rows]:
     """Split rows into those to train on and those to evaluate on.
 
     The rows with the smallest hashes are held out. The split is therefore independent of the order
@@ -50,37 +60,33 @@ def hold_out(
     trained on would flatter the measures. If all prompts are equal, rows are split by answer.
 
     Args:
-        rows: All rows.
-        fraction: The share to hold out; at least one row stays on each side.
+        rows: all rows.
+        fraction: the share to hold out; at least one row stays on each side.
         by: ``content`` keeps only identical rows together, as earlier versions did.
 
     Returns:
         The training rows and the held-out rows, both in the order of `rows`.
 
     Raises:
-        InputError: There are no two different rows.
+        InputError: there are no two different rows.
     """
-    hashes = [content_hash(row) for row in rows]
-    if len(set(hashes)) < 2:
+    import numpy as np
+
+    different, rank = np.unique(rows.hashes("own"), return_inverse=True)
+    if len(different) < 2:
         raise InputError(
-            f"{rows[0].position.file if rows else 'the data'}: at least two different rows are "
-            "needed to hold some out for evaluation; add rows, or pass --eval-data"
+            f"{rows.position(0).file if len(rows) else 'the data'}: at least two different rows "
+            "are needed to hold some out for evaluation; add rows, or pass --eval-data"
         )
-    prompts = [prompt_hash(row) for row in rows]
-    groups = prompts if by == "prompt" and len(set(prompts)) > 1 else hashes
-    sizes = Counter(groups)
+    prompts, group = np.unique(rows.hashes("prompt"), return_inverse=True)
+    if by == "content" or len(prompts) < 2:
+        group = rank
     # A group is ordered by its first row's hash, so that single rows keep their order.
-    place: dict[str, str] = {}
-    for group, own in zip(groups, hashes, strict=True):
-        place[group] = min(own, place.get(group, own))
+    sizes = np.bincount(group)
+    place = np.full(len(sizes), len(rows))
+    np.minimum.at(place, group, rank)
+    order = np.argsort(place, kind="stable")[:-1]
     wanted = max(1, round(fraction * len(rows)))
-    held_out: set[str] = set()
-    number = 0
-    for group in sorted(sizes, key=place.__getitem__)[:-1]:
-        if number >= wanted:
-            break
-        held_out.add(group)
-        number += sizes[group]
-    train = [row for row, group in zip(rows, groups, strict=True) if group not in held_out]
-    evaluation = [row for row, group in zip(rows, groups, strict=True) if group in held_out]
-    return train, evaluation
+    count = int(np.searchsorted(np.cumsum(sizes[order]), wanted)) + 1
+    held_out = np.isin(group, order[:count])
+    return rows.some(np.flatnonzero(~held_out)), rows.some(np.flatnonzero(held_out))

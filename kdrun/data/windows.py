@@ -9,6 +9,20 @@ from torch.utils.data import Dataset
 from kdrun.errors import InputError
 
 
+def check_end_of_text(tokenizer: Any) -> None:
+    """Refuse a tokenizer without an end-of-text token, which separates documents.
+
+    Raises:
+        InputError: The tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"{getattr(tokenizer, 'name_or_path', '') or 'the model'}: its tokenizer has no "
+            "end-of-text token, which must separate documents of plain text; set one as eos_token "
+            "in its tokenizer_config.json"
+        )
+
+
 def concatenate(texts: Iterable[str], tokenizer: Any) -> list[int]:
     """Join documents into one list of tokens, each ended by the end-of-text token.
 
@@ -19,19 +33,12 @@ def concatenate(texts: Iterable[str], tokenizer: Any) -> list[int]:
     Raises:
         InputError: The tokenizer has none.
     """
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise InputError(
-            f"{getattr(tokenizer, 'name_or_path', '') or 'the model'}: its tokenizer has no "
-            "end-of-text token, which must separate documents of plain text; set one as eos_token "
-            "in its tokenizer_config.json"
-        )
+    check_end_of_text(tokenizer)
     tokens: list[int] = []
     for text in texts:
         # `verbose=False`: a document may be longer than the model's context, but a window is not.
-        encoded = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        tokens.extend(encoded)
-        tokens.append(eos)
+        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens.append(tokenizer.eos_token_id)
     return tokens
 
 
@@ -58,7 +65,7 @@ class TextWindows(Dataset[dict[str, list[int]]]):
         """Cut a list of tokens.
 
         Args:
-            tokens: One list of tokens, such as `concatenate` returns.
+            tokens: The documents' tokens, one after another.
             length: Tokens per window.
             seed: Determines the phases, together with the epoch.
             phase: Whether the windows shift from epoch to epoch; `False` for evaluation.
@@ -74,7 +81,7 @@ class TextWindows(Dataset[dict[str, list[int]]]):
             raise ValueError(
                 f"The text has {len(tokens)} tokens; windows of {length} need at least {needed}."
             )
-        self._tokens = torch.tensor(tokens, dtype=torch.long)
+        self._tokens = tokens
         self._length = length
         self._seed = seed
         self._phase = phase
@@ -95,5 +102,5 @@ class TextWindows(Dataset[dict[str, list[int]]]):
         if not 0 <= index < self._count:
             raise IndexError(index)
         first = self._start + index * self._length
-        window: list[int] = self._tokens[first : first + self._length].tolist()
+        window = list(self._tokens[first : first + self._length])
         return {"input_ids": window, "labels": list(window)}

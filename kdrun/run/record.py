@@ -6,9 +6,7 @@ continue with different rows or another teacher.
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdrun.cache.fingerprint import TeacherPrint, TokenizerPrint, print_teacher, print_tokenizer
 from kdrun.data.prepare import examples_in
+from kdrun.data.token_store import Tokens, hash_example
 from kdrun.errors import InputError
 from kdrun.files import write_bytes
 from kdrun.run import folder as runs
@@ -32,7 +31,15 @@ if TYPE_CHECKING:
     from kdrun.run.prepare import Prepared
 
 # Paths, and the treatment of bad rows, do not change the tokens of the remaining rows.
-_NOT_THE_TOKENS = {"train", "eval", "test", "cache_dir", "strict", "accept_changes"}
+_NOT_THE_TOKENS = {
+    "train",
+    "eval",
+    "test",
+    "cache_dir",
+    "workers",
+    "strict",
+    "accept_changes",
+}
 _WAYS_OUT = (
     "restore it, start a new run with another --output, or continue anyway with "
     "--set data.accept_changes=true"
@@ -190,12 +197,7 @@ def _print_teacher(config: RunConfig, chosen: ChosenTeacher) -> TeacherPrint | N
 def _hashes(examples: Any) -> np.ndarray:
     import numpy as np
 
-    found = [_hash(example) for example in examples_in(examples)]
+    if isinstance(examples, Tokens):
+        return examples.hashes()
+    found = [hash_example(one["input_ids"], one["labels"]) for one in examples_in(examples)]
     return np.array(found, dtype=np.int64)
-
-
-def _hash(example: Mapping[str, Sequence[int]]) -> int:
-    digest = hashlib.blake2b(digest_size=8)
-    for name in ("input_ids", "labels"):
-        digest.update(array("i", example[name]).tobytes())
-    return int.from_bytes(digest.digest(), "big", signed=True)

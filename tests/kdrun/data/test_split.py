@@ -9,20 +9,23 @@ import pytest
 
 from kdrun.config.sections import DataConfig
 from kdrun.data.prepare import read_rows
+from kdrun.data.row_store import Rows, store_rows
 from kdrun.data.rows import ChatRow, Message, Position, TextRow, load_rows
 from kdrun.data.split import content_hash, hold_out, prompt_hash, shared_prompts
 from kdrun.errors import InputError
 
 
-def texts(*contents: str) -> list[TextRow]:
-    return [TextRow(text, Position("rows.txt", i)) for i, text in enumerate(contents, 1)]
+def texts(*contents: str) -> Rows:
+    return store_rows(
+        [TextRow(text, Position("rows.txt", i)) for i, text in enumerate(contents, 1)]
+    )
 
 
 def test_five_percent() -> None:
     rows = texts(*(str(i) for i in range(1000)))
     train, held_out = hold_out(rows)
     assert (len(train), len(held_out)) == (950, 50)
-    assert sorted(train + held_out, key=lambda row: row.position.number) == rows
+    assert sorted([*train, *held_out], key=lambda row: row.position.number) == rows
     for part in (train, held_out):
         assert part == sorted(part, key=lambda row: row.position.number)
 

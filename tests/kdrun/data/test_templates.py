@@ -25,7 +25,7 @@ from word_chats import (
 )
 from words import CHAT, PROMPT
 
-from kdrun.data.chat import USUAL_RENDERING, ChatRenderer
+from kdrun.data.chat import ChatRenderer
 from kdrun.data.encode import encode, encode_chats
 from kdrun.data.encode_report import EncodedRows, report_on
 from kdrun.data.encoder import Encoder
@@ -119,7 +119,7 @@ class TestLost:
     def test_f1_the_token_cache_keeps_it(self, tmp_path: Any) -> None:
         tokenizer, cache = words(CUTS_REASONING), TokenCache(tmp_path)
         for _ in range(2):
-            found = cache.chats(self.ROWS, tokenizer, 100, "cut", USUAL_RENDERING)
+            found = Encoder(tokenizer, 100, cache=cache).chats(self.ROWS).encoding()
             assert found.lost == [(0, "part of the answer"), (2, "part of the answer")]
         assert len(list(tmp_path.iterdir())) == 1
 

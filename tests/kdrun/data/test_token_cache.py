@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from kdrun.data.chat import USUAL_RENDERING
 from kdrun.data.encode import encode
+from kdrun.data.encoder import Encoder
 from kdrun.data.encoding import Encoding
 from kdrun.data.records import Position
-from kdrun.data.rows import ChatRow, Message
+from kdrun.data.rows import ChatRow, Message, TextRow
 from kdrun.data.token_cache import TokenCache
 from kdrun.data.windows import concatenate
 from kdrun.errors import InputError
@@ -23,6 +23,12 @@ from kdrun.errors import InputError
 def chat(question: str, answer: str, number: int = 1, file: str = "a.jsonl") -> ChatRow:
     messages = (Message("user", question), Message("assistant", answer))
     return ChatRow(messages, Position(file, number))
+
+
+def kept(
+    cache: TokenCache, rows: list[ChatRow], tokenizer: Any, length: int, long: Any = "cut"
+) -> Encoding:
+    return Encoder(tokenizer, length, long, cache).chats(rows).encoding()
 
 
 def plain(encoding: Encoding) -> Encoding:
@@ -62,11 +68,11 @@ def test_the_second_time_gives_what_the_first_gave_without_encoding(
     expected = encode(ROWS, tiny_tokenizer, 64)
     assert expected.skipped
     assert expected.cut
-    assert plain(cache.chats(ROWS, tiny_tokenizer, 64, "cut", USUAL_RENDERING)) == expected
+    assert plain(kept(cache, ROWS, tiny_tokenizer, 64)) == expected
     assert len(list(cache.folder.iterdir())) == 1
-    monkeypatch.setattr("kdrun.data.token_cache.encode", None)
+    monkeypatch.setattr("kdrun.data.encoder.encode", None)
     moved = [chat(*(m.content for m in row.messages), 7, "b.jsonl") for row in ROWS]
-    assert plain(cache.chats(moved, tiny_tokenizer, 64, "cut", USUAL_RENDERING)) == expected
+    assert plain(kept(cache, moved, tiny_tokenizer, 64)) == expected
 
 
 def test_d16_another_tokenizer_template_row_or_setting_is_encoded_anew(
@@ -85,7 +91,7 @@ def test_d16_another_tokenizer_template_row_or_setting_is_encoded_anew(
     found = []
     for _ in range(2):
         for variant in variants:
-            found.append(plain(cache.chats(*variant, USUAL_RENDERING)))
+            found.append(plain(kept(cache, *variant)))
             assert found[-1] == encode(*variant)
     first = [json.dumps(encoding.examples) for encoding in found[: len(variants)]]
     assert [first.index(content) for content in first] == list(range(len(variants)))
@@ -95,22 +101,26 @@ def test_d16_another_tokenizer_template_row_or_setting_is_encoded_anew(
 def test_texts_are_kept_too(tiny_tokenizer: Any, tmp_path: Path) -> None:
     cache = TokenCache(tmp_path)
     texts = ["the user asks", "an answer"]
+    rows = [TextRow(text, Position("a.txt", number)) for number, text in enumerate(texts)]
     for tokenizer in (tiny_tokenizer, other_ids(tiny_tokenizer)):
         for _ in range(2):
-            assert cache.text(texts, tokenizer) == concatenate(texts, tokenizer)
+            found = Encoder(tokenizer, 64, cache=cache).texts(rows).flat()
+            assert list(found[:]) == concatenate(texts, tokenizer)
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("damaged", ["table.arrow", "about.json"])
 @pytest.mark.parametrize("damage", [b"", b"no such format", None])
 def test_a_damaged_file_is_written_again(
-    tiny_tokenizer: Any, tmp_path: Path, damage: bytes | None
+    tiny_tokenizer: Any, tmp_path: Path, damage: bytes | None, damaged: str
 ) -> None:
     cache = TokenCache(tmp_path)
-    expected = cache.chats(ROWS, tiny_tokenizer, 64, "cut", USUAL_RENDERING)
-    (file,) = tmp_path.iterdir()
+    expected = plain(kept(cache, ROWS, tiny_tokenizer, 64))
+    (store,) = tmp_path.iterdir()
+    file = store / damaged
     content = file.read_bytes()
     file.write_bytes(content[:-9] if damage is None else damage)
-    assert plain(cache.chats(ROWS, tiny_tokenizer, 64, "cut", USUAL_RENDERING)) == expected
+    assert plain(kept(cache, ROWS, tiny_tokenizer, 64)) == expected
     assert file.read_bytes() == content
 
 
@@ -119,13 +129,13 @@ def test_where_it_lies(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     usual = TokenCache.at(None)
-    assert usual is not None
-    usual.chats(ROWS, tiny_tokenizer, 64, "cut", USUAL_RENDERING)
+    assert usual.folder is not None
+    kept(usual, ROWS, tiny_tokenizer, 64)
     assert not usual.folder.exists()  # too few to be worth a file
     many = [chat("a question", "an answer " * 100, i) for i in range(600)]
-    usual.chats(many, tiny_tokenizer, 64, "cut", USUAL_RENDERING)
+    kept(usual, many, tiny_tokenizer, 64)
     assert len(list((tmp_path / "home" / "kdrun" / "tokens").iterdir())) == 1
-    assert TokenCache.at("none") is None
+    assert TokenCache.at("none") == TokenCache(None)
     named = TokenCache.at(str(tmp_path / "named"))
     assert named == TokenCache(tmp_path / "named")
     (tmp_path / "file").touch()
@@ -142,7 +152,7 @@ def test_a_user_without_a_home_folder_keeps_nothing(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(pwd, "getpwuid", getpwuid)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("HOME")
-    assert TokenCache.at(None) is None
+    assert TokenCache.at(None).folder is None
     with pytest.raises(InputError, match="no home folder"):
         TokenCache.at("~/tokens")
 
@@ -152,9 +162,7 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_the_time(
 ) -> None:
     (tmp_path / "file").touch()
     cache = TokenCache(tmp_path / "file")
-    assert cache.chats(ROWS, tiny_tokenizer, 64, "cut", USUAL_RENDERING) == encode(
-        ROWS, tiny_tokenizer, 64
-    )
+    assert plain(kept(cache, ROWS, tiny_tokenizer, 64)) == encode(ROWS, tiny_tokenizer, 64)
 
 
 def test_runs_take_their_rows_from_it(tiny_pair: Any, tmp_path: Path, distil: Any) -> None:
@@ -169,4 +177,6 @@ def test_runs_take_their_rows_from_it(tiny_pair: Any, tmp_path: Path, distil: An
     first, second = ([x for x in lines if "rows:" in x] for lines in said)
     assert first
     assert first == second
-    assert len(list((tmp_path / "t").iterdir())) == 2  # training and held-out rows
+    assert (
+        len(list((tmp_path / "t").iterdir())) == 3
+    )  # the rows, and tokens of training and held-out rows

@@ -1,0 +1,251 @@
+"""Adds to datasets' Arrow files: tokenised rows with hashes, and what became of the others."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from kdrun.data.arrow_store import Stored, StoreWriter, lists, numbers, open_store
+from kdrun.data.collate import IGNORE_INDEX
+from kdrun.data.encoding import Encoding, Example
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def hash_example(ids: Sequence[int], labels: Sequence[int]) -> int:
+    """Return a hash of the tokens and targets of an example, as a signed 64-bit number."""
+    digest = hashlib.blake2b(array("i", ids).tobytes(), digest_size=8)
+    digest.update(array("i", labels).tobytes())
+    return int.from_bytes(digest.digest(), "big", signed=True)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokenised rows on their way from a worker to the store.
+
+    Attributes:
+        ids: tokens of all examples.
+        supervised: whether each of them is a target.
+        lengths: of the examples.
+        rows: number of the row of each example.
+        hashes: of the examples.
+        notes: lists by kind, for :class:`Encoding`; their rows are numbered as in ``rows``.
+        shortest: the fewest tokens before an answer, and the fewest in a row.
+    """
+
+    ids: np.ndarray
+    supervised: np.ndarray
+    lengths: list[int]
+    rows: list[int]
+    hashes: list[int]
+    notes: dict[str, list[Any]]
+    shortest: tuple[int, ...] | None
+
+
+def pack_chunk(
+    examples: Sequence[Example],
+    rows: Sequence[int],
+    notes: dict[str, list[Any]],
+    shortest: tuple[int, ...] | None = None,
+) -> Chunk:
+    """Return examples in the form of the store."""
+    import numpy as np
+
+    labels = np.array([x for e in examples for x in e["labels"]], dtype=np.int32)
+    return Chunk(
+        ids=np.array([x for e in examples for x in e["input_ids"]], dtype=np.int32),
+        supervised=(labels != IGNORE_INDEX).astype(np.int8),
+        lengths=[len(e["input_ids"]) for e in examples],
+        rows=list(rows),
+        hashes=[hash_example(e["input_ids"], e["labels"]) for e in examples],
+        notes=notes,
+        shortest=shortest,
+    )
+
+
+def store_tokens(place: Path | None, chunks: Iterable[Chunk]) -> Tokens:
+    """Write chunks to a store.
+
+    Args:
+        place: folder of the store; None keeps them in memory.
+        chunks: in the order of the rows.
+
+    Raises:
+        InputError: the disk is full.
+    """
+    import pyarrow as pa
+
+    kind = pa.large_list
+    schema = pa.schema(
+        [
+            ("ids", kind(pa.int32())),
+            ("supervised", kind(pa.int8())),
+            ("row", pa.int64()),
+            ("hash", pa.int64()),
+        ]
+    )
+    notes: dict[str, list[Any]] = {}
+    shortest: tuple[int, ...] | None = None
+    supervised = 0
+    with StoreWriter(place, schema) as writer:
+        for chunk in chunks:
+            columns = [
+                lists(chunk.ids, "int32", chunk.lengths),
+                lists(chunk.supervised, "int8", chunk.lengths),
+                numbers(chunk.rows, "int64"),
+                numbers(chunk.hashes, "int64"),
+            ]
+            if chunk.lengths:
+                writer.add(pa.RecordBatch.from_arrays(columns, schema=schema))
+            supervised += _targets(chunk)
+            for name, found in chunk.notes.items():
+                notes.setdefault(name, []).extend(found)
+            if chunk.shortest is not None:
+                both = (chunk.shortest, shortest or chunk.shortest)
+                shortest = tuple(map(min, zip(*both, strict=True)))
+        about = {"notes": notes, "shortest": shortest, "supervised": supervised}
+        return Tokens(writer.finish(about))
+
+
+def _targets(chunk: Chunk) -> int:
+    """Return the number of targets; the first token of a row has nothing to be predicted from."""
+    starts = [0, *accumulate(chunk.lengths)][:-1]
+    return int(chunk.supervised.sum()) - int(chunk.supervised[starts].sum() if starts else 0)
+
+
+class Tokens(Sequence[Example]):
+    """Tokenised rows of a store, converted to lists on access.
+
+    Args:
+        stored: the store.
+    """
+
+    def __init__(self, stored: Stored) -> None:
+        self._about = stored.about
+        self._parts = [_Part(batch) for batch in stored.batches]
+        self._starts = [0, *accumulate(len(part) for part in self._parts)]
+
+    @classmethod
+    def at(cls, place: Path) -> Tokens | None:
+        """Open a store; None if it is absent or damaged."""
+        stored = open_store(place)
+        return None if stored is None else cls(stored)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """Return one example, or a list of them."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        part = bisect_right(self._starts, number) - 1
+        return self._parts[part].example(number - self._starts[part])
+
+    def lengths(self) -> np.ndarray:
+        """Return the number of tokens of each example."""
+        return self._joined([part.stops[1:] - part.stops[:-1] for part in self._parts])
+
+    def rows(self) -> np.ndarray:
+        """Return the number of the row of each example."""
+        return self._joined([part.column("row") for part in self._parts])
+
+    def hashes(self) -> np.ndarray:
+        """Return :func:`hash_example` of each example."""
+        return self._joined([part.column("hash") for part in self._parts])
+
+    def encoding(self) -> Encoding:
+        """Return what became of the rows."""
+        notes = self._about["notes"]
+        shortest = self._about["shortest"]
+        return Encoding(
+            examples=self,
+            skipped=[(number, reason) for number, reason in notes.get("skipped", [])],
+            cut=notes.get("cut", []),
+            lost=[(number, kind) for number, kind in notes.get("lost", [])],
+            controls=[(number, token) for number, token in notes.get("controls", [])],
+            shortest=None if shortest is None else tuple(shortest),
+            tokens=int(self.lengths().sum()),
+            supervised=self._about["supervised"],
+            unknown=[(number, token) for number, token in notes.get("unknown", [])],
+        )
+
+    def flat(self) -> FlatTokens:
+        """Return the tokens of all examples as one list."""
+        return FlatTokens(self._parts)
+
+    @staticmethod
+    def _joined(parts: list[np.ndarray]) -> np.ndarray:
+        import numpy as np
+
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+class _Part:
+    """The columns of a batch as arrays, without copies."""
+
+    def __init__(self, batch: Any) -> None:
+        import numpy as np
+
+        self._batch = batch
+        ids, supervised = batch.column("ids"), batch.column("supervised")
+        self.stops = np.frombuffer(ids.buffers()[1], np.int64)[: len(batch) + 1]
+        self.ids = np.frombuffer(ids.values.buffers()[1], np.int32)
+        self._supervised = np.frombuffer(supervised.values.buffers()[1], np.int8)
+
+    def __len__(self) -> int:
+        return len(self._batch)
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a column of numbers."""
+        import numpy as np
+
+        return np.frombuffer(self._batch.column(name).buffers()[1], np.int64)[: len(self)]
+
+    def example(self, number: int) -> Example:
+        part = slice(self.stops[number], self.stops[number + 1])
+        ids: list[int] = self.ids[part].tolist()
+        kept = self._supervised[part].tolist()
+        labels = [token if k else IGNORE_INDEX for token, k in zip(ids, kept, strict=True)]
+        return Example(input_ids=ids, labels=labels)
+
+
+class FlatTokens(Sequence[int]):
+    """The tokens of all examples, one after another.
+
+    Args:
+        parts: the batches of a store.
+    """
+
+    def __init__(self, parts: Sequence[_Part]) -> None:
+        self._parts = [part.ids[: int(part.stops[-1])] for part in parts]
+        self._starts = [0, *accumulate(len(part) for part in self._parts)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a token, or a list of them."""
+        if not isinstance(index, slice):
+            return self[index : index + 1][0]
+        start, stop, _ = index.indices(len(self))
+        found: list[int] = []
+        number = bisect_right(self._starts, start) - 1
+        while start < stop:
+            first = self._starts[number]
+            part = self._parts[number][start - first : stop - first]
+            found += part.tolist()
+            start += len(part)
+            number += 1
+        return found
