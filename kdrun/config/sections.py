@@ -42,6 +42,22 @@ class ModelConfig(_Section):
     trust_remote_code: bool = Field(
         False, description="run the Python code that comes with a model, for both models"
     )
+    attention: str | None = Field(
+        None,
+        description="implementation of attention in both models: sdpa, eager, flash_attention_2, "
+        "flex_attention or another that transformers knows; null lets transformers choose",
+    )
+    revision: str | None = Field(
+        None, description="branch, tag or commit of a student on the hub; null uses main"
+    )
+    teacher_revision: str | None = Field(
+        None, description="branch, tag or commit of a teacher on the hub; null uses main"
+    )
+    teacher_device: Literal["auto", "cpu"] | None = Field(
+        None,
+        description="where the teacher runs: cpu, or auto to spread it over the devices that no "
+        "student uses; null uses the student's device",
+    )
 
 
 class DataConfig(_Section):

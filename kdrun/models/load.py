@@ -24,6 +24,7 @@ def load_model(
     trust_remote_code: bool = False,
     device: str | torch.device | None = None,
     say: Callable[[str], None] | None = None,
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model with all its weights.
 
@@ -33,6 +34,7 @@ def load_model(
         trust_remote_code: Run Python code that comes with the model.
         device: Its device; the CPU by default.
         say: Called with a line for each unused file of the model; None reports nothing.
+        attention: The implementation of attention; None lets transformers choose.
 
     Returns:
         The model in evaluation mode, with adapters merged into its weights. One from a GGUF file is
@@ -46,7 +48,9 @@ def load_model(
 
     check_base(source)
     base = source.base
-    options = _gguf_options(base.gguf_file) if base.gguf_file else {}
+    options = {**base.options, **(_gguf_options() if base.gguf_file else {})}
+    if attention is not None:
+        options["attn_implementation"] = attention
     with one_clear_line(base, "model"):
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path,
@@ -75,16 +79,13 @@ def _tell_nobody(line: str) -> None:
     """Discard a line."""
 
 
-def _gguf_options(gguf_file: str) -> dict[str, Any]:
+def _gguf_options() -> dict[str, Any]:
     import transformers
 
     # Without this a GGUF model counts as quantised, even if its weights were unpacked, and could
     # be neither trained nor saved. Versions without the option always unpack.
     packed_config = getattr(transformers, "GgufConfig", None)
-    options: dict[str, Any] = {"gguf_file": gguf_file}
-    if packed_config is not None:
-        options["quantization_config"] = packed_config(dequantize=True)
-    return options
+    return {} if packed_config is None else {"quantization_config": packed_config(dequantize=True)}
 
 
 def _check_complete(source: ModelSource, info: dict[str, Any]) -> None:

@@ -23,14 +23,20 @@ def check_packing(model: nn.Module, name: str) -> None:
     """
     problem = packing_problem(model)
     if problem is not None:
-        raise InputError(f"data.packing: {name} {problem}; set data.packing=false")
+        inner: Any = causal_lm(model)
+        used = inner.config._attn_implementation
+        raise InputError(
+            f"data.packing: {name} {problem} (model.attention={used}); set data.packing=false, or "
+            "choose another model.attention"
+        )
 
 
 def packing_problem(model: nn.Module) -> str | None:
     """Return why a model cannot separate the examples of a row; None if it can.
 
     The second of two examples in a row must give the same output whatever the first one is, and
-    the same as alone.
+    the same as alone. Two rows are checked in one batch, because flash attention separates the
+    examples of a single row only.
 
     Args:
         model: a causal language model, on any device.
@@ -47,7 +53,7 @@ def packing_problem(model: nn.Module) -> str | None:
     inner.eval()
     try:
         with torch.no_grad():
-            after_one, after_other = (_packed(inner, first, second) for first in (one, other))
+            after_one, after_other = _packed(inner, one, other, second)
             alone = inner(input_ids=second.unsqueeze(0), use_cache=False).logits[0].float()
     except Exception as error:  # any failure of the model's forward rules it out
         return f"fails on packed rows ({type(error).__name__}: {str(error).splitlines()[:1]})"
@@ -62,12 +68,14 @@ def packing_problem(model: nn.Module) -> str | None:
     return None
 
 
-def _packed(model: Any, first: Tensor, second: Tensor) -> Tensor:
-    """Return the logits of the second example."""
+def _packed(model: Any, one: Tensor, other: Tensor, second: Tensor) -> Tensor:
+    """Return the logits of the second example, after each of two equally long first ones."""
     import torch
 
-    row = torch.cat([first, second]).unsqueeze(0)
-    positions = torch.cat([torch.arange(len(part), device=row.device) for part in (first, second)])
-    logits = model(input_ids=row, position_ids=positions.unsqueeze(0), use_cache=False).logits
-    second_logits: Tensor = logits[0, len(first) :].float()
+    rows = torch.stack([torch.cat([first, second]) for first in (one, other)])
+    positions = torch.cat([torch.arange(len(part), device=rows.device) for part in (one, second)])
+    logits = model(
+        input_ids=rows, position_ids=positions.expand(2, -1).clone(), use_cache=False
+    ).logits
+    second_logits: Tensor = logits[:, len(one) :].float()
     return second_logits

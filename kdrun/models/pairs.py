@@ -11,8 +11,9 @@ from kdrun.builtin import STUDENT_DIR, TEACHER_DIR
 from kdrun.config.sections import BUILT_IN, ModelConfig
 from kdrun.errors import InputError
 from kdrun.models.context import check_length, load_model_config
+from kdrun.models.failures import one_clear_line
 from kdrun.models.load import load_model
-from kdrun.models.locate import ModelSource, locate_model
+from kdrun.models.locate import ModelSource, at_revision, locate_model
 from kdrun.models.merge import adapter_rows
 from kdrun.models.quantize import quantize
 from kdrun.models.tokenizers import compare_tokenizers, load_tokenizer, tokens_from
@@ -53,10 +54,16 @@ def locate_pair(config: ModelConfig) -> tuple[ModelSource | None, ModelSource]:
     """Locate teacher and student, without loading anything.
 
     Raises:
-        InputError: a model does not exist.
+        InputError: a model does not exist, or a revision has no effect.
     """
-    teacher = None if config.teacher is None else _locate(config.teacher, TEACHER_DIR)
-    return teacher, _locate(config.student, STUDENT_DIR)
+    teacher = None
+    if config.teacher is not None:
+        found = _locate(config.teacher, TEACHER_DIR)
+        teacher = at_revision(found, config.teacher_revision, "model.teacher_revision")
+    elif config.teacher_revision is not None:
+        raise InputError("model.teacher_revision has no effect without model.teacher; remove it")
+    student = _locate(config.student, STUDENT_DIR)
+    return teacher, at_revision(student, config.revision, "model.revision")
 
 
 def find_pair(config: ModelConfig) -> Pair:
@@ -126,7 +133,13 @@ def load_teacher(
     """Load the teacher's weights, if there is a teacher, with the configured quantisation."""
     if pair.teacher is None:
         return None
-    model = load_model(pair.teacher, config.dtype, config.trust_remote_code, say=say)
+    model = load_model(
+        pair.teacher,
+        config.dtype,
+        config.trust_remote_code,
+        say=say,
+        attention=config.attention,
+    )
     if config.teacher_quantization is not None:
         quantize(model)
     return model
@@ -174,10 +187,19 @@ def load_student(
     # Before any weights are initialised: they, and those of adapters, must depend on the seed only.
     set_seed(seed if config.init_seed is None else config.init_seed)
     if pair.fresh_student:
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pair.student.path))
+        shape = AutoConfig.from_pretrained(pair.student.path)
+        options = {} if config.attention is None else {"attn_implementation": config.attention}
+        with one_clear_line(pair.student, "model"):
+            model = AutoModelForCausalLM.from_config(shape, **options)
         model = model.to(getattr(torch, config.dtype))
     else:
-        model = load_model(pair.student, config.dtype, config.trust_remote_code, say=say)
+        model = load_model(
+            pair.student,
+            config.dtype,
+            config.trust_remote_code,
+            say=say,
+            attention=config.attention,
+        )
         check_head(model, pair, str(pair.student))
     if config.init_seed is not None:
         set_seed(seed)

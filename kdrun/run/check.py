@@ -12,6 +12,7 @@ from kdrun.data.prepare import RawRows, check_packed_rows, read_rows
 from kdrun.errors import InputError
 from kdrun.losses.build import build_loss, check_name
 from kdrun.models.adapters import check_peft
+from kdrun.models.attention import check_attention
 from kdrun.models.pairs import locate_pair
 from kdrun.models.quantize import check_quantization
 from kdrun.procedures.registry import get_procedure
@@ -41,6 +42,7 @@ def check(config: RunConfig) -> RawRows:
     check_peft(config.lora)
     procedure_of(config)
     check_tracker(config.training.report_to)
+    check_attention(config.model)
     check_quantization(config.model, config.training.fsdp)
     check_deepspeed(config.training.deepspeed)
     locate_pair(config.model)

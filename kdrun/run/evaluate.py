@@ -205,7 +205,9 @@ def _measure_all(
         students, pairs, configs, questions[: len(pairs)], strict=True
     ):
         trust = config.model.trust_remote_code
-        student = load_model(pair.student, config.model.dtype, trust, say=say)
+        student = load_model(
+            pair.student, config.model.dtype, trust, say=say, attention=config.model.attention
+        )
         found.append(measure(name, "student", student, teacher, pair, config, asked))
     return found
 

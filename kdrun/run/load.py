@@ -133,7 +133,7 @@ def _with_adapters(
     Returns:
         The fingerprint of the base model's files, on the main process, and the student.
     """
-    base, source = str(pair.student), pair.student
+    base, source = pair.student.name, pair.student
     if pair.fresh_student:  # adapters need these weights, which exist nowhere else
         base = str((start.folder / runs.BASE).resolve())
         if start.world.is_main:
@@ -144,4 +144,4 @@ def _with_adapters(
         base = str(Path(base).resolve())
     # Otherwise other processes could read the base model before it is written.
     below = print_weights(source) if start.world.is_main else None
-    return below, add_adapters(student, lora, base, seed)
+    return below, add_adapters(student, lora, base, seed, pair.student.revision)
