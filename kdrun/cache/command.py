@@ -15,6 +15,7 @@ from kdrun.data.encoder import Encoder
 from kdrun.data.prepare import encode_rows, examples_in, read_rows
 from kdrun.errors import InputError
 from kdrun.files import hold_folder
+from kdrun.models.attention import check_attention
 from kdrun.models.pairs import check_context, describe_model, find_pair, locate_pair, open_teacher
 from kdrun.quiet import make_console, quiet_libraries
 
@@ -59,6 +60,7 @@ def cache_teacher(
         raise InputError(
             "model.teacher_quantization: a cache cannot store a quantised teacher; remove it"
         )
+    check_attention(model)
     locate_pair(model)
     rows = read_rows(data)
     make_folder(folder)
@@ -94,7 +96,7 @@ def cache_teacher(
         started = time.monotonic()
         with show_progress(console) as report:
             manifest = build_cache(
-                folder, teacher, model.teacher, pair.tokenizer, every, recipe, report
+                folder, teacher, _name(model), pair.tokenizer, every, recipe, report
             )
     seconds = time.monotonic() - started
     size = sum(file.bytes for file in manifest.files) + (folder / MANIFEST).stat().st_size
@@ -108,6 +110,12 @@ def cache_teacher(
         f"({manifest.tokens / seconds:.0f} tokens/s), {size / 1e6:.1f} MB on disk"
     )
     console.print(f"cache: {folder}", markup=False)
+
+
+def _name(model: ModelConfig) -> str:
+    """The teacher's name in messages about the cache."""
+    at = "" if model.teacher_revision is None else f"@{model.teacher_revision}"
+    return f"{model.teacher}{at}"
 
 
 @contextmanager

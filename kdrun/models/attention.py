@@ -57,6 +57,21 @@ def check_attention(model: ModelConfig) -> None:
         raise InputError(f"{key}: unknown; choose {', '.join((*_ALWAYS_THERE, *_FLASH))}")
 
 
+def check_trains(attention: str | None) -> None:
+    """Refuse an implementation that has no backward pass on this machine.
+
+    Raises:
+        InputError: there is no accelerator, and it needs one.
+    """
+    import torch
+
+    if attention == "flex_attention" and not torch.accelerator.is_available():
+        raise InputError(
+            "model.attention=flex_attention has no backward pass on a CPU, so it cannot train the "
+            "student here; choose sdpa or eager"
+        )
+
+
 def _registered() -> set[str]:
     """Return what plugins have added; implementations of a server's paged cache are left out."""
     from transformers import AttentionInterface

@@ -13,6 +13,7 @@ from kdrun.paths import did_you_mean, expand_home
 STUDENT = "student"
 """Subfolder of a run with the trained student."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _ADAPTER = "adapter_config.json"
 _GGUF_ON_HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)/([\w.-]+\.gguf)")
 
@@ -156,6 +157,17 @@ def _adapter(folder: Path) -> ModelSource:
     if not (found.is_local or found.adapters):
         found = replace(found, revision=revision)
     return replace(found, adapters=(*found.adapters, str(folder)))
+
+
+def commit_of(source: ModelSource) -> str | None:
+    """Return the commit that a model on the hub is loaded from; None for a folder."""
+    from transformers.utils.hub import resolve_revision
+
+    if source.is_local:
+        return None
+    found = resolve_revision(source.path, source.revision)
+    commit = getattr(found, "resolved", found)  # a commit itself is already resolved
+    return None if commit is None or _COMMIT.fullmatch(commit) is None else str(commit)
 
 
 def at_revision(source: ModelSource, revision: str | None, key: str) -> ModelSource:

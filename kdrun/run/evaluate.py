@@ -21,6 +21,7 @@ from kdrun.evaluation.judge import judge
 from kdrun.evaluation.tasks import TaskChoice, Tasks, TaskScore
 from kdrun.evaluation.yardsticks import YARDSTICKS
 from kdrun.files import write_json
+from kdrun.models.attention import check_attention
 from kdrun.models.context import context_of
 from kdrun.models.pairs import (
     Pair,
@@ -96,6 +97,7 @@ def evaluate(
         )
         for student in students
     ]
+    check_attention(config.model)
     for one in configs:
         locate_pair(one.model)
     rows, notes = _read(config)

@@ -13,6 +13,7 @@ from kdrun.data.chat import Rendering
 from kdrun.errors import InputError
 from kdrun.losses.build import build_loss, notes_on_names, unchunked
 from kdrun.models.adapters import add_adapters, describe_adapters
+from kdrun.models.attention import check_trains
 from kdrun.models.base_print import print_weights
 from kdrun.models.context import context_limit
 from kdrun.models.ends import own_ends, settle_generation, stop_tokens, taught_ends
@@ -61,6 +62,7 @@ def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
     from kdrun.models.heads import FrozenTeacher
     from kdrun.models.packing import check_packing
 
+    check_trains(config.model.attention)
     pair = prepared.pair
     loss = build_loss(unchunked(config.loss), None)
     teacher = choose_teacher(config.model, config.loss, pair, prepared.examples, loss)

@@ -19,6 +19,7 @@ from kdrun.cache.fingerprint import TeacherPrint, TokenizerPrint, print_teacher,
 from kdrun.data.prepare import examples_in
 from kdrun.errors import InputError
 from kdrun.files import write_bytes
+from kdrun.models.locate import commit_of
 from kdrun.run import folder as runs
 from kdrun.run.processes import World
 
@@ -48,6 +49,8 @@ class Sources(BaseModel):
         teacher: fingerprint of its weights; None without one, or if it is quantised.
         student: fingerprint of the student's initial weights.
         processes: number of processes of the run; None if an earlier version did not record it.
+        teacher_commit: commit of a teacher on the hub; None of another one.
+        student_commit: the same of the student.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -56,6 +59,8 @@ class Sources(BaseModel):
     teacher: TeacherPrint | None
     student: TeacherPrint | None
     processes: int | None = None
+    teacher_commit: str | None = None
+    student_commit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,12 +102,15 @@ def record_of(
     config: RunConfig, prepared: Prepared, teacher: ChosenTeacher, initial: TeacherPrint
 ) -> Record:
     """Record a run's input, before any step is taken or adapters are trained."""
+    pair = prepared.pair
     sources = Sources(
-        tokenizer=print_tokenizer(prepared.pair.tokenizer),
+        tokenizer=print_tokenizer(pair.tokenizer),
         data=_settings(config.data),
         teacher=_print_teacher(config, teacher),
         student=initial,
         processes=World().size,
+        teacher_commit=None if pair.teacher is None else commit_of(pair.teacher),
+        student_commit=commit_of(pair.student),
     )
     examples = prepared.examples
     return Record(sources, _hashes(examples.train), _hashes(examples.held_out))
@@ -155,9 +163,16 @@ def _changes(before: Record, now: Record, examples: Examples, adapters: bool) ->
     )
     if None not in (was.teacher, has.teacher) and was.teacher != has.teacher:
         yield "the teacher's weights have changed since the run began"
+    elif None in (was.teacher, has.teacher) and _differ(was.teacher_commit, has.teacher_commit):
+        was_at, is_at = was.teacher_commit, has.teacher_commit
+        yield f"the teacher was at commit {was_at} when the run began and is at {is_at}"
     # Trained weights come from the checkpoint, not from the student's folder.
     if adapters and None not in (was.student, has.student) and was.student != has.student:
         yield "the student's base weights have changed since the run began"
+
+
+def _differ(before: str | None, now: str | None) -> bool:
+    return None not in (before, now) and before != now
 
 
 def _changed_rows(
