@@ -14,6 +14,7 @@ from kdrun.data.prepare import examples_in
 from kdrun.data.rows import TextRow
 from kdrun.errors import InputError
 from kdrun.models.pairs import describe_model, load_teacher, open_teacher
+from kdrun.models.placement import teacher_devices
 from kdrun.paths import expand_home
 
 if TYPE_CHECKING:
@@ -217,4 +218,4 @@ def _named_teacher(
         return None
     cached.cache.check_teacher(print_teacher(model), str(pair.teacher))
     model = model.to(getattr(torch, named.dtype))
-    return FrozenTeacher(model, find_split(model))
+    return FrozenTeacher(model, find_split(model), teacher_devices(named.teacher_device))

@@ -61,6 +61,8 @@ def cache_teacher(
             "model.teacher_quantization: a cache cannot store a quantised teacher; remove it"
         )
     check_attention(model)
+    if model.teacher_device == "auto":
+        raise InputError("model.teacher_device=auto: there is no student; remove it, or pass cpu")
     locate_pair(model)
     rows = read_rows(data)
     make_folder(folder)
@@ -81,7 +83,8 @@ def cache_teacher(
         teacher = open_teacher(pair, model, lambda line: console.print(line, markup=False))
         assert teacher is not None
         console.print(f"teacher: {describe_model(teacher.model)}", markup=False)
-        teacher.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        usual = "cuda" if torch.cuda.is_available() else "cpu"
+        teacher.to(torch.device(model.teacher_device or usual))
         recipe = Recipe(
             kind=kind,
             entries=entries,

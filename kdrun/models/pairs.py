@@ -15,6 +15,7 @@ from kdrun.models.failures import one_clear_line
 from kdrun.models.load import load_model
 from kdrun.models.locate import ModelSource, at_revision, locate_model
 from kdrun.models.merge import adapter_rows
+from kdrun.models.placement import teacher_devices
 from kdrun.models.quantize import quantize
 from kdrun.models.tokenizers import compare_tokenizers, load_tokenizer, tokens_from
 
@@ -164,7 +165,7 @@ def open_teacher(
     if model is None:
         return None
     check_head(model, pair, str(pair.teacher))
-    return FrozenTeacher(model, find_split(model))
+    return FrozenTeacher(model, find_split(model), teacher_devices(config.teacher_device))
 
 
 def load_student(

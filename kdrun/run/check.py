@@ -14,6 +14,7 @@ from kdrun.losses.build import build_loss, check_name
 from kdrun.models.adapters import check_peft
 from kdrun.models.attention import check_attention
 from kdrun.models.pairs import locate_pair
+from kdrun.models.placement import check_teacher_device
 from kdrun.models.quantize import check_quantization
 from kdrun.procedures.registry import get_procedure
 from kdrun.run.processes import check_deepspeed
@@ -43,6 +44,7 @@ def check(config: RunConfig) -> RawRows:
     procedure_of(config)
     check_tracker(config.training.report_to)
     check_attention(config.model)
+    check_teacher_device(config.model, config.training.fsdp)
     check_quantization(config.model, config.training.fsdp)
     check_deepspeed(config.training.deepspeed)
     locate_pair(config.model)

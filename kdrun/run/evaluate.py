@@ -32,6 +32,7 @@ from kdrun.models.pairs import (
     load_teacher,
     locate_pair,
 )
+from kdrun.models.placement import refuse_teacher_device
 from kdrun.quiet import quiet_libraries
 from kdrun.run.environment import versions
 
@@ -98,6 +99,7 @@ def evaluate(
         for student in students
     ]
     check_attention(config.model)
+    refuse_teacher_device(config.model, "kdrun evaluate")
     for one in configs:
         locate_pair(one.model)
     rows, notes = _read(config)

@@ -19,6 +19,7 @@ from kdrun.models.context import context_limit
 from kdrun.models.ends import own_ends, settle_generation, stop_tokens, taught_ends
 from kdrun.models.locate import ModelSource
 from kdrun.models.pairs import Pair, describe_cut, describe_model, load_student
+from kdrun.models.placement import teacher_devices
 from kdrun.run import folder as runs
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
     from kdrun.models.packing import check_packing
 
     check_trains(config.model.attention)
+    teacher_devices(config.model.teacher_device)
     pair = prepared.pair
     loss = build_loss(unchunked(config.loss), None)
     teacher = choose_teacher(config.model, config.loss, pair, prepared.examples, loss)
