@@ -108,6 +108,12 @@ def dry_run(
             longest = max(longest, longest_written(examples_in(examples.train), prepared.sampling))
         batch = made * min(config.training.batch_size, count)
         student, teacher, memory = _memory(config, pair, longest, count, batch, device)
+        place = _where(config, device)
+        if teacher is not None and place is not None:
+            notes.append(
+                f"teacher: {_gib(teacher.weights)} on {place}; the student's device keeps a copy "
+                "of its head"
+            )
         if processes > 1:
             memory = _on_one_of(processes, config.training.fsdp, student, teacher, memory)
     return DryRun(
@@ -160,7 +166,7 @@ def _memory(
         quantized = config.model.teacher_quantization is not None
         shape = load_model_config(pair.teacher, trust)
         teacher = Shadow(pair.teacher, shape, config, pair).size(quantized)
-        teacher_weights, width = teacher.weights, teacher.head[1]
+        teacher_weights, width = _beside_student(config, teacher, device), teacher.head[1]
     if config.model.teacher_cache is not None:
         manifest = read_manifest(expand_home(config.model.teacher_cache))
         teacher_weights += 0 if manifest.head is None else manifest.head.bytes
@@ -180,6 +186,22 @@ def _memory(
         "loss": loss_bytes(settled.loss, pair.vocab_size, student, tokens, device.kind),
     }
     return student, teacher, memory
+
+
+def _beside_student(config: RunConfig, teacher: ModelSize, device: Device) -> int:
+    """The bytes of a teacher on the student's device."""
+    if _where(config, device) is None:
+        return teacher.weights
+    rows, width = teacher.head
+    return rows * width * teacher.item_size  # losses read a copy of its head there
+
+
+def _where(config: RunConfig, device: Device) -> str | None:
+    """The place of a teacher that is not on the student's device."""
+    given = config.model.teacher_device
+    if given == "auto":
+        return "other devices"
+    return "the CPU" if given is not None and device.kind != given else None
 
 
 def _on_one_of(
