@@ -27,10 +27,10 @@ class ModelConfig(_Section):
     teacher_cache: str | None = Field(
         None, description="folder written by 'kdrun cache-teacher'; used instead of the teacher"
     )
-    teacher_quantization: Literal["int8"] | None = Field(
+    teacher_quantization: Literal["int8", "nf4"] | None = Field(
         None,
-        description="store the weights of the teacher's layers in 8 bits (pip install "
-        "'kdlosses[quantize]'); null keeps model.dtype",
+        description="store the weights of the teacher's layers in 8 bits (int8) or 4 bits (nf4) "
+        "(pip install 'kdlosses[quantize]'); null keeps model.dtype",
     )
     student: str = Field(BUILT_IN, description="folder or hub id; 'builtin'")
     init_seed: int | None = Field(
@@ -291,6 +291,11 @@ class LoraConfig(_Section):
     merge: bool = Field(
         False, description="save the student as a plain model with its adapters merged"
     )
+    quantization: Literal["nf4"] | None = Field(
+        None,
+        description="store the frozen weights below the adapters in 4 bits (QLoRA; pip install "
+        "'kdlosses[lora,quantize]')",
+    )
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -308,6 +313,11 @@ class LoraConfig(_Section):
 
     @model_validator(mode="after")
     def _need_a_rank(self) -> Self:
+        if self.rank is None and self.quantization is not None:
+            raise ValueError(
+                f"lora.quantization={self.quantization} needs lora.rank: weights in 4 bits cannot "
+                "be trained, only adapters above them"
+            )
         if self.rank is None and self.model_fields_set - {"rank"}:
             changed = [
                 name

@@ -135,7 +135,9 @@ def dry_run(
 
 def _adapters(config: RunConfig) -> str | None:
     kind = "DoRA" if config.lora.dora else "LoRA"
-    return None if config.lora.rank is None else f"{kind} of rank {config.lora.rank}"
+    stored = config.lora.quantization
+    above = "" if stored is None else f" above {stored}"
+    return None if config.lora.rank is None else f"{kind} of rank {config.lora.rank}{above}"
 
 
 def _steps(config: RunConfig, rows: int, processes: int) -> int:
@@ -157,15 +159,16 @@ def _memory(
     from kdrun.dry_run.models import Shadow
 
     trust = config.model.trust_remote_code
-    shadow = Shadow(pair.student, load_model_config(pair.student, trust), config, pair)
+    shape = load_model_config(pair.student, trust)
+    shadow = Shadow(pair.student, shape, config, pair, config.lora.quantization)
     if config.lora.rank is not None:
         shadow.adapt(config)
     student = shadow.size()
     teacher, teacher_weights, width = None, 0, 0
     if pair.teacher is not None:
-        quantized = config.model.teacher_quantization is not None
         shape = load_model_config(pair.teacher, trust)
-        teacher = Shadow(pair.teacher, shape, config, pair).size(quantized)
+        stored = config.model.teacher_quantization
+        teacher = Shadow(pair.teacher, shape, config, pair, stored).size()
         teacher_weights, width = _beside_student(config, teacher, device), teacher.head[1]
     if config.model.teacher_cache is not None:
         manifest = read_manifest(expand_home(config.model.teacher_cache))

@@ -166,8 +166,9 @@ def describe_adapters(model: Any, config: LoraConfig) -> str:
     tuner = model.base_model
     places = {name.rpartition(".")[2] for name in tuner.targeted_module_names}
     places |= {".".join(name.split(".")[-2:]) for name in tuner.targeted_parameter_names}
+    above = "" if config.quantization is None else f" above weights in {config.quantization}"
     return (
-        f"adapters: {kind} of rank {config.rank} on {', '.join(sorted(places))}; "
+        f"adapters: {kind} of rank {config.rank} on {', '.join(sorted(places))}{above}; "
         f"{trained / 1e6:.2f} M parameters are trained"
     )
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from kdrun.errors import InputError
 from kdrun.models.adapters import INSTALL_PEFT, without_advice
+from kdrun.models.heads import causal_lm
+from kdrun.models.nf4 import dequantize, is_nf4
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,6 +72,25 @@ def merge_adapter(
     for weight in merged.parameters():  # peft has frozen them
         weight.requires_grad_(weight.is_floating_point())
     return merged.eval()
+
+
+def merge_trained(model: Any, folder: str, say: Callable[[str], None]) -> PreTrainedModel:
+    """Merge the adapters of a trained student into its weights.
+
+    Weights in 4 bits are first dequantised: the merged model has the values that the adapters were
+    trained above, and is not rounded again.
+
+    Args:
+        model: the student under peft; changed in place.
+        folder: folder of its saved adapters.
+        say: as for :func:`merge_adapter`.
+    """
+    if not is_nf4(causal_lm(model)):
+        plain: PreTrainedModel = model.merge_and_unload()
+        return plain
+    base: PreTrainedModel = model.unload()
+    dequantize(base)
+    return merge_adapter(base, folder, say)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from kdrun.models.failures import one_clear_line
 from kdrun.models.load import load_model
 from kdrun.models.locate import ModelSource, at_revision, locate_model
 from kdrun.models.merge import adapter_rows
+from kdrun.models.nf4 import weights_in
 from kdrun.models.placement import teacher_devices
 from kdrun.models.quantize import quantize
 from kdrun.models.tokenizers import compare_tokenizers, load_tokenizer, tokens_from
@@ -142,7 +143,7 @@ def load_teacher(
         attention=config.attention,
     )
     if config.teacher_quantization is not None:
-        quantize(model)
+        quantize(model, config.teacher_quantization)
     return model
 
 
@@ -219,7 +220,7 @@ def check_head(model: Any, pair: Pair, name: str) -> None:
 
 def describe_model(model: Any) -> str:
     """Describe type and size of a model."""
-    size = sum(parameter.numel() for parameter in model.parameters())
+    size = weights_in(model)
     return f"{model.config.model_type}, {size / 1e6:.2f} M parameters"
 
 

@@ -15,7 +15,7 @@ from kdrun.models.adapters import check_peft
 from kdrun.models.attention import check_attention
 from kdrun.models.pairs import locate_pair
 from kdrun.models.placement import check_teacher_device
-from kdrun.models.quantize import check_quantization
+from kdrun.models.quantize import check_quantization, check_student_quantization
 from kdrun.procedures.registry import get_procedure
 from kdrun.run.processes import check_deepspeed
 from kdrun.run.trackers import check_tracker
@@ -46,6 +46,7 @@ def check(config: RunConfig) -> RawRows:
     check_attention(config.model)
     check_teacher_device(config.model, config.training.fsdp)
     check_quantization(config.model, config.training.fsdp)
+    check_student_quantization(config.lora, config.training.fsdp)
     check_deepspeed(config.training.deepspeed)
     locate_pair(config.model)
     rows = read_rows(config.data)

@@ -33,6 +33,7 @@ from kdrun.models.pairs import (
     locate_pair,
 )
 from kdrun.models.placement import refuse_teacher_device
+from kdrun.models.quantize import check_quantization
 from kdrun.quiet import quiet_libraries
 from kdrun.run.environment import versions
 
@@ -99,6 +100,7 @@ def evaluate(
         for student in students
     ]
     check_attention(config.model)
+    check_quantization(config.model, fsdp=False)
     refuse_teacher_device(config.model, "kdrun evaluate")
     for one in configs:
         locate_pair(one.model)

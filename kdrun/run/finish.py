@@ -17,6 +17,7 @@ from kdrun.evaluation.yardsticks import YARDSTICKS
 from kdrun.files import list_files, write_json, write_lines
 from kdrun.models.base_print import keep_base_print
 from kdrun.models.locate import STUDENT
+from kdrun.models.merge import merge_trained
 from kdrun.run import folder as runs
 from kdrun.run.environment import git_state, versions
 from kdrun.run.train import held_out_measures
@@ -116,7 +117,7 @@ def save_student(
     folder = start.folder
     if merge:
         _save(model, tokenizer, folder / runs.ADAPTER, base)
-        model, base = model.merge_and_unload(), None
+        model, base = merge_trained(model, str(folder / runs.ADAPTER), start.say), None
     else:  # from an earlier merged student
         shutil.rmtree(folder / runs.ADAPTER, ignore_errors=True)
     return _save(model, tokenizer, folder / STUDENT, base, **weights)

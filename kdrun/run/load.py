@@ -20,6 +20,7 @@ from kdrun.models.ends import own_ends, settle_generation, stop_tokens, taught_e
 from kdrun.models.locate import ModelSource
 from kdrun.models.pairs import Pair, describe_cut, describe_model, load_student
 from kdrun.models.placement import teacher_devices
+from kdrun.models.quantize import quantize
 from kdrun.run import folder as runs
 
 if TYPE_CHECKING:
@@ -146,6 +147,8 @@ def _with_adapters(
         source = ModelSource(base)
     elif pair.student.is_local:
         base = str(Path(base).resolve())
+    if lora.quantization is not None:
+        quantize(student, lora.quantization)
     # Otherwise other processes could read the base model before it is written.
     below = print_weights(source) if start.world.is_main else None
     return below, add_adapters(student, lora, base, seed, pair.student.revision)

@@ -46,7 +46,7 @@ class Sources(BaseModel):
     Attributes:
         tokenizer: its fingerprint.
         data: the settings that decide how rows are tokenised.
-        teacher: fingerprint of its weights; None without one, or if it is quantised.
+        teacher: fingerprint of its weights; None without one, or in int8.
         student: fingerprint of the student's initial weights.
         processes: number of processes of the run; None if an earlier version did not record it.
         teacher_commit: commit of a teacher on the hub; None of another one.
@@ -197,7 +197,8 @@ def _print_teacher(config: RunConfig, chosen: ChosenTeacher) -> TeacherPrint | N
     teacher = chosen.training
     if isinstance(teacher, CachedTeacher):
         return teacher.cache.manifest.teacher
-    if isinstance(teacher, FrozenTeacher) and config.model.teacher_quantization is None:
+    # The tensors of torchao have no bytes of their own to hash.
+    if isinstance(teacher, FrozenTeacher) and config.model.teacher_quantization != "int8":
         return print_teacher(teacher.model)
     return None
 
