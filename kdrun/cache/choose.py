@@ -217,5 +217,6 @@ def _named_teacher(
     if model is None:
         return None
     cached.cache.check_teacher(print_teacher(model), str(pair.teacher))
-    model = model.to(getattr(torch, named.dtype))
+    if named.dtype != stored_as.dtype:  # quantised weights cannot be converted
+        model = model.to(getattr(torch, named.dtype))
     return FrozenTeacher(model, find_split(model), teacher_devices(named.teacher_device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from kdrun.models.base_print import check_base
 from kdrun.models.failures import one_clear_line
 from kdrun.models.locate import ModelSource
 from kdrun.models.merge import describe_unread, merge_adapter
+from kdrun.models.nf4 import keep_packing
+from kdrun.models.stored import loading_options
 from kdrun.models.unread import describe_unread_files
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ def load_model(
     device: str | torch.device | None = None,
     say: Callable[[str], None] | None = None,
     attention: str | None = None,
+    plain: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model with all its weights.
 
@@ -35,6 +39,7 @@ def load_model(
         device: Its device; the CPU by default.
         say: Called with a line for each unused file of the model; None reports nothing.
         attention: The implementation of attention; None lets transformers choose.
+        plain: Dequantise a quantised checkpoint, so that its weights can be trained.
 
     Returns:
         The model in evaluation mode, with adapters merged into its weights. One from a GGUF file is
@@ -42,16 +47,23 @@ def load_model(
 
     Raises:
         InputError: It cannot be loaded, is not a causal language model, lacks weights, is
-            quantised by an unknown method, or is not the one that an adapter was trained on.
+            quantised by a method that is unknown or cannot be undone, or is not the one that an
+            adapter was trained on.
     """
     from transformers import AutoModelForCausalLM
 
     check_base(source)
     base = source.base
-    options = {**base.options, **(_gguf_options() if base.gguf_file else {})}
+    plain = plain or bool(source.adapters)
+    unpacked = (
+        _gguf_options() if base.gguf_file else loading_options(base, trust_remote_code, plain)
+    )
+    options: dict[str, Any] = {**base.options, **unpacked}
     if attention is not None:
         options["attn_implementation"] = attention
-    with one_clear_line(base, "model"):
+    with one_clear_line(base, "model"), warnings.catch_warnings():
+        # Of the settings below, only those about dequantising are meant to be used.
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path,
             dtype=dtype,
@@ -62,6 +74,7 @@ def load_model(
     _check_complete(base, info)
     _check_causal(base, model)
     _check_quantization(base, model)
+    keep_packing(model)
     tell = say or _tell_nobody
     for note in (
         *describe_unread_files(source),

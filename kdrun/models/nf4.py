@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _BLOCK = 64  # weights that share a float32 scale
 _CODE_BYTES = 16 * 4  # the values of the 16 codes, kept with each layer
+_REPACKS = "support_avx512bf16_for_cpu"  # attribute of bitsandbytes' layers
 _FLAG = "is_loaded_in_4bit"
 """Attribute by which peft and accelerate recognise such a model."""
 
@@ -60,6 +61,17 @@ def to_nf4(model: PreTrainedModel) -> None:
             f"multiple of {_BLOCK} wide, which 4-bit weights need; leave it unquantised"
         )
     setattr(model, _FLAG, True)
+
+
+def keep_packing(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights, if there are any.
+
+    An evaluation on some CPUs would repack them: their scales would be rounded to bfloat16 for
+    good, and gradients would no longer pass through them.
+    """
+    for module in model.modules():
+        if hasattr(module, _REPACKS):
+            setattr(module, _REPACKS, False)
 
 
 def is_nf4(model: Any) -> bool:
@@ -111,9 +123,7 @@ def _quantized(linear: torch.nn.Linear) -> Any:
         weight, requires_grad=False, compress_statistics=False, quant_type="nf4", module=made
     ).to(weight.device)
     made.bias = linear.bias
-    # Otherwise an evaluation on some CPUs would repack the weights: their scales would be rounded
-    # to bfloat16 for good, and gradients would no longer pass through them.
-    made.support_avx512bf16_for_cpu = False
+    keep_packing(made)
     return made.train(linear.training)
 
 

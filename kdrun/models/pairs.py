@@ -18,6 +18,7 @@ from kdrun.models.merge import adapter_rows
 from kdrun.models.nf4 import weights_in
 from kdrun.models.placement import teacher_devices
 from kdrun.models.quantize import quantize
+from kdrun.models.stored import check_plain, check_stored
 from kdrun.models.tokenizers import compare_tokenizers, load_tokenizer, tokens_from
 
 if TYPE_CHECKING:
@@ -86,7 +87,10 @@ def find_pair(config: ModelConfig) -> Pair:
     match = compare_tokenizers(teacher_tokenizer, student_tokenizer)
     size = min(match.vocab_size, *(_head_rows(source, trust) for source in (teacher, student)))
     left_out = {**tokens_from(teacher_tokenizer, size), **tokens_from(student_tokenizer, size)}
-    notes = match.notes
+    stored = [check_stored(source, trust) for source in (teacher, student) if source is not None]
+    if teacher is not None and config.teacher_quantization is not None:
+        check_plain(teacher, trust)
+    notes = (*match.notes, *(note for note in dict.fromkeys(stored) if note is not None))
     if left_out:
         notes = (*notes, _describe_left_out(left_out, size))
     return Pair(student_tokenizer, size, teacher, student, fresh, notes, left_out)
@@ -141,6 +145,7 @@ def load_teacher(
         config.trust_remote_code,
         say=say,
         attention=config.attention,
+        plain=config.teacher_quantization is not None,
     )
     if config.teacher_quantization is not None:
         quantize(model, config.teacher_quantization)
@@ -201,6 +206,7 @@ def load_student(
             config.trust_remote_code,
             say=say,
             attention=config.attention,
+            plain=True,
         )
         check_head(model, pair, str(pair.student))
     if config.init_seed is not None:
