@@ -81,9 +81,10 @@ def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
     if asked is not None:
         start.say(asked)
     if config.data.packing:
-        check_packing(student, str(pair.student))
+        rows = config.training.batch_size
+        check_packing(student, str(pair.student), rows)
         if isinstance(teacher.training, FrozenTeacher):
-            check_packing(teacher.training.model, str(pair.teacher))
+            check_packing(teacher.training.model, str(pair.teacher), rows)
     for line in _settle_ends(student, teacher, prepared, config.procedure.spec is not None):
         start.say(line)
     initial = print_teacher(student)

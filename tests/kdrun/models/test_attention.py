@@ -162,7 +162,8 @@ def test_packing_is_refused_where_rows_of_a_batch_are_not_separated(
     assert "lets the examples of a row attend to each other" in refused(
         tiny_pair, tmp_path / "run", *settings
     )
-    # A single row is separated, so that the refusal does not come from the rows themselves.
+    # A single row is separated, so that batches of one row can be packed.
+    check_packing(model, "this model", batch_size=1)
     one, second = torch.arange(5), torch.arange(10, 17)
     row = torch.cat([one, second]).unsqueeze(0)
     positions = torch.cat([torch.arange(5), torch.arange(7)]).unsqueeze(0)
