@@ -100,10 +100,12 @@ def check_pairs(comparison: Comparison) -> None:
     from kdrun.models.attention import check_attention
     from kdrun.models.pairs import check_context, find_pair, locate_pair
     from kdrun.models.placement import refuse_teacher_device
+    from kdrun.models.quantize import check_quantization, check_student_quantization
     from kdrun.run.check import procedure_of
 
     base = comparison.base
     check_attention(base.model)
+    check_student_quantization(base.lora, fsdp=False)
     refuse_teacher_device(base.model, "kdrun compare-losses")
     for spec in comparison.plan.axes.losses:
         check_name(spec)
@@ -116,4 +118,5 @@ def check_pairs(comparison: Comparison) -> None:
         for student in comparison.plan.axes.students:
             model = base.model.model_copy(update={"teacher": teacher, "student": student})
             locate_pair(model)
+            check_quantization(model, fsdp=False)
             check_context(find_pair(model), base.data.max_length, model.trust_remote_code)

@@ -156,6 +156,7 @@ _FIXED = (
     "lora.dropout",
     "lora.target_modules",
     "lora.dora",
+    "lora.quantization",
     "loss.spec",
     "procedure.spec",
     "model.dtype",

@@ -269,6 +269,8 @@ def test_ten_steps_equal_four_steps_and_six_after_a_kill(
     assert summary_of(cut)["after"] == summary_of(whole)["after"]
     assert any("above weights in nf4" in line for line in said)
     assert not list((whole / "checkpoints" / "checkpoint-4").glob("model*"))
+    with pytest.raises(InputError, match=r"lora\.quantization was 'nf4' when the run began"):
+        distil(cut, resume=True, **{**steps, "lora__quantization": None})
 
 
 @needs_bitsandbytes

@@ -195,6 +195,37 @@ def test_a_run_with_it_reaches_the_same_measures(
     assert here["after"] != here["before"]
 
 
+def test_a_teacher_beside_a_cache_is_moved_too(
+    distil: Distil, tiny_pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is not exact, so that only held-out rows need the live teacher."""
+    from click.testing import CliRunner
+
+    from kdrun.cli import cli
+
+    cache = tmp_path / "cache"
+    arguments = ["cache-teacher", "--teacher", tiny_pair.teacher, "--student", tiny_pair.student]
+    arguments += ["--data", tiny_pair.rows, "--max-length", 128, "--kind", "top-k", "--k", 8]
+    arguments += ["--output", cache]
+    done = CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=False)
+    assert done.exit_code == 0
+    placed: list[Any] = []
+
+    def place(model: Any, devices: Any) -> None:
+        placed.append(devices)
+        model.to(devices[0])
+
+    monkeypatch.setattr("kdrun.models.heads.place", place)
+    given = {"model__teacher_cache": str(cache), "data__shift_windows": False}
+    found = []
+    for name, devices in (("here", None), ("there", [str(OTHER)])):
+        monkeypatch.setattr("kdrun.cache.choose.teacher_devices", lambda given, at=devices: at)
+        folder = distil(tmp_path / name, **given)
+        found.append(json.loads((folder / "summary.json").read_text(encoding="utf-8"))["before"])
+    assert placed == [[str(OTHER)]]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 def settings(tiny_pair: Any, **given: Any) -> Any:
     values = {
         "model.teacher": str(tiny_pair.teacher),
