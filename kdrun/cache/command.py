@@ -54,15 +54,7 @@ def cache_teacher(
         InputError: wrong input; no cache is written.
         TrainingError: the disk fails.
     """
-    if model.teacher is None:
-        raise InputError("--teacher: pass the teacher to cache")
-    if model.teacher_quantization is not None:
-        raise InputError(
-            "model.teacher_quantization: a cache cannot store a quantised teacher; remove it"
-        )
-    check_attention(model)
-    if model.teacher_device == "auto":
-        raise InputError("model.teacher_device=auto: there is no student; remove it, or pass cpu")
+    _check(model)
     locate_pair(model)
     rows = read_rows(data)
     make_folder(folder)
@@ -113,6 +105,19 @@ def cache_teacher(
         f"({manifest.tokens / seconds:.0f} tokens/s), {size / 1e6:.1f} MB on disk"
     )
     console.print(f"cache: {folder}", markup=False)
+
+
+def _check(model: ModelConfig) -> None:
+    """Refuse models that cannot be cached, without loading anything."""
+    if model.teacher is None:
+        raise InputError("--teacher: pass the teacher to cache")
+    if model.teacher_quantization is not None:
+        raise InputError(
+            "model.teacher_quantization: a cache cannot store a quantised teacher; remove it"
+        )
+    check_attention(model)
+    if model.teacher_device == "auto":
+        raise InputError("model.teacher_device=auto: there is no student; remove it, or pass cpu")
 
 
 def _name(model: ModelConfig) -> str:
