@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _LINES_WITHOUT_TERMINAL = 10
-# The last two log if torchao is installed, which transformers then imports: about CUDA
+# torchao and pytree log if torchao is installed, which transformers then imports: about CUDA
 # libraries that a CPU does not need, and about changes that later versions of torch require.
-_NOISY = ("torch.distributed", "torchao", "torch.utils._pytree")
+# bitsandbytes logs while it is imported, about a kernel that would have to be downloaded.
+_NOISY = ("torch.distributed", "torchao", "torch.utils._pytree", "bitsandbytes")
 
 
 def make_console() -> Console:

@@ -15,6 +15,7 @@ from kdrun.data.rows import TextRow
 from kdrun.errors import InputError
 from kdrun.models.cast import cast_weights
 from kdrun.models.pairs import describe_model, load_teacher, open_teacher
+from kdrun.models.placement import teacher_devices
 from kdrun.paths import expand_home
 
 if TYPE_CHECKING:
@@ -217,5 +218,6 @@ def _named_teacher(
     if model is None:
         return None
     cached.cache.check_teacher(print_teacher(model), str(pair.teacher))
-    cast_weights(model, getattr(torch, named.teacher_type))
-    return FrozenTeacher(model, find_split(model))
+    if named.teacher_type != cached.cache.manifest.dtype:  # quantised weights cannot be converted
+        cast_weights(model, getattr(torch, named.teacher_type))
+    return FrozenTeacher(model, find_split(model), teacher_devices(named.teacher_device))

@@ -13,6 +13,7 @@ from kdrun.data.encoder import Encoder
 from kdrun.data.prepare import encode_rows, examples_in, read_rows
 from kdrun.errors import InputError
 from kdrun.files import hold_folder
+from kdrun.models.attention import check_attention
 from kdrun.models.device import find_device
 from kdrun.models.pairs import check_context, describe_model, find_pair, locate_pair, open_teacher
 from kdrun.quiet import make_console, quiet_libraries, show_progress
@@ -47,18 +48,15 @@ def cache_teacher(
         InputError: wrong input; no cache is written.
         TrainingError: the disk fails.
     """
-    if model.teacher is None:
-        raise InputError("--teacher: pass the teacher to cache")
-    if model.teacher_quantization is not None:
-        raise InputError(
-            "model.teacher_quantization: a cache cannot store a quantised teacher; remove it"
-        )
+    _check(model)
     locate_pair(model)
     rows = read_rows(data)
     make_folder(folder)
     console = make_console()
     with hold_folder(folder), quiet_libraries():
         prepare_folder(folder)
+        import torch
+
         from kdrun.cache.build import Recipe, build_cache
 
         pair = find_pair(model)
@@ -71,7 +69,7 @@ def cache_teacher(
         teacher = open_teacher(pair, model, lambda line: console.print(line, markup=False))
         assert teacher is not None
         console.print(f"teacher: {describe_model(teacher.model)}", markup=False)
-        teacher.to(find_device())
+        teacher.to(torch.device(model.teacher_device or find_device()))
         recipe = Recipe(
             kind=kind,
             entries=entries,
@@ -86,7 +84,7 @@ def cache_teacher(
         started = time.monotonic()
         with show_progress(console, "row", "tokens") as report:
             manifest = build_cache(
-                folder, teacher, model.teacher, pair.tokenizer, every, recipe, report
+                folder, teacher, _name(model), pair.tokenizer, every, recipe, report
             )
     seconds = time.monotonic() - started
     size = sum(file.bytes for file in manifest.files) + (folder / MANIFEST).stat().st_size
@@ -100,3 +98,22 @@ def cache_teacher(
         f"({manifest.tokens / seconds:.0f} tokens/s), {size / 1e6:.1f} MB on disk"
     )
     console.print(f"cache: {folder}", markup=False)
+
+
+def _check(model: ModelConfig) -> None:
+    """Refuse models that cannot be cached, without loading anything."""
+    if model.teacher is None:
+        raise InputError("--teacher: pass the teacher to cache")
+    if model.teacher_quantization is not None:
+        raise InputError(
+            "model.teacher_quantization: a cache cannot store a quantised teacher; remove it"
+        )
+    check_attention(model)
+    if model.teacher_device == "auto":
+        raise InputError("model.teacher_device=auto: there is no student; remove it, or pass cpu")
+
+
+def _name(model: ModelConfig) -> str:
+    """The teacher's name in messages about the cache."""
+    at = "" if model.teacher_revision is None else f"@{model.teacher_revision}"
+    return f"{model.teacher}{at}"

@@ -23,8 +23,8 @@ from kdrun.compare.plan import (
 )
 from kdrun.compare.run import Comparison
 from kdrun.config.sections import BUILT_IN, DataConfig
+from kdrun.data.hashes import content_hash
 from kdrun.data.prepare import read_rows
-from kdrun.data.split import content_hash
 from kdrun.errors import InputError
 from kdrun.models.pairs import find_pair
 from kdrun.run.precision import settle_precision

@@ -97,10 +97,16 @@ def check_pairs(comparison: Comparison) -> None:
         InputError: names the loss, the procedure or the model.
     """
     from kdrun.losses.build import build_loss, check_name
+    from kdrun.models.attention import check_attention
     from kdrun.models.pairs import check_context, find_pair, locate_pair
+    from kdrun.models.placement import refuse_teacher_device
+    from kdrun.models.quantize import check_quantization, check_student_quantization
     from kdrun.run.check import procedure_of
 
     base = comparison.base
+    check_attention(base.model)
+    check_student_quantization(base.lora, fsdp=False)
+    refuse_teacher_device(base.model, "kdrun compare-losses")
     for spec in comparison.plan.axes.losses:
         check_name(spec)
         build_loss(base.loss.model_copy(update={"spec": spec}), vocab_size=None)
@@ -112,4 +118,5 @@ def check_pairs(comparison: Comparison) -> None:
         for student in comparison.plan.axes.students:
             model = base.model.model_copy(update={"teacher": teacher, "student": student})
             locate_pair(model)
+            check_quantization(model, fsdp=False)
             check_context(find_pair(model), base.data.max_length, model.trust_remote_code)

@@ -41,10 +41,10 @@ class ModelConfig(_Section):
     teacher_cache: str | None = Field(
         None, description="folder written by 'kdrun cache-teacher'; used instead of the teacher"
     )
-    teacher_quantization: Literal["int8"] | None = Field(
+    teacher_quantization: Literal["int8", "nf4"] | None = Field(
         None,
-        description="store the weights of the teacher's layers in 8 bits (pip install "
-        "'kdlosses[quantize]'); null keeps model.teacher_dtype",
+        description="store the weights of the teacher's layers in 8 bits (int8) or 4 bits (nf4) "
+        "(pip install 'kdlosses[quantize]'); null keeps model.teacher_dtype",
     )
     student: str = Field(BUILT_IN, description="folder or hub id; 'builtin'")
     init_seed: int | None = Field(
@@ -61,6 +61,22 @@ class ModelConfig(_Section):
     )
     trust_remote_code: bool = Field(
         False, description="run the Python code that comes with a model, for both models"
+    )
+    attention: str | None = Field(
+        None,
+        description="implementation of attention in both models: sdpa, eager, flash_attention_2, "
+        "flex_attention or another that transformers knows; null lets transformers choose",
+    )
+    revision: str | None = Field(
+        None, description="branch, tag or commit of a student on the hub; null uses main"
+    )
+    teacher_revision: str | None = Field(
+        None, description="branch, tag or commit of a teacher on the hub; null uses main"
+    )
+    teacher_device: Literal["auto", "cpu"] | None = Field(
+        None,
+        description="where the teacher runs: cpu, or auto to spread it over the devices that no "
+        "student uses; null uses the student's device",
     )
 
     @property
@@ -349,6 +365,11 @@ class LoraConfig(_Section):
     merge: bool = Field(
         False, description="save the student as a plain model with its adapters merged"
     )
+    quantization: Literal["nf4"] | None = Field(
+        None,
+        description="store the frozen weights below the adapters in 4 bits (QLoRA; pip install "
+        "'kdlosses[lora,quantize]')",
+    )
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -366,6 +387,11 @@ class LoraConfig(_Section):
 
     @model_validator(mode="after")
     def _need_a_rank(self) -> Self:
+        if self.rank is None and self.quantization is not None:
+            raise ValueError(
+                f"lora.quantization={self.quantization} needs lora.rank: weights in 4 bits cannot "
+                "be trained, only adapters above them"
+            )
         if self.rank is None and self.model_fields_set - {"rank"}:
             changed = [
                 name

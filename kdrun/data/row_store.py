@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Self, overload
 
 from kdrun.data.arrow_store import Stored, StoreWriter, digests, numbers, texts
 from kdrun.data.formats import ChatRow, Row, TextRow
+from kdrun.data.hashes import content_hash, prompt_hash
 from kdrun.data.messages import Message
 from kdrun.data.records import Position
-from kdrun.data.split import content_hash, prompt_hash
 
 if TYPE_CHECKING:
     import numpy as np

@@ -20,7 +20,7 @@ from kdrun.data.sources import Part, find_parts
 from kdrun.errors import InputError
 
 _MOST_UNUSED = 12
-_CODE = ("fields.py", "formats.py", "messages.py", "records.py", "row_store.py", "split.py")
+_CODE = ("fields.py", "formats.py", "hashes.py", "messages.py", "records.py", "row_store.py")
 """The source files that determine what becomes of a record."""
 Keep = Callable[[Callable[[], str], int], Path | None]
 

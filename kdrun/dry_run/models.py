@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kdrun.models.adapters import add_adapters
 from kdrun.models.heads import causal_lm
 from kdrun.models.pairs import check_head
-from kdrun.models.quantize import is_quantized
+from kdrun.models.quantize import Kind, saved_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +56,7 @@ class Shadow:
         dtype: data type of the weights.
         trust_remote_code: whether the model may run its own code.
         pair: the pair, for the vocabulary size.
+        quantization: how the weights of its layers are stored.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Shadow:
         dtype: DType,
         trust_remote_code: bool,
         pair: Pair,
+        quantization: Kind | None = None,
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
@@ -76,6 +78,7 @@ class Shadow:
                 trust_remote_code=trust_remote_code,
             )
         check_head(self.model, pair, str(source))
+        self._saved = saved_bytes(self.model, quantization)
 
     def adapt(self, config: RunConfig) -> None:
         """Add the adapters of the run."""
@@ -84,20 +87,12 @@ class Shadow:
         with torch.device("meta"):
             self.model = add_adapters(self.model, config.lora, "", config.training.seed)
 
-    def size(self, quantized: bool = False) -> ModelSize:
-        """The sizes of the model.
-
-        Args:
-            quantized: whether the weights of layers are stored in 8 bits.
-        """
+    def size(self) -> ModelSize:
+        """The sizes of the model."""
         every = list(self.model.parameters())
         trained = [p for p in every if p.requires_grad]
         head = self.model.get_output_embeddings().weight
         inner = causal_lm(self.model)
-        saved = 0
-        if quantized:
-            layers = [x for x in inner.modules() if is_quantized(x, inner.get_output_embeddings())]
-            saved = sum(_saved_by_8_bits(layer.weight) for layer in layers)
         kinds = set(inner._no_split_modules or ())
         blocks = [
             _bytes(list(module.parameters()))
@@ -108,7 +103,7 @@ class Shadow:
             kind=self.model.config.model_type,
             parameters=_elements(every),
             trained=_elements(trained),
-            weights=_bytes(every) - saved,
+            weights=_bytes(every) - self._saved,
             trained_weights=_bytes(trained),
             head=(head.shape[0], head.shape[1]),
             trained_head=head.requires_grad,
@@ -210,12 +205,6 @@ def _place(tensor: torch.Tensor) -> int:
 
 def _elements(tensors: list[torch.Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
-
-
-def _saved_by_8_bits(weight: torch.Tensor) -> int:
-    """Bytes saved by storing a matrix in 8 bits with one scale per output."""
-    scales = weight.shape[0] * weight.element_size()
-    return weight.numel() * (weight.element_size() - 1) - scales
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:

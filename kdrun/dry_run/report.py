@@ -115,6 +115,12 @@ def dry_run(
             longest = max(longest, longest_written(examples_in(examples.train), prepared.sampling))
         batch = made * min(config.training.batch_size, count)
         student, teacher, memory = _memory(config, pair, longest, count, batch, device)
+        place = _where(config, device)
+        if teacher is not None and place is not None:
+            notes.append(
+                f"teacher: {_gib(teacher.weights)} on {place}; the student's device keeps a copy "
+                "of its head"
+            )
         if processes > 1:
             gathered = 0
             if config.training.fsdp:
@@ -139,7 +145,9 @@ def dry_run(
 
 def _adapters(config: RunConfig) -> str | None:
     kind = "DoRA" if config.lora.dora else "LoRA"
-    return None if config.lora.rank is None else f"{kind} of rank {config.lora.rank}"
+    stored = config.lora.quantization
+    above = "" if stored is None else f" above {stored}"
+    return None if config.lora.rank is None else f"{kind} of rank {config.lora.rank}{above}"
 
 
 def _steps(config: RunConfig, rows: int, processes: int) -> int:
@@ -162,16 +170,16 @@ def _memory(
 
     model, trust = config.model, config.model.trust_remote_code
     shape = load_model_config(pair.student, trust)
-    shadow = Shadow(pair.student, shape, model.student_type, trust, pair)
+    shadow = Shadow(pair.student, shape, model.student_type, trust, pair, config.lora.quantization)
     if config.lora.rank is not None:
         shadow.adapt(config)
     student = shadow.size()
     teacher, teacher_weights, width = None, 0, 0
     if pair.teacher is not None:
-        quantized = config.model.teacher_quantization is not None
         shape = load_model_config(pair.teacher, trust)
-        teacher = Shadow(pair.teacher, shape, model.teacher_type, trust, pair).size(quantized)
-        teacher_weights, width = teacher.weights, teacher.head[1]
+        stored = model.teacher_quantization
+        teacher = Shadow(pair.teacher, shape, model.teacher_type, trust, pair, stored).size()
+        teacher_weights, width = _beside_student(config, teacher, device), teacher.head[1]
     if config.model.teacher_cache is not None:
         manifest = read_manifest(expand_home(config.model.teacher_cache))
         teacher_weights += 0 if manifest.head is None else manifest.head.bytes
@@ -210,6 +218,22 @@ def _optimizer_bytes(name: str | None, student: ModelSize) -> int | None:
     if states is None or name.startswith(_OTHER_STATES):
         return None
     return states * (student.trained if name.endswith("8bit") else student.trained_weights)
+
+
+def _beside_student(config: RunConfig, teacher: ModelSize, device: Device) -> int:
+    """The bytes of a teacher on the student's device."""
+    if _where(config, device) is None:
+        return teacher.weights
+    rows, width = teacher.head
+    return rows * width * teacher.item_size  # losses read a copy of its head there
+
+
+def _where(config: RunConfig, device: Device) -> str | None:
+    """The place of a teacher that is not on the student's device."""
+    given = config.model.teacher_device
+    if given == "auto":
+        return "other devices"
+    return "the CPU" if given is not None and device.kind != given else None
 
 
 def _on_one_of(

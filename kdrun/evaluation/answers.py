@@ -10,9 +10,9 @@ from kdrun.config.sections import EvaluationConfig
 from kdrun.data.chat import USUAL_RENDERING, Rendering
 from kdrun.data.fields import BadRowError
 from kdrun.data.formats import ChatRow
+from kdrun.data.hashes import content_hash
 from kdrun.data.messages import Message
 from kdrun.data.records import Position
-from kdrun.data.split import content_hash
 from kdrun.evaluation.scores import check_rouge, exact_match, rouge_l
 from kdrun.models.generation import encode_prompt, generate
 

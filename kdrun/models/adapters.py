@@ -38,7 +38,13 @@ def check_peft(config: LoraConfig) -> None:
         raise InputError(f"lora.rank={config.rank} needs the package peft: {INSTALL_PEFT}")
 
 
-def add_adapters(model: PreTrainedModel, config: LoraConfig, base: str, seed: int) -> Any:
+def add_adapters(
+    model: PreTrainedModel,
+    config: LoraConfig,
+    base: str,
+    seed: int,
+    revision: str | None = None,
+) -> Any:
     """Freeze a model and add trainable adapters to it.
 
     Args:
@@ -47,6 +53,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, base: str, seed: in
         base: the model's folder or hub id, which is saved with the adapters.
         seed: seed of their initial weights, which depend on nothing else, such as random numbers
             drawn before.
+        revision: the base model's revision on the hub, which is saved with the adapters.
 
     Raises:
         InputError: a layer that does not exist, the output head, or settings that peft does
@@ -82,6 +89,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, base: str, seed: in
         ) from error
     for kept in adapted.peft_config.values():
         kept.base_model_name_or_path = base
+        kept.revision = revision
     return adapted
 
 
@@ -158,8 +166,9 @@ def describe_adapters(model: Any, config: LoraConfig) -> str:
     tuner = model.base_model
     places = {name.rpartition(".")[2] for name in tuner.targeted_module_names}
     places |= {".".join(name.split(".")[-2:]) for name in tuner.targeted_parameter_names}
+    above = "" if config.quantization is None else f" above weights in {config.quantization}"
     return (
-        f"adapters: {kind} of rank {config.rank} on {', '.join(sorted(places))}; "
+        f"adapters: {kind} of rank {config.rank} on {', '.join(sorted(places))}{above}; "
         f"{trained / 1e6:.2f} M parameters are trained"
     )
 

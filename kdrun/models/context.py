@@ -20,9 +20,10 @@ def load_model_config(source: ModelSource, trust_remote_code: bool = False) -> A
     from transformers import AutoConfig
 
     base = source.base
-    options = {"gguf_file": base.gguf_file} if base.gguf_file else {}
     with one_clear_line(source, "model"):
-        return AutoConfig.from_pretrained(base.path, trust_remote_code=trust_remote_code, **options)
+        return AutoConfig.from_pretrained(
+            base.path, trust_remote_code=trust_remote_code, **base.options
+        )
 
 
 def context_limit(config: Any) -> int | None:

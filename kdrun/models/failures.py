@@ -11,6 +11,8 @@ from kdrun.errors import InputError
 from kdrun.models.locate import ModelSource
 from kdrun.paths import did_you_mean
 
+_ATTENTION = re.compile(r"attn_implementation|Flash ?Attention|flex_attention|flash-attn")
+
 
 @contextmanager
 def one_clear_line(source: ModelSource, what: str) -> Iterator[None]:
@@ -52,6 +54,9 @@ def _line(source: ModelSource, what: str, error: Exception) -> str:
         )
     if "no file named" in text or "does not appear to have a file named" in text:
         return f"{source} has no weights; it needs model.safetensors next to config.json"
+    if _ATTENTION.search(text):
+        reason = text.strip().splitlines()[0].split(". ")[0].rstrip(".")
+        return f"model.attention: {source} cannot use it ({reason}); choose another, such as eager"
     if unfit := re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", text):
         return f"{source} is not a causal language model ({unfit[1]})"
     if unknown := re.search(r"has model type `([^`]*)` but", text):

@@ -8,12 +8,13 @@ the consumer of hidden states and weight. Hooks therefore gather and reduce as u
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kdlosses import Logits, Projected
+from kdrun.models.placement import place
 from kdrun.models.routers import balancing_loss
 
 if TYPE_CHECKING:
@@ -74,13 +75,22 @@ def find_split(model: nn.Module) -> HeadSplit:
     training = inner.training
     inner.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _in_16_bits_where_needed(inner):
             problem = _probe(inner, head, split)
     except Exception as error:  # any failure of the model's forward rules out the split
         problem = f"the probe of its head failed ({type(error).__name__}: {error})"
     finally:
         inner.train(training)
     return split if problem is None else HeadSplit(reason=problem)
+
+
+def _in_16_bits_where_needed(model: Any) -> Any:
+    """Return the context for a model whose attention cannot compute in the type of its weights."""
+    import torch
+
+    flash = str(model.config._attn_implementation).startswith("flash")
+    needed = flash and model.dtype == torch.float32  # under mixed precision
+    return torch.autocast(model.device.type, torch.bfloat16) if needed else nullcontext()
 
 
 def _tabulated(config: Any) -> tuple[float, float | None]:
@@ -188,8 +198,9 @@ def _consume(
     head = model.get_output_embeddings()
 
     def project(states: Tensor) -> dict[str, Tensor]:
-        if torch.is_autocast_enabled(states.device.type):  # the losses leave it, and keep the type
-            states = states.to(torch.get_autocast_dtype(states.device.type))
+        kind = states.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            states = states.to(torch.get_autocast_dtype(kind))  # the losses leave autocast
         source = Projected(states, head.weight, head.bias, split.logit_scale, split.softcap)
         return consume(source)
 
@@ -246,16 +257,29 @@ class FrozenTeacher:
     Args:
         model: the teacher's model.
         split: how it computes logits.
+        devices: the devices that hold it; None for the device of the batches.
     """
 
-    def __init__(self, model: PreTrainedModel, split: HeadSplit) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        split: HeadSplit,
+        devices: Sequence[int | str] | None = None,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.split = split
+        self._devices = devices
+        self._elsewhere: _Elsewhere | None = None
         install(self.model, split)
 
     def to(self, device: torch.device) -> None:
-        """Move the weights."""
-        self.model.to(device)
+        """Move the weights to the batches' device, or to the teacher's own devices."""
+        if self._devices is None:
+            self.model.to(device)
+            return
+        if self._elsewhere is None:
+            place(self.model, self._devices)
+        self._elsewhere = _Elsewhere(self.model, device)
 
     def source(
         self,
@@ -266,8 +290,9 @@ class FrozenTeacher:
     ) -> Any:
         """Return the source of the teacher's logits (:class:`kdlosses.Projected` or logits).
 
-        The projection itself happens later, chunk by chunk. ``shift_labels`` are not passed to the
-        model, which covers every position; a cache has only the supervised ones.
+        It is on the batches' device, wherever the teacher runs. The projection itself happens
+        later, chunk by chunk. ``shift_labels`` are not passed to the model, which covers every
+        position; a cache has only the supervised ones.
         """
         import torch
 
@@ -280,6 +305,46 @@ class FrozenTeacher:
             found.append(source)
             return {}
 
+        features = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+        if self._elsewhere is not None:
+            features = self._elsewhere.send(features)
         with torch.no_grad():
-            call(self.model, keep, input_ids, attention_mask, **inputs)
-        return found[0]
+            call(self.model, keep, **features)
+        return found[0] if self._elsewhere is None else self._elsewhere.fetch(found[0])
+
+
+class _Elsewhere:
+    """The way between the batches' device and a teacher on other devices.
+
+    Losses project with the head's weight chunk by chunk, so that a copy of it stays on the batches'
+    device: logits would be larger than hidden states and weight together, and fetching the weight
+    again for each batch would take longer than the loss.
+
+    Args:
+        model: the teacher's model, on its devices.
+        device: the batches' device.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        head = model.get_output_embeddings()
+        self._model, self._device = model, device
+        self._weight = head.weight.detach().to(device)
+        bias = getattr(head, "bias", None)
+        self._bias = None if bias is None else bias.detach().to(device)
+
+    def send(self, features: dict[str, Any]) -> dict[str, Any]:
+        """Move the inputs of the model to it."""
+        first = self._model.device
+        return {key: x.to(first) if hasattr(x, "to") else x for key, x in features.items()}
+
+    def fetch(self, source: Logits | Projected) -> Logits | Projected:
+        """Move hidden states, or the logits of a model without split, to the batches' device."""
+        if isinstance(source, Logits):
+            return Logits(source.values.to(self._device))
+        return Projected(
+            source.hidden.to(self._device),
+            self._weight,
+            self._bias,
+            source.logit_scale,
+            source.softcap,
+        )

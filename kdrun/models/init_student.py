@@ -81,7 +81,9 @@ def init_student(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     # A folder keeps its stored data type; a GGUF file has no such type.
     dtype = "float32" if source.gguf_file else "auto"
-    model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code, say=say)
+    model = load_model(
+        source, dtype=dtype, trust_remote_code=trust_remote_code, say=say, plain=True
+    )
     layers = model.config.get_text_config().num_hidden_layers
     kept = spaced_layers(layers, keep_layers)
     student = keep_only(model, kept)

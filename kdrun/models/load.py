@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from kdrun.models.base_print import check_base
 from kdrun.models.failures import one_clear_line
 from kdrun.models.locate import ModelSource
 from kdrun.models.merge import describe_unread, merge_adapter
+from kdrun.models.nf4 import keep_packing
+from kdrun.models.stored import loading_options
 from kdrun.models.unread import describe_unread_files
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ def load_model(
     trust_remote_code: bool = False,
     device: str | torch.device | None = None,
     say: Callable[[str], None] | None = None,
+    attention: str | None = None,
+    plain: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model with all its weights.
 
@@ -33,6 +38,8 @@ def load_model(
         trust_remote_code: Run Python code that comes with the model.
         device: Its device; the CPU by default.
         say: Called with a line for each unused file of the model; None reports nothing.
+        attention: The implementation of attention; None lets transformers choose.
+        plain: Dequantise a quantised checkpoint, so that its weights can be trained.
 
     Returns:
         The model in evaluation mode, with adapters merged into its weights. One from a GGUF file is
@@ -40,14 +47,23 @@ def load_model(
 
     Raises:
         InputError: It cannot be loaded, is not a causal language model, lacks weights, is
-            quantised by an unknown method, or is not the one that an adapter was trained on.
+            quantised by a method that is unknown or cannot be undone, or is not the one that an
+            adapter was trained on.
     """
     from transformers import AutoModelForCausalLM
 
     check_base(source)
     base = source.base
-    options = _gguf_options(base.gguf_file) if base.gguf_file else {}
-    with one_clear_line(base, "model"):
+    plain = plain or bool(source.adapters)
+    unpacked = (
+        _gguf_options() if base.gguf_file else loading_options(base, trust_remote_code, plain)
+    )
+    options: dict[str, Any] = {**base.options, **unpacked}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    with one_clear_line(base, "model"), warnings.catch_warnings():
+        # Of the settings below, only those about dequantising are meant to be used.
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
         model, info = AutoModelForCausalLM.from_pretrained(
             source.path,
             dtype=dtype,
@@ -58,6 +74,7 @@ def load_model(
     _check_complete(base, info)
     _check_causal(base, model)
     _check_quantization(base, model)
+    keep_packing(model)
     tell = say or _tell_nobody
     for note in (
         *describe_unread_files(source),
@@ -75,16 +92,13 @@ def _tell_nobody(line: str) -> None:
     """Discard a line."""
 
 
-def _gguf_options(gguf_file: str) -> dict[str, Any]:
+def _gguf_options() -> dict[str, Any]:
     import transformers
 
     # Without this a GGUF model counts as quantised, even if its weights were unpacked, and could
     # be neither trained nor saved. Versions without the option always unpack.
     packed_config = getattr(transformers, "GgufConfig", None)
-    options: dict[str, Any] = {"gguf_file": gguf_file}
-    if packed_config is not None:
-        options["quantization_config"] = packed_config(dequantize=True)
-    return options
+    return {} if packed_config is None else {"quantization_config": packed_config(dequantize=True)}
 
 
 def _check_complete(source: ModelSource, info: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from kdrun.paths import did_you_mean, expand_home
 STUDENT = "student"
 """Subfolder of a run with the trained student."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _ADAPTER = "adapter_config.json"
 _GGUF_ON_HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)/([\w.-]+\.gguf)")
 
@@ -25,17 +26,32 @@ class ModelSource:
         path: A folder, or the name of a model on the hub.
         gguf_file: The GGUF file in it that contains the weights, if any.
         adapters: Folders of adapters on top of it, the innermost first.
+        revision: Branch, tag or commit on the hub; None is main, or a folder.
     """
 
     path: str
     gguf_file: str | None = None
     adapters: tuple[str, ...] = ()
+    revision: str | None = None
 
     def __str__(self) -> str:
         """The model as messages name it."""
+        if self.revision is None or self.adapters:
+            return self.name
+        return f"{self.name}@{self.revision}"
+
+    @property
+    def name(self) -> str:
+        """The model without its revision, as :func:`locate_model` accepts it."""
         if self.adapters:
             return self.adapters[-1]
         return f"{self.path}/{self.gguf_file}" if self.gguf_file else self.path
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Keyword arguments of ``from_pretrained`` besides the path."""
+        given = {"gguf_file": self.gguf_file, "revision": self.revision}
+        return {key: value for key, value in given.items() if value is not None}
 
     @property
     def base(self) -> ModelSource:
@@ -120,7 +136,8 @@ def _adapter(folder: Path) -> ModelSource:
     """Return an adapter with the model that its ``adapter_config.json`` names."""
     file = folder / _ADAPTER
     try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     except (ValueError, AttributeError) as error:
         raise InputError(f"{file}: not the configuration of an adapter; save it again") from error
     if not base:
@@ -137,4 +154,38 @@ def _adapter(folder: Path) -> ModelSource:
             f"{folder} contains an adapter whose base model {base} does not exist; set "
             f"base_model_name_or_path in {file} to its path"
         ) from error
+    if not (found.is_local or found.adapters):
+        found = replace(found, revision=revision)
     return replace(found, adapters=(*found.adapters, str(folder)))
+
+
+def commit_of(source: ModelSource) -> str | None:
+    """Return the commit that a model on the hub is loaded from; None for a folder."""
+    from transformers.utils.hub import resolve_revision
+
+    if source.is_local:
+        return None
+    found = resolve_revision(source.path, source.revision)
+    commit = getattr(found, "resolved", found)  # a commit itself is already resolved
+    return None if commit is None or _COMMIT.fullmatch(commit) is None else str(commit)
+
+
+def at_revision(source: ModelSource, revision: str | None, key: str) -> ModelSource:
+    """Return a model on the hub at a revision.
+
+    Args:
+        source: the model.
+        revision: branch, tag or commit; None changes nothing.
+        key: key of the configuration that gives it.
+
+    Raises:
+        InputError: the model is a folder, which has no revisions.
+    """
+    if revision is None:
+        return source
+    if source.is_local or source.adapters:
+        raise InputError(
+            f"{key}={revision} has no effect: {source} is a local folder; remove the key, or pass "
+            "the model's name on the hub"
+        )
+    return replace(source, revision=revision)

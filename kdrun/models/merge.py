@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from kdrun.errors import InputError
 from kdrun.models.adapters import INSTALL_PEFT, without_advice
 from kdrun.models.cast import cast_weights
+from kdrun.models.heads import causal_lm
+from kdrun.models.nf4 import dequantize, is_nf4
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,21 +75,30 @@ def merge_adapter(
     return merged.eval()
 
 
-def merge_trained(adapted: Any, dtype: str | None) -> PreTrainedModel:
-    """Merge trained adapters into a type of weights.
+def merge_trained(
+    adapted: Any, dtype: str | None, folder: str, say: Callable[[str], None]
+) -> PreTrainedModel:
+    """Merge the adapters of a trained student into a type of weights.
 
-    Each layer is summed in float32 and rounded once; a 16-bit sum would be rounded twice.
+    Each layer is summed in float32 and rounded once; a 16-bit sum would be rounded twice. Weights
+    in 4 bits are first dequantised: the merged model has the values that the adapters were trained
+    above, and is not quantised again.
 
     Args:
-        adapted: a model with adapters of peft.
+        adapted: a model with adapters of peft; changed in place.
         dtype: type of the merged weights; None keeps that of the base model.
+        folder: folder of its saved adapters.
+        say: as for :func:`merge_adapter`.
     """
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from kdrun.models.heads import causal_lm
-
     wanted = causal_lm(adapted).dtype if dtype is None else getattr(torch, dtype)
+    if is_nf4(causal_lm(adapted)):
+        base: PreTrainedModel = adapted.unload()
+        dequantize(base)
+        cast_weights(base, torch.float32)
+        return cast_weights(merge_adapter(base, folder, say), wanted)
     for layer in list(adapted.modules()):
         if isinstance(layer, BaseTunerLayer):
             cast_weights(layer, torch.float32)

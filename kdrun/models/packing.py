@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kdrun.errors import InputError
@@ -15,25 +16,37 @@ _FIRST, _SECOND = 5, 7
 _POSITIONS = "position_ids"
 
 
-def check_packing(model: nn.Module, name: str) -> None:
+def check_packing(model: nn.Module, name: str, batch_size: int = 2) -> None:
     """Refuse a model in which the examples of a row attend to each other.
+
+    Args:
+        model: a causal language model, on any device.
+        name: its name in the message.
+        batch_size: rows per batch.
 
     Raises:
         InputError: they do; gives the reason.
     """
-    problem = packing_problem(model)
+    problem = packing_problem(model, batch_size)
     if problem is not None:
-        raise InputError(f"data.packing: {name} {problem}; set data.packing=false")
+        inner: Any = causal_lm(model)
+        used = inner.config._attn_implementation
+        raise InputError(
+            f"data.packing: {name} {problem} (model.attention={used}); set data.packing=false, or "
+            "choose another model.attention"
+        )
 
 
-def packing_problem(model: nn.Module) -> str | None:
+def packing_problem(model: nn.Module, batch_size: int = 2) -> str | None:
     """Return why a model cannot separate the examples of a row; None if it can.
 
     The second of two examples in a row must give the same output whatever the first one is, and
-    the same as alone.
+    the same as alone. Two rows are checked in one batch, unless batches have one row: flash
+    attention separates the examples of a single row only.
 
     Args:
         model: a causal language model, on any device.
+        batch_size: rows per batch.
     """
     import torch
 
@@ -47,7 +60,8 @@ def packing_problem(model: nn.Module) -> str | None:
     inner.eval()
     try:
         with torch.no_grad():
-            after_one, after_other = (_packed(inner, first, second) for first in (one, other))
+            parts = [[one, other]] if batch_size > 1 else [[one], [other]]
+            after_one, after_other = (x for part in parts for x in _packed(inner, part, second))
             alone = inner(input_ids=second.unsqueeze(0), use_cache=False).logits[0].float()
     except Exception as error:  # any failure of the model's forward rules it out
         return f"fails on packed rows ({type(error).__name__}: {str(error).splitlines()[:1]})"
@@ -62,12 +76,14 @@ def packing_problem(model: nn.Module) -> str | None:
     return None
 
 
-def _packed(model: Any, first: Tensor, second: Tensor) -> Tensor:
-    """Return the logits of the second example."""
+def _packed(model: Any, firsts: Sequence[Tensor], second: Tensor) -> Tensor:
+    """Return the logits of the second example, after each of several equally long first ones."""
     import torch
 
-    row = torch.cat([first, second]).unsqueeze(0)
-    positions = torch.cat([torch.arange(len(part), device=row.device) for part in (first, second)])
-    logits = model(input_ids=row, position_ids=positions.unsqueeze(0), use_cache=False).logits
-    second_logits: Tensor = logits[0, len(first) :].float()
+    rows = torch.stack([torch.cat([first, second]) for first in firsts])
+    lengths = (len(firsts[0]), len(second))
+    positions = torch.cat([torch.arange(n, device=rows.device) for n in lengths])
+    positions = positions.repeat(len(rows), 1)
+    logits = model(input_ids=rows, position_ids=positions, use_cache=False).logits
+    second_logits: Tensor = logits[:, lengths[0] :].float()
     return second_logits

@@ -12,10 +12,14 @@ from kdrun.config.sections import BUILT_IN, ModelConfig
 from kdrun.errors import InputError
 from kdrun.models.cast import cast_weights
 from kdrun.models.context import check_length, load_model_config
+from kdrun.models.failures import one_clear_line
 from kdrun.models.load import load_model
-from kdrun.models.locate import ModelSource, locate_model
+from kdrun.models.locate import ModelSource, at_revision, locate_model
 from kdrun.models.merge import adapter_rows
+from kdrun.models.nf4 import weights_in
+from kdrun.models.placement import teacher_devices
 from kdrun.models.quantize import quantize
+from kdrun.models.stored import check_plain, check_stored
 from kdrun.models.tokenizers import compare_tokenizers, load_tokenizer, tokens_from
 
 if TYPE_CHECKING:
@@ -54,10 +58,16 @@ def locate_pair(config: ModelConfig) -> tuple[ModelSource | None, ModelSource]:
     """Locate teacher and student, without loading anything.
 
     Raises:
-        InputError: a model does not exist.
+        InputError: a model does not exist, or a revision has no effect.
     """
-    teacher = None if config.teacher is None else _locate(config.teacher, TEACHER_DIR)
-    return teacher, _locate(config.student, STUDENT_DIR)
+    teacher = None
+    if config.teacher is not None:
+        found = _locate(config.teacher, TEACHER_DIR)
+        teacher = at_revision(found, config.teacher_revision, "model.teacher_revision")
+    elif config.teacher_revision is not None:
+        raise InputError("model.teacher_revision has no effect without model.teacher; remove it")
+    student = _locate(config.student, STUDENT_DIR)
+    return teacher, at_revision(student, config.revision, "model.revision")
 
 
 def find_pair(config: ModelConfig) -> Pair:
@@ -78,7 +88,10 @@ def find_pair(config: ModelConfig) -> Pair:
     match = compare_tokenizers(teacher_tokenizer, student_tokenizer)
     size = min(match.vocab_size, *(_head_rows(source, trust) for source in (teacher, student)))
     left_out = {**tokens_from(teacher_tokenizer, size), **tokens_from(student_tokenizer, size)}
-    notes = match.notes
+    stored = [check_stored(source, trust) for source in (teacher, student) if source is not None]
+    if teacher is not None and config.teacher_quantization is not None:
+        check_plain(teacher, trust)
+    notes = (*match.notes, *(note for note in dict.fromkeys(stored) if note is not None))
     if left_out:
         notes = (*notes, _describe_left_out(left_out, size))
     return Pair(student_tokenizer, size, teacher, student, fresh, notes, left_out)
@@ -127,9 +140,16 @@ def load_teacher(
     """Load the teacher's weights, if there is a teacher, with the configured quantisation."""
     if pair.teacher is None:
         return None
-    model = load_model(pair.teacher, config.teacher_type, config.trust_remote_code, say=say)
+    model = load_model(
+        pair.teacher,
+        config.teacher_type,
+        config.trust_remote_code,
+        say=say,
+        attention=config.attention,
+        plain=config.teacher_quantization is not None,
+    )
     if config.teacher_quantization is not None:
-        quantize(model)
+        quantize(model, config.teacher_quantization)
     return model
 
 
@@ -152,7 +172,7 @@ def open_teacher(
     if model is None:
         return None
     check_head(model, pair, str(pair.teacher))
-    return FrozenTeacher(model, find_split(model))
+    return FrozenTeacher(model, find_split(model), teacher_devices(config.teacher_device))
 
 
 def load_student(
@@ -175,10 +195,20 @@ def load_student(
     # Before any weights are initialised: they, and those of adapters, must depend on the seed only.
     set_seed(seed if config.init_seed is None else config.init_seed)
     if pair.fresh_student:
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pair.student.path))
+        shape = AutoConfig.from_pretrained(pair.student.path)
+        options = {} if config.attention is None else {"attn_implementation": config.attention}
+        with one_clear_line(pair.student, "model"):
+            model = AutoModelForCausalLM.from_config(shape, **options)
         cast_weights(model, getattr(torch, config.student_type))
     else:
-        model = load_model(pair.student, config.student_type, config.trust_remote_code, say=say)
+        model = load_model(
+            pair.student,
+            config.student_type,
+            config.trust_remote_code,
+            say=say,
+            attention=config.attention,
+            plain=True,
+        )
         check_head(model, pair, str(pair.student))
     if config.init_seed is not None:
         set_seed(seed)
@@ -197,7 +227,7 @@ def check_head(model: Any, pair: Pair, name: str) -> None:
 
 def describe_model(model: Any) -> str:
     """Describe type and size of a model."""
-    size = sum(parameter.numel() for parameter in model.parameters())
+    size = weights_in(model)
     return f"{model.config.model_type}, {size / 1e6:.2f} M parameters"
 
 

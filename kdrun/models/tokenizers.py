@@ -48,10 +48,9 @@ def load_tokenizer(
         raise InputError(
             f"{source} contains no tokenizer; save one in the folder (such as tokenizer.json)"
         )
-    options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     with one_clear_line(source, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source.path, trust_remote_code=trust_remote_code, **options
+            source.path, trust_remote_code=trust_remote_code, **source.options
         )
     return tokenizer
 

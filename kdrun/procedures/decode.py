@@ -78,7 +78,7 @@ def decode(
     """Continue prompts without recording gradients.
 
     Args:
-        writers: the models, on one device; temporarily set to evaluation mode.
+        writers: the models, on any devices; temporarily set to evaluation mode.
         prompts: non-empty lists of token ids.
         uniforms: random numbers of each row in [0, 1), ``[prompts, max_new_tokens]``.
         max_new_tokens: maximum length of a continuation.
@@ -208,11 +208,12 @@ class _Voice:
         """Logits ``[rows, vocabulary]`` of the next token, float32 or wider."""
         import torch
 
-        places = {"position_ids": batch.positions} if self._places else {}
+        device = self._model.device
+        places = {"position_ids": batch.positions.to(device)} if self._places else {}
         past = {} if self._cache is None else {self._name: self._cache}
         out = self._model(
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
+            input_ids=batch.ids.to(device),
+            attention_mask=batch.mask.to(device),
             use_cache=True,
             **places,
             **past,
@@ -224,11 +225,13 @@ class _Voice:
                 f"{type(self._model).__name__} uses a {type(self._cache).__name__}, which is not "
                 "supported for sampling answers"
             )
-        logits: Tensor = out.logits[:, -1, : self._vocab_size]
+        logits: Tensor = out.logits[:, -1, : self._vocab_size].to(batch.ids.device)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def select(self, keep: Tensor) -> None:
-        self._cache.batch_select_indices(keep)
+        # A cache may be on several devices; all of them take indices from the CPU.
+        elsewhere = keep.device != self._model.device or hasattr(self._model, "hf_device_map")
+        self._cache.batch_select_indices(keep.cpu() if elsewhere else keep)
 
 
 def _mix(scores: Sequence[Tensor], weights: Sequence[float], temperature: float) -> Tensor:

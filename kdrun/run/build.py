@@ -85,7 +85,9 @@ def build(config: RunConfig, prepared: Prepared, loaded: Loaded, start: Start) -
             sampling=prepared.sampling,
         )
     arguments.save_only_model = False  # SavingTrainer keeps the optimiser's parts as well
-    trainer.eval_teacher = loaded.teacher.evaluation
+    trainer.eval_teacher = evaluation = loaded.teacher.evaluation
+    if evaluation is not None and evaluation is not trainer.teacher:
+        evaluation.to(arguments.device)
     _begin_procedure(trainer, config.data, prepared, start)
     _guard(trainer, config.training, prepared, start)
     _tell(trainer, start)

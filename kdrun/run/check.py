@@ -14,8 +14,10 @@ from kdrun.data.prepare import RawRows, check_packed_rows, read_rows
 from kdrun.errors import InputError
 from kdrun.losses.build import build_loss, check_name
 from kdrun.models.adapters import check_peft
+from kdrun.models.attention import check_attention
 from kdrun.models.pairs import locate_pair
-from kdrun.models.quantize import check_quantization
+from kdrun.models.placement import check_teacher_device
+from kdrun.models.quantize import check_quantization, check_student_quantization
 from kdrun.paths import expand_home
 from kdrun.procedures.registry import get_procedure
 from kdrun.run.arguments import check_optimizer
@@ -46,7 +48,10 @@ def check(config: RunConfig) -> RawRows:
     check_peft(config.lora)
     procedure_of(config)
     check_tracker(config.training.report_to)
+    check_attention(config.model)
+    check_teacher_device(config.model, config.training.fsdp)
     check_quantization(config.model, config.training.fsdp)
+    check_student_quantization(config.lora, config.training.fsdp)
     check_deepspeed(config.training.deepspeed)
     check_precision(config)
     check_optimizer(config.optimizer)

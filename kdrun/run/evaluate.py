@@ -21,6 +21,7 @@ from kdrun.evaluation.judge import judge
 from kdrun.evaluation.tasks import TaskChoice, Tasks, TaskScore
 from kdrun.evaluation.yardsticks import YARDSTICKS
 from kdrun.files import write_json
+from kdrun.models.attention import check_attention
 from kdrun.models.context import context_of
 from kdrun.models.pairs import (
     Pair,
@@ -31,6 +32,8 @@ from kdrun.models.pairs import (
     load_teacher,
     locate_pair,
 )
+from kdrun.models.placement import refuse_teacher_device
+from kdrun.models.quantize import check_quantization
 from kdrun.quiet import quiet_libraries
 from kdrun.run.environment import versions
 from kdrun.run.precision import settle_precision
@@ -98,6 +101,9 @@ def evaluate(
         )
         for student in students
     ]
+    check_attention(config.model)
+    check_quantization(config.model, fsdp=False)
+    refuse_teacher_device(config.model, "kdrun evaluate")
     for one in configs:
         locate_pair(one.model)
     rows, notes = _read(config)
@@ -207,7 +213,13 @@ def _measure_all(
         students, pairs, configs, questions[: len(pairs)], strict=True
     ):
         trust = config.model.trust_remote_code
-        student = load_model(pair.student, config.model.student_type, trust, say=say)
+        student = load_model(
+            pair.student,
+            config.model.student_type,
+            trust,
+            say=say,
+            attention=config.model.attention,
+        )
         found.append(measure(name, "student", student, teacher, pair, config, asked))
     return found
 

@@ -17,6 +17,7 @@ from kdrun.evaluation.yardsticks import YARDSTICKS
 from kdrun.files import list_files, write_json, write_lines
 from kdrun.models.base_print import keep_base_print
 from kdrun.models.locate import STUDENT
+from kdrun.models.merge import merge_trained
 from kdrun.run import folder as runs
 from kdrun.run.environment import git_state, versions
 from kdrun.run.publish import publish
@@ -154,7 +155,6 @@ def save_student(
 
     from kdrun.models.cast import cast_weights
     from kdrun.models.heads import uninstall
-    from kdrun.models.merge import merge_trained
     from kdrun.models.shard import gather
 
     model, tokenizer = trainer.model, trainer.processing_class
@@ -167,7 +167,8 @@ def save_student(
     folder = start.folder
     if config.lora.merge:
         _save(model, tokenizer, folder / runs.ADAPTER, base)
-        model, base = merge_trained(model, config.output.dtype), None
+        saved = str(folder / runs.ADAPTER)
+        model, base = merge_trained(model, config.output.dtype, saved, start.say), None
     else:  # from an earlier merged student
         shutil.rmtree(folder / runs.ADAPTER, ignore_errors=True)
         if config.lora.rank is None and config.output.dtype is not None:

@@ -13,11 +13,14 @@ from kdrun.data.chat import Rendering
 from kdrun.errors import InputError
 from kdrun.losses.build import build_loss, notes_on_names, unchunked
 from kdrun.models.adapters import add_adapters, describe_adapters
+from kdrun.models.attention import check_trains
 from kdrun.models.base_print import print_weights
 from kdrun.models.context import context_limit
 from kdrun.models.ends import own_ends, settle_generation, stop_tokens, taught_ends
 from kdrun.models.locate import ModelSource
 from kdrun.models.pairs import Pair, describe_cut, describe_model, load_student
+from kdrun.models.placement import teacher_devices
+from kdrun.models.quantize import quantize
 from kdrun.run import folder as runs
 from kdrun.run.precision import notes_on_types
 
@@ -62,6 +65,8 @@ def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
     from kdrun.models.heads import FrozenTeacher
     from kdrun.models.packing import check_packing
 
+    check_trains(config.model.attention)
+    teacher_devices(config.model.teacher_device)
     pair = prepared.pair
     loss = build_loss(unchunked(config.loss), None)
     teacher = choose_teacher(config.model, config.loss, pair, prepared.examples, loss)
@@ -77,9 +82,10 @@ def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
     if asked is not None:
         start.say(asked)
     if config.data.packing:
-        check_packing(student, str(pair.student))
+        rows = config.training.batch_size
+        check_packing(student, str(pair.student), rows)
         if isinstance(teacher.training, FrozenTeacher):
-            check_packing(teacher.training.model, str(pair.teacher))
+            check_packing(teacher.training.model, str(pair.teacher), rows)
     for line in _settle_ends(student, teacher, prepared, config.procedure.spec is not None):
         start.say(line)
     initial = print_teacher(student)
@@ -134,7 +140,7 @@ def _with_adapters(
     Returns:
         The fingerprint of the base model's files, on the main process, and the student.
     """
-    base, source = str(pair.student), pair.student
+    base, source = pair.student.name, pair.student
     if pair.fresh_student:  # adapters need these weights, which exist nowhere else
         base = str((start.folder / runs.BASE).resolve())
         if start.world.is_main:
@@ -143,6 +149,8 @@ def _with_adapters(
         source = ModelSource(base)
     elif pair.student.is_local:
         base = str(Path(base).resolve())
+    if lora.quantization is not None:
+        quantize(student, lora.quantization)
     # Otherwise other processes could read the base model before it is written.
     below = print_weights(source) if start.world.is_main else None
-    return below, add_adapters(student, lora, base, seed)
+    return below, add_adapters(student, lora, base, seed, pair.student.revision)

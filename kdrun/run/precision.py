@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kdrun.errors import InputError
+from kdrun.models.attention import check_bits
 from kdrun.models.device import find_device
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def settle_precision(config: RunConfig, elsewhere: str | None = None) -> RunConf
     base: DType = "float32" if config.lora.rank is None else half
     student = config.model.student_dtype or base
     saved = config.output.dtype or (student if precision == "float32" else half)
-    return config.model_copy(
+    settled = config.model_copy(
         update={
             "training": config.training.model_copy(update={"precision": precision}),
             "model": config.model.model_copy(
@@ -71,6 +72,8 @@ def settle_precision(config: RunConfig, elsewhere: str | None = None) -> RunConf
             "output": config.output.model_copy(update={"dtype": saved}),
         }
     )
+    check_bits(settled.model, precision)
+    return settled
 
 
 def _has_bf16() -> bool:
@@ -110,8 +113,9 @@ def notes_on_types(config: RunConfig) -> list[str]:
         apart = config.lora.rank is not None and not config.lora.merge
         saved = "" if apart else f"; the student is saved in {config.output.dtype}"
         notes.append(
-            f"precision: {precision}; weights of the student in {model.student_type}{adapters}, of "
-            f"the teacher in {model.teacher_type}{saved}"
+            f"precision: {precision}; weights of the student in "
+            f"{config.lora.quantization or model.student_type}{adapters}, of the teacher in "
+            f"{model.teacher_quantization or model.teacher_type}{saved}"
         )
     if config.lora.rank is None and model.student_type != "float32":
         notes.append(

@@ -10,6 +10,7 @@ from kdrun.cache.choose import settle_date
 from kdrun.data.encoder import Encoder
 from kdrun.data.prepare import Examples, RawRows, encode_rows, pack_training
 from kdrun.models.pairs import Pair, check_context, find_pair
+from kdrun.models.stored import check_plain
 from kdrun.run.procedure import leave_room, read_text
 
 if TYPE_CHECKING:
@@ -57,9 +58,11 @@ def prepare(
         say: called with lines about the pair's differences and the rows.
 
     Raises:
-        InputError: the models are incompatible, or no row can be used.
+        InputError: the models are incompatible, the student cannot be trained, or no row can be
+            used.
     """
     pair = find_pair(model)
+    check_plain(pair.student, model.trust_remote_code)
     check_context(pair, data.max_length, model.trust_remote_code)
     data = settle_date(data, model.teacher_cache, pair.tokenizer)
     encoder = Encoder.of(data, pair.tokenizer, pair.left_out)

@@ -18,6 +18,7 @@ from kdrun.data.prepare import examples_in
 from kdrun.data.token_store import Tokens, hash_example
 from kdrun.errors import InputError
 from kdrun.files import write_bytes
+from kdrun.models.locate import commit_of
 from kdrun.run import folder as runs
 from kdrun.run.processes import World
 
@@ -52,9 +53,11 @@ class Sources(BaseModel):
     Attributes:
         tokenizer: its fingerprint.
         data: the settings that decide how rows are tokenised.
-        teacher: fingerprint of its weights; None without one, or if it is quantised.
+        teacher: fingerprint of its weights; None without one, or in int8.
         student: fingerprint of the student's initial weights.
         processes: number of processes of the run; None if an earlier version did not record it.
+        teacher_commit: commit of a teacher on the hub; None of another one.
+        student_commit: the same of the student.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -63,6 +66,8 @@ class Sources(BaseModel):
     teacher: TeacherPrint | None
     student: TeacherPrint | None
     processes: int | None = None
+    teacher_commit: str | None = None
+    student_commit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,12 +109,15 @@ def record_of(
     config: RunConfig, prepared: Prepared, teacher: ChosenTeacher, initial: TeacherPrint
 ) -> Record:
     """Record a run's input, before any step is taken or adapters are trained."""
+    pair = prepared.pair
     sources = Sources(
-        tokenizer=print_tokenizer(prepared.pair.tokenizer),
+        tokenizer=print_tokenizer(pair.tokenizer),
         data=_settings(config.data),
         teacher=_print_teacher(config, teacher),
         student=initial,
         processes=World().size,
+        teacher_commit=None if pair.teacher is None else commit_of(pair.teacher),
+        student_commit=commit_of(pair.student),
     )
     examples = prepared.examples
     return Record(sources, _hashes(examples.train), _hashes(examples.held_out))
@@ -162,9 +170,16 @@ def _changes(before: Record, now: Record, examples: Examples, adapters: bool) ->
     )
     if None not in (was.teacher, has.teacher) and was.teacher != has.teacher:
         yield "the teacher's weights have changed since the run began"
+    elif None in (was.teacher, has.teacher) and _differ(was.teacher_commit, has.teacher_commit):
+        was_at, is_at = was.teacher_commit, has.teacher_commit
+        yield f"the teacher was at commit {was_at} when the run began and is at {is_at}"
     # Trained weights come from the checkpoint, not from the student's folder.
     if adapters and None not in (was.student, has.student) and was.student != has.student:
         yield "the student's base weights have changed since the run began"
+
+
+def _differ(before: str | None, now: str | None) -> bool:
+    return None not in (before, now) and before != now
 
 
 def _changed_rows(
@@ -189,7 +204,8 @@ def _print_teacher(config: RunConfig, chosen: ChosenTeacher) -> TeacherPrint | N
     teacher = chosen.training
     if isinstance(teacher, CachedTeacher):
         return teacher.cache.manifest.teacher
-    if isinstance(teacher, FrozenTeacher) and config.model.teacher_quantization is None:
+    # The tensors of torchao have no bytes of their own to hash.
+    if isinstance(teacher, FrozenTeacher) and config.model.teacher_quantization != "int8":
         return print_teacher(teacher.model)
     return None
 

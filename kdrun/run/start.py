@@ -177,6 +177,7 @@ _FIXED = (
     "lora.dropout",
     "lora.target_modules",
     "lora.dora",
+    "lora.quantization",
     "loss.spec",
     "procedure.spec",
     "model.student_dtype",

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from kdrun.config.sections import DataConfig
+from kdrun.data.hashes import content_hash, prompt_hash
 from kdrun.data.prepare import read_rows
 from kdrun.data.row_store import Rows, store_rows
 from kdrun.data.rows import ChatRow, Message, Position, TextRow, load_rows
-from kdrun.data.split import content_hash, hold_out, prompt_hash, shared_prompts
+from kdrun.data.split import hold_out, shared_prompts
 from kdrun.errors import InputError
 
 

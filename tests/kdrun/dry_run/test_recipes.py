@@ -70,6 +70,7 @@ def smollm(layers: int) -> Any:
 SHAPES: dict[str, tuple[Callable[[], Any], int]] = {
     "meta-llama/Llama-3.1-8B-Instruct": (lambda: llama(4096, 14336, 32, 32, False), 128256),
     "meta-llama/Llama-3.2-1B-Instruct": (lambda: llama(2048, 8192, 16, 32, True), 128256),
+    "meta-llama/Llama-3.2-3B-Instruct": (lambda: llama(3072, 8192, 28, 24, True), 128256),
     "Qwen/Qwen2-1.5B-Instruct": (lambda: qwen(1536, 8960, 28, 12), 151646),
     "runs/qwen2-1.5b-gsm8k/student": (lambda: qwen(1536, 8960, 28, 12), 151646),
     "Qwen/Qwen2-0.5B-Instruct": (lambda: qwen(896, 4864, 24, 14), 151646),
@@ -161,6 +162,7 @@ def table_below(heading: str) -> dict[str, list[str]]:
 
 COLUMNS = (
     "llama3_1_8b_to_llama3_2_1b",
+    "llama3_1_8b_to_llama3_2_3b_qlora",
     "qwen2_1_5b_fine_tune",
     "qwen2_1_5b_to_0_5b",
     "smollm2_cpu",
