@@ -7,6 +7,7 @@ moved there when it is complete. Without a place it is kept in memory.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Sequence
@@ -29,10 +30,20 @@ class Stored:
     Attributes:
         batches: its table, memory-mapped unless it is in memory.
         about: what belongs to it.
+        mapping: of the file into memory; None for a table in memory.
     """
 
     batches: Sequence[Any]
     about: Any
+    mapping: mmap.mmap | None = None
+
+    def release(self) -> None:
+        """Let go of pages that were read; the system keeps them as long as it has room.
+
+        Otherwise they count as memory of this process, up to the size of the file.
+        """
+        if self.mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self.mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def texts(values: Sequence[str]) -> pa.Array:
@@ -88,8 +99,10 @@ def open_store(place: Path) -> Stored | None:
 
     try:
         about = json.loads((place / _ABOUT).read_text(encoding="utf-8"))
-        reader = pa.ipc.open_file(pa.memory_map(str(place / _TABLE)))
-        return Stored(_batches(reader), about)
+        with open(place / _TABLE, "rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapping)))
+        return Stored(_batches(reader), about, mapping)
     except (OSError, ValueError, pa.ArrowException):
         return None
 

@@ -19,6 +19,7 @@ from kdrun.data.rows import (
 )
 from kdrun.data.split import hold_out, shared_prompts, shared_rows
 from kdrun.data.token_cache import TokenCache
+from kdrun.data.token_store import Tokens
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
@@ -188,6 +189,13 @@ def encode_rows(
 def examples_in(data: Any) -> Iterator[Mapping[str, Sequence[int]]]:
     """Return the examples of a data set in order; for shifting windows, of the current epoch."""
     return (data[index] for index in range(len(data)))
+
+
+def longest(data: Any) -> int:
+    """Return the tokens of the longest example of a data set."""
+    if isinstance(data, Tokens):
+        return int(data.lengths().max())
+    return max(len(example["input_ids"]) for example in examples_in(data))
 
 
 def encode_held_out(rows: Sequence[Row], encode: Encoder) -> tuple[Dataset[Any], list[str]]:

@@ -56,7 +56,10 @@ class Rows(Sequence[Row]):
         return _load(content, is_text, self.position(index))
 
     def __iter__(self) -> Iterator[Row]:
-        return (self[index] for index in range(len(self)))
+        for index in range(len(self)):
+            yield self[index]
+            if index % BATCH == BATCH - 1:
+                self._stored.release()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -80,6 +83,7 @@ class Rows(Sequence[Row]):
             part = np.frombuffer(column.buffers()[1], f"S{_DIGEST}")
             found[start : start + len(batch)] = part[column.offset : column.offset + len(batch)]
             start += len(batch)
+        self._stored.release()
         return found if self._numbers is None else found[self._numbers]
 
     def characters(self) -> int:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+_RELEASED_EVERY = 2000
+"""Examples; reading one may map 64 KiB around it."""
+
+
 def hash_example(ids: Sequence[int], labels: Sequence[int]) -> int:
     """Return a hash of the tokens and targets of an example, as a signed 64-bit number."""
     digest = hashlib.blake2b(array("i", ids).tobytes(), digest_size=8)
@@ -128,7 +132,7 @@ class Tokens(Sequence[Example]):
     """
 
     def __init__(self, stored: Stored) -> None:
-        self._about = stored.about
+        self._about, self._stored, self._read = stored.about, stored, 0
         self._parts = [_Part(batch) for batch in stored.batches]
         self._starts = [0, *accumulate(len(part) for part in self._parts)]
 
@@ -149,6 +153,9 @@ class Tokens(Sequence[Example]):
         """Return one example, or a list of them."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        self._read += 1
+        if self._read % _RELEASED_EVERY == 0:
+            self._stored.release()
         number = range(len(self))[index]
         part = bisect_right(self._starts, number) - 1
         return self._parts[part].example(number - self._starts[part])

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING
 from kdrun.cache.choose import check_cache
 from kdrun.cache.manifest import read_manifest
 from kdrun.config.sections import KD_RATIO, RunConfig
-from kdrun.data.prepare import (
-    examples_in,
-)
+from kdrun.data.prepare import examples_in, longest
 from kdrun.dry_run.devices import Device, find_device
 from kdrun.errors import InputError
 from kdrun.losses.build import build_loss, unchunked
@@ -107,14 +105,14 @@ def dry_run(
                 f"teacher: {check_cache(config.model, config.loss, pair, examples, plain)}"
             )
         count = len(examples.train)  # type: ignore[arg-type]
-        longest = max(len(example["input_ids"]) for example in examples_in(examples.train))
+        most = longest(examples.train)
         if procedure is not None and prepared.sampling is not None:
             from kdrun.procedures.sampling import longest_written
 
             made = procedure.cost(config).rows
-            longest = max(longest, longest_written(examples_in(examples.train), prepared.sampling))
+            most = max(most, longest_written(examples_in(examples.train), prepared.sampling))
         batch = made * min(config.training.batch_size, count)
-        student, teacher, memory = _memory(config, pair, longest, count, batch, device)
+        student, teacher, memory = _memory(config, pair, most, count, batch, device)
         place = _where(config, device)
         if teacher is not None and place is not None:
             notes.append(
@@ -136,7 +134,7 @@ def dry_run(
         * made
         * config.training.batch_size
         * config.training.gradient_accumulation_steps,
-        longest=longest,
+        longest=most,
         memory=memory,
         device=device,
         lora=_adapters(config),
