@@ -15,8 +15,13 @@ FLAGS: tuple[tuple[str, str, str, str], ...] = (
     ("--teacher", "model.teacher", "MODEL", "Folder, hub id or GGUF file of the teacher."),
     ("--teacher-cache", "model.teacher_cache", "DIR", "Folder written by 'kdrun cache-teacher'."),
     ("--student", "model.student", "MODEL", "Folder or hub id of the student."),
-    ("--data", "data.train", "FILE", "Training rows: a file or a hub id."),
-    ("--eval-data", "data.eval", "FILE", "Held-out rows; by default 5 % of the training rows."),
+    (
+        "--data",
+        "data.train",
+        "ROWS",
+        "Training rows: a file, glob, folder or hub id; repeatable.",
+    ),
+    ("--eval-data", "data.eval", "ROWS", "Held-out rows; by default 5 % of the training rows."),
     ("--loss", "loss.spec", "SPEC", "Loss, such as generalized_jsd_chunked:beta=0.1."),
     ("--kd-ratio", "loss.kd_ratio", "R", "Weight of the loss; cross-entropy has weight 1 - R."),
     ("--temperature", "loss.temperature", "T", "Softens both distributions."),
@@ -42,11 +47,15 @@ FLAGS: tuple[tuple[str, str, str, str], ...] = (
 )
 
 
+_SEVERAL = ("data.train", "data.eval")
+
+
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the flags that set configuration keys of a run."""
     for flag, key, placeholder, text in reversed(FLAGS):
         name = key.replace(".", "__")
-        command = click.option(flag, name, metavar=placeholder, help=text)(command)
+        many = key in _SEVERAL
+        command = click.option(flag, name, metavar=placeholder, help=text, multiple=many)(command)
     return command
 
 
@@ -71,7 +80,7 @@ def config_options(text: str) -> Callable[[Callable[..., Any]], Callable[..., An
 
 
 def overrides_of(
-    settings: Sequence[str], given: Sequence[tuple[str, str | None]]
+    settings: Sequence[str], given: Sequence[tuple[str, str | tuple[str, ...] | None]]
 ) -> list[tuple[str, Any]]:
     """Keys and values from ``--set`` and from the flags; the flags come last and win."""
     from kdrun.config.load import parse_value
@@ -82,4 +91,10 @@ def overrides_of(
         if not equals:
             raise InputError(f"--set {setting}: expected section.key=value")
         overrides.append((key.strip(), parse_value(key.strip(), value)))
-    return overrides + [(key, parse_value(key, text)) for key, text in given if text is not None]
+    for key, several in given:
+        texts = (several,) if isinstance(several, str) else several or ()
+        if len(texts) > 1:
+            overrides.append((key, list(texts)))
+        elif texts:
+            overrides.append((key, parse_value(key, texts[0])))
+    return overrides

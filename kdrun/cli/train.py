@@ -77,7 +77,7 @@ def cli(
     dry_run: bool,
     device: str | None,
     processes: int | None,
-    **flags: str | None,
+    **flags: str | tuple[str, ...] | None,
 ) -> None:
     """Distil a teacher into a student with any registered loss.
 
@@ -86,7 +86,7 @@ def cli(
     0 done, 1 failure in training, 2 wrong input; 128 plus the number of the signal (130 for Ctrl-C,
     143 for SIGTERM) interrupted after saving.
     """
-    given = [(key.replace("__", "."), text) for key, text in flags.items() if text is not None]
+    given = [(key.replace("__", "."), text) for key, text in flags.items() if text]
     if ctx.invoked_subcommand is not None:
         if given or config or settings or overwrite or resume or dry_run or device or processes:
             raise click.UsageError(

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from kdrun.builtin import DEFAULTS
-from kdrun.config.sections import BUILT_IN, KD_RATIO, SHORT_NAMES, RunConfig
+from kdrun.config.sections import BUILT_IN, KD_RATIO, SHORT_NAMES, RunConfig, Sources
 from kdrun.config.trainer_keys import type_of
 from kdrun.errors import InputError
 
@@ -90,7 +90,7 @@ def complete_pair(given: Mapping[str, Any]) -> dict[str, Any]:
                 f"--student {student} was given without --teacher; pass one (or --teacher-cache), "
                 "or --kd-ratio 0 to train on the data alone"
             )
-        if "train" not in data:
+        if "train" not in data and not data.get("sources"):
             raise InputError(
                 f"--student {student} was given without --data; pass a file, or 'builtin' for the "
                 "built-in text"
@@ -195,7 +195,9 @@ def parse_value(key: str, text: str) -> Any:
         InputError: an unknown key, or invalid YAML.
     """
     annotation = _field(key).annotation
-    if annotation == str | None:
+    if annotation == Sources:
+        return text
+    if annotation in (str | None, Sources | None):
         return None if text in _NULL or (text == "none" and key in _NONE) else text
     if annotation is str:
         return text

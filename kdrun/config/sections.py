@@ -25,6 +25,7 @@ Measure = Literal[
     "eval_calibration_error",
 ]
 Precision = Literal["float32", "bf16", "fp16"]
+RowFormat = Literal["auto", "text", "prompt_response", "alpaca", "messages"]
 ALL_LINEAR = "all-linear"
 
 
@@ -90,11 +91,43 @@ class ModelConfig(_Section):
         return self.teacher_dtype or "float32"
 
 
+class SourceConfig(_Section):
+    """One of several sources of training rows.
+
+    Attributes:
+        path: as data.train.
+        weight: share of the training rows, relative to that of the others; None takes every row
+            once.
+        format: as data.format.
+        prompt_field: as data.prompt_field.
+        response_field: as data.response_field.
+    """
+
+    path: str
+    weight: float | None = Field(None, gt=0)
+    format: RowFormat = "auto"
+    prompt_field: str | None = None
+    response_field: str | None = None
+
+
+Sources = str | tuple[str, ...]
+"""One or several files, globs, folders or hub ids."""
+
+
 class DataConfig(_Section):
     """The rows, and how they are tokenised."""
 
-    train: str = Field(BUILT_IN, description="file or hub id; 'builtin'")
-    eval: str | None = Field(
+    train: Sources = Field(
+        BUILT_IN,
+        description="file, glob, folder or hub id (owner/name:configuration@split), or a list of "
+        "them; 'builtin'",
+    )
+    sources: tuple[SourceConfig, ...] = Field(
+        (),
+        description="instead of train: sources with path, and optionally weight, format, "
+        "prompt_field and response_field of their own; with weights they are mixed",
+    )
+    eval: Sources | None = Field(
         None,
         description="held-out rows; by default 5 % of the training rows, chosen by content hash",
     )
@@ -111,7 +144,7 @@ class DataConfig(_Section):
         description="without data.eval: whether rows with the same prompt, or only identical "
         "rows, stay on one side of the split",
     )
-    format: Literal["auto", "text", "prompt_response", "alpaca", "messages"] = Field(
+    format: RowFormat = Field(
         "auto", description="format of the rows; auto detects it from the field names"
     )
     prompt_field: str | None = Field(None, description="name of the prompt field")
@@ -157,6 +190,19 @@ class DataConfig(_Section):
         description="resume even if rows, tokenizer or models differ from those at the start of "
         "the run; the summary records it",
     )
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> Self:
+        weights = [source.weight is not None for source in self.sources]
+        if self.sources and self.train != BUILT_IN:
+            raise ValueError(
+                "data.train and data.sources are both set; put all rows in one of them"
+            )
+        if any(weights) and not all(weights):
+            raise ValueError("data.sources: give all sources a weight, or none")
+        if any(weights) and self.packing:
+            raise ValueError("data.packing is not supported for sources that are mixed by weights")
+        return self
 
     @field_validator("date")
     @classmethod

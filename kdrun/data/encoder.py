@@ -37,17 +37,21 @@ class Kept(Sequence[Any]):
     Args:
         rows: the data set.
         numbers: numbers of the rows to keep.
+
+    Attributes:
+        rows: the same.
+        numbers: the same.
     """
 
     def __init__(self, rows: Any, numbers: Sequence[int]) -> None:
-        self._rows, self._numbers = rows, numbers
+        self.rows, self.numbers = rows, numbers
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.numbers)
 
     def __getitem__(self, index: Any) -> Any:
         """Return one of them."""
-        return self._rows[self._numbers[index]]
+        return self.rows[self.numbers[index]]
 
 
 def _knows_not(token: str) -> str:

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from kdrun.builtin.text import load_text
-from kdrun.config.sections import BUILT_IN, DataConfig
+from kdrun.config.sections import BUILT_IN, DataConfig, SourceConfig, Sources
 from kdrun.data.origins import Origins
 from kdrun.data.row_store import Rows, store_rows
 from kdrun.data.rows import (
     Position,
     Row,
     RowSet,
+    SourceOf,
     TextRow,
-    load_rows,
+    load_sources,
 )
 from kdrun.data.split import hold_out, shared_prompts, shared_rows
 from kdrun.data.token_cache import TokenCache
@@ -69,7 +70,7 @@ def read_rows(config: DataConfig) -> RawRows:
         InputError: no row is usable; names the file and the cure.
     """
     notes: list[str] = []
-    if config.train == BUILT_IN:
+    if config.train == BUILT_IN and not config.sources:
         text = load_text()
         notes.append(
             f"built-in text: topics of pydoc_data.topics, sha256 {text.sha256[:12]} "
@@ -77,7 +78,7 @@ def read_rows(config: DataConfig) -> RawRows:
         )
         train, held_out = _documents(text.train), _documents(text.held_out)
     else:
-        found = _load(config.train, config)
+        found = _load(config.sources or config.train, config)
         notes += found.warnings()
         train = found.rows
         if config.eval is None:
@@ -117,7 +118,7 @@ def _halve(held_out: Rows, config: DataConfig) -> tuple[Rows, Rows]:
     return hold_out(held_out, 0.5, config.hold_out)
 
 
-def read_held_out(source: str, config: DataConfig) -> tuple[Rows, list[str]]:
+def read_held_out(source: Sources, config: DataConfig) -> tuple[Rows, list[str]]:
     """Read all rows of a source to evaluate on, and notes on them.
 
     For the built-in text, this is the held-out part.
@@ -142,6 +143,37 @@ def check_packed_rows(config: DataConfig, rows: RawRows) -> None:
             "data.packing: the training rows are plain text, whose windows are already full; "
             "remove it"
         )
+
+
+def mix_training(
+    examples: Examples, rows: Rows, sources: Sequence[SourceConfig], seed: int
+) -> Examples:
+    """Mix the training examples of several sources by their weights.
+
+    Raises:
+        InputError: the rows are plain text, or no row of a source can be used.
+    """
+    from kdrun.data.encoder import Kept
+    from kdrun.data.mixture import MixedPlaces, mix
+
+    found: Any = examples.train
+    tokens = found.rows if isinstance(found, Kept) else found
+    if not isinstance(tokens, Tokens):
+        raise InputError("data.sources: plain text cannot be mixed by weights; remove the weights")
+    groups = rows.sources()[tokens.rows()]
+    if isinstance(found, Kept):
+        groups = groups[list(found.numbers)]
+    for number, source in enumerate(sources):
+        if not (groups == number).any():
+            raise InputError(f"{source.path}: none of its rows can be used for training")
+    weights = [source.weight or 0.0 for source in sources]
+    names = [source.path for source in sources]
+    mixture, notes = mix(found, groups, weights, seed, names)
+    positions = examples.origins.positions
+    assert positions is not None, "conversations have positions"
+    origins = replace(examples.origins, positions=MixedPlaces(mixture, positions))
+    mixed: Any = mixture
+    return replace(examples, train=mixed, notes=(*examples.notes, *notes), origins=origins)
 
 
 def pack_training(examples: Examples, max_length: int) -> Examples:
@@ -214,12 +246,17 @@ def _documents(texts: Sequence[str]) -> Rows:
     )
 
 
-def _load(source: str, config: DataConfig) -> RowSet:
-    return load_rows(
-        source,
-        data_format=config.format,
-        prompt_field=config.prompt_field,
-        response_field=config.response_field,
+def _load(given: Sources | tuple[SourceConfig, ...], config: DataConfig) -> RowSet:
+    names = (given,) if isinstance(given, str) else given
+    fields = (config.format, config.prompt_field, config.response_field)
+    sources = [
+        SourceOf(one, *fields)
+        if isinstance(one, str)
+        else SourceOf(one.path, one.format, one.prompt_field, one.response_field)
+        for one in names
+    ]
+    return load_sources(
+        sources,
         strict=config.strict,
         keep=lambda key, size: TokenCache.at(config.cache_dir).place("rows", key, size),
     )

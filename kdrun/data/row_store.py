@@ -72,6 +72,17 @@ class Rows(Sequence[Row]):
         file, number, unit = (batch.column(c)[place].as_py() for c in ("file", "number", "unit"))
         return Position(self._stored.about["files"][file], number, _UNITS[unit])
 
+    def sources(self) -> np.ndarray:
+        """Return the number of the source of each row."""
+        import numpy as np
+
+        parts = [
+            np.frombuffer(batch.column("source").buffers()[1], np.int8)[: len(batch)]
+            for batch in self._stored.batches
+        ]
+        found = np.concatenate(parts)
+        return found if self._numbers is None else found[self._numbers]
+
     def hashes(self, name: str) -> np.ndarray:
         """Return ``own`` or ``prompt``: the first 16 bytes of content or prompt hashes."""
         import numpy as np
@@ -135,6 +146,7 @@ class RowWriter:
                 ("file", pa.int32()),
                 ("number", pa.int64()),
                 ("unit", pa.int8()),
+                ("source", pa.int8()),
                 ("own", pa.binary(_DIGEST)),
                 ("prompt", pa.binary(_DIGEST)),
             ]
@@ -151,8 +163,13 @@ class RowWriter:
     def __exit__(self, *error: object) -> None:
         self._writer.__exit__(*error)
 
-    def add(self, row: Row) -> None:
-        """Add a row."""
+    def add(self, row: Row, source: int = 0) -> None:
+        """Add a row.
+
+        Args:
+            row: the row.
+            source: number of its source.
+        """
         content = _dump(row)
         self._digest.update(content.encode("utf-8", "surrogatepass"))
         self._digest.update(b"\0")
@@ -164,6 +181,7 @@ class RowWriter:
                 self._files.setdefault(position.file, len(self._files)),
                 position.number,
                 _UNITS.index(position.unit),
+                source,
                 bytes.fromhex(content_hash(row))[:_DIGEST],
                 bytes.fromhex(prompt_hash(row))[:_DIGEST],
             )
@@ -186,13 +204,14 @@ class RowWriter:
     def _write(self) -> None:
         import pyarrow as pa
 
-        content, is_text, file, number, unit, own, prompt = zip(*self._waiting, strict=True)
+        content, is_text, file, number, unit, source, own, prompt = zip(*self._waiting, strict=True)
         columns = [
             texts(content),
             numbers(is_text, "int8"),
             numbers(file, "int32"),
             numbers(number, "int64"),
             numbers(unit, "int8"),
+            numbers(source, "int8"),
             digests(own),
             digests(prompt),
         ]

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -111,22 +111,43 @@ def keep_in_memory(key: Callable[[], str], size: int) -> Path | None:
     return None
 
 
+@dataclass(frozen=True)
+class SourceOf:
+    """A source, and how its rows are read.
+
+    Attributes:
+        name: a file, glob, folder, or data set of the hub.
+        data_format: ``auto`` detects it from the field names.
+        prompt_field: the field of the prompt, if its name is not a common one.
+        response_field: the field of the response, if its name is not a common one.
+    """
+
+    name: str
+    data_format: DataFormat = "auto"
+    prompt_field: str | None = None
+    response_field: str | None = None
+
+
 def load_rows(
-    source: str | Path | Sequence[str],
+    source: str | Path,
     *,
     data_format: DataFormat = "auto",
     prompt_field: str | None = None,
     response_field: str | None = None,
     strict: bool = False,
-    keep: Keep = keep_in_memory,
 ) -> RowSet:
-    """Read the rows of a source.
+    """Read the rows of one source into memory; see :class:`SourceOf` and :func:`load_sources`."""
+    one = SourceOf(str(source), data_format, prompt_field, response_field)
+    return load_sources([one], strict=strict)
+
+
+def load_sources(
+    sources: Sequence[SourceOf], *, strict: bool = False, keep: Keep = keep_in_memory
+) -> RowSet:
+    """Read the rows of sources, one after another.
 
     Args:
-        source: a file, glob, folder, or data set of the hub, or several.
-        data_format: ``auto`` detects it from the field names.
-        prompt_field: the field of the prompt, if its name is not a common one.
-        response_field: the field of the response, if its name is not a common one.
+        sources: at least one.
         strict: refuse the first row that cannot be used, rather than skipping such rows.
         keep: where rows are kept, by a hash of what they follow from and their size in bytes.
 
@@ -134,29 +155,32 @@ def load_rows(
         At least one usable row, and the skipped ones.
 
     Raises:
-        InputError: the source cannot be read, no row is usable, a message has an unknown role,
-            or, with ``strict``, any row is unusable.
+        InputError: a source cannot be read, no row of it is usable, a message has an unknown role,
+            some sources are plain text and some not, or, with ``strict``, any row is unusable.
     """
-    names = [source] if isinstance(source, str | Path) else list(source)
-    parts = {str(name): find_parts(name) for name in names}
-    name = ", ".join(parts)
-    settings = (data_format, prompt_field, response_field, strict)
-    place = keep(lambda: _key(parts, settings), _size(parts))
+    parts = [find_parts(source.name) for source in sources]
+    name = ", ".join(source.name for source in sources)
+    place = keep(lambda: _key(sources, parts, strict), _size(parts))
     found = None if place is None else open_store(place)
     if found is not None:
         return _row_set(Rows(found), name, found.about)
     tally = _Tally()
     with RowWriter(place) as writer:
-        for one, of_one in parts.items():
-            _convert(one, of_one, settings, writer, tally)
-        if not writer.count:
-            first = tally.bad[0]
-            raise InputError(
-                f"{name}: none of the {len(tally.bad)} rows can be used; {first.position.unit} "
-                f"{first.position.number} {first.reason}"
-            )
+        for number, (source, of_source) in enumerate(zip(sources, parts, strict=True)):
+            _convert(source, of_source, strict, writer, number, tally)
+        _check_alike(sources, tally.formats)
         about = tally.as_json()
         return _row_set(writer.finish(about), name, about)
+
+
+def _check_alike(sources: Sequence[SourceOf], formats: Sequence[DataFormat]) -> None:
+    kinds = [found == "text" for found in formats]
+    if any(kinds) and not all(kinds):
+        text, chats = kinds.index(True), kinds.index(False)
+        raise InputError(
+            f"{sources[text].name} is plain text and {sources[chats].name} is not; train on them "
+            "in separate runs, or convert one of them"
+        )
 
 
 @dataclass
@@ -187,20 +211,22 @@ def _row_set(rows: Rows, name: str, about: Mapping[str, Any]) -> RowSet:
 
 
 def _convert(
-    name: str,
+    source: SourceOf,
     parts: Sequence[Part],
-    settings: tuple[DataFormat, str | None, str | None, bool],
+    strict: bool,
     writer: RowWriter,
+    number: int,
     tally: _Tally,
 ) -> None:
     """Convert the records of one source."""
-    data_format, prompt_field, response_field, strict = settings
-    as_text = data_format == "text"
-    keys, any_text = _fields_of(parts, as_text, name)
+    as_text = source.data_format == "text"
+    keys, any_text = _fields_of(parts, as_text, source.name)
+    fields_named = (source.prompt_field, source.response_field)
     chosen, convert = choose_converter(
-        keys, any_text, data_format, prompt_field, response_field, name
+        keys, any_text, source.data_format, *fields_named, source.name
     )
     tally.formats.append(chosen)
+    written, skipped = writer.count, len(tally.bad)
     for record in _records(parts, as_text):
         tally.records += 1
         value = {"text": record.value} if isinstance(record.value, str) else record.value
@@ -216,8 +242,14 @@ def _convert(
             tally.bad.append(BadRow(record.position, str(error)))
             continue
         for row in rows:
-            writer.add(row)
+            writer.add(row, number)
         tally.unused.update(set(fields.unused()))
+    if writer.count == written:
+        first = tally.bad[skipped]
+        raise InputError(
+            f"{source.name}: none of the {len(tally.bad) - skipped} rows can be used; "
+            f"{first.position.unit} {first.position.number} {first.reason}"
+        )
 
 
 def _records(parts: Sequence[Part], as_text: bool) -> Iterator[Record]:
@@ -239,14 +271,14 @@ def _fields_of(parts: Sequence[Part], as_text: bool, name: str) -> tuple[list[st
     return list(keys), any_text
 
 
-def _size(parts: Mapping[str, Sequence[Part]]) -> int:
-    files = [part for of_one in parts.values() for part in of_one]
-    return sum(part.size for part in files)
+def _size(parts: Sequence[Sequence[Part]]) -> int:
+    return sum(part.size for of_source in parts for part in of_source)
 
 
-def _key(parts: Mapping[str, Sequence[Part]], settings: object) -> str:
+def _key(sources: Sequence[SourceOf], parts: Sequence[Sequence[Part]], strict: bool) -> str:
     """Return a hash of everything that the rows follow from."""
-    files = [(part.name, part.fingerprint()) for of_one in parts.values() for part in of_one]
+    files = [[(part.name, part.fingerprint()) for part in of_source] for of_source in parts]
     code = [(Path(__file__).parent / name).read_bytes() for name in _CODE]
-    content = json.dumps([files, settings, hashlib.sha256(b"".join(code)).hexdigest()])
+    settings = [astuple(source) for source in sources]
+    content = json.dumps([files, settings, strict, hashlib.sha256(b"".join(code)).hexdigest()])
     return hashlib.sha256(content.encode()).hexdigest()

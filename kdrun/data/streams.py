@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 from kdrun.errors import InputError
 
 HEAD = 2**16
-"""Bytes that are looked at to recognise a file."""
+"""Bytes that are read at once, and looked at to recognise a file."""
 _BINARY_STARTS = {
     b"PK\x03\x04": "is a zip archive; unpack it first",
     b"\xff\xfe": "is UTF-16, not UTF-8; save it again as UTF-8",
@@ -165,7 +165,7 @@ class TextFile:
 def _split(stream: IO[bytes]) -> Iterator[bytes]:
     """Yield lines without line feeds; streams of pyarrow are no iterators of lines."""
     rest = b""
-    while block := stream.read(2**20):
+    while block := stream.read(HEAD):
         *whole, rest = (rest + bytes(block)).split(b"\n")
         yield from whole
     if rest:

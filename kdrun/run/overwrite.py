@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdrun.config.sections import BUILT_IN
+from kdrun.config.sections import BUILT_IN, Sources
 from kdrun.errors import InputError
 from kdrun.models.pairs import locate_pair
 from kdrun.paths import expand_home
@@ -50,13 +50,15 @@ def _inputs(config: RunConfig) -> Iterator[tuple[str, Path]]:
             what = f"the base model of {key}" if source.adapters else key
             yield what, Path(source.path)
     data = config.data
-    named = {
+    named: dict[str, Sources | None] = {
         "data.train": data.train,
+        "data.sources": tuple(source.path for source in data.sources),
         "data.eval": data.eval,
         "data.test": data.test,
         "model.teacher_cache": config.model.teacher_cache,
         "procedure.text": config.procedure.text,
     }
     for key, given in named.items():
-        if given is not None and given != BUILT_IN:
-            yield key, expand_home(given)
+        for one in (given,) if isinstance(given, str) else given or ():
+            if one != BUILT_IN:
+                yield key, expand_home(one)

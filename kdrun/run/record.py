@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdrun.cache.fingerprint import TeacherPrint, TokenizerPrint, print_teacher, print_tokenizer
+from kdrun.data.mixture import Mixture
 from kdrun.data.prepare import examples_in
 from kdrun.data.token_store import Tokens, hash_example
 from kdrun.errors import InputError
@@ -213,6 +214,8 @@ def _print_teacher(config: RunConfig, chosen: ChosenTeacher) -> TeacherPrint | N
 def _hashes(examples: Any) -> np.ndarray:
     import numpy as np
 
+    if isinstance(examples, Mixture):
+        examples = examples.examples
     if isinstance(examples, Tokens):
         return examples.hashes()
     found = [hash_example(one["input_ids"], one["labels"]) for one in examples_in(examples)]
