@@ -8,11 +8,15 @@ so nothing is learned across examples.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+import heapq
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 from kdrun.data.collate import IGNORE_INDEX
 from kdrun.data.encoding import Example
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class PackedExample(Example):
@@ -21,40 +25,100 @@ class PackedExample(Example):
     position_ids: list[int]
 
 
-def pack(examples: Sequence[Example], max_length: int) -> list[PackedExample]:
+def pack(examples: Sequence[Example], max_length: int) -> Packed:
     """Pack examples into rows; see :func:`arrange`.
 
     Returns:
         Rows that contain every example once.
     """
-    rows = arrange(examples, max_length)
-    return [join([examples[number] for number in row]) for row in rows]
+    lengths = [len(example["input_ids"]) for example in examples]
+    return Packed(examples, arrange(lengths, max_length))
 
 
-def arrange(examples: Sequence[Example], max_length: int) -> list[list[int]]:
+class Packed(Sequence[PackedExample]):
+    """Rows of several examples, joined when they are looked at.
+
+    Args:
+        examples: the examples.
+        members: for each row the numbers of its examples.
+    """
+
+    def __init__(self, examples: Sequence[Example], members: Sequence[Sequence[int]]) -> None:
+        self._examples, self._members = examples, members
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @overload
+    def __getitem__(self, index: int) -> PackedExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[PackedExample]: ...
+    def __getitem__(self, index: int | slice) -> PackedExample | list[PackedExample]:
+        """Return one row, or a list of them."""
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        return join([self._examples[number] for number in self._members[index]])
+
+
+class Members(Sequence[Sequence[int]]):
+    """The numbers of each row's examples, in two arrays.
+
+    Args:
+        rows: number of the row of each example.
+        placed: numbers of the examples, in the order in which they were placed.
+    """
+
+    def __init__(self, rows: np.ndarray, placed: np.ndarray) -> None:
+        import numpy as np
+
+        by_row = np.argsort(rows[placed], kind="stable")
+        self._numbers = placed[by_row]
+        self._stops = np.concatenate([[0], np.cumsum(np.bincount(rows))])
+
+    def __len__(self) -> int:
+        return len(self._stops) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the numbers of one row's examples."""
+        number = range(len(self))[index]
+        found: list[int] = self._numbers[self._stops[number] : self._stops[number + 1]].tolist()
+        return found
+
+
+def arrange(lengths: Sequence[int] | np.ndarray, max_length: int) -> Members:
     """Choose which examples share a row.
 
     The longest are placed first, each in the row where it leaves the least room, so that the result
     depends only on the lengths.
 
     Args:
-        examples: examples no longer than `max_length`.
+        lengths: of the examples, at most `max_length`.
         max_length: maximum number of tokens in a row.
 
     Returns:
         For each row the numbers of its examples.
     """
-    lengths = [len(example["input_ids"]) for example in examples]
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # free tokens and number of each row, ascending
-    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect_left(room, (lengths[number], 0))
-        left, row = room.pop(place) if place < len(room) else (max_length, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(number)
-        insort(room, (left - lengths[number], row))
-    return rows
+    import numpy as np
+
+    given = np.asarray(lengths)
+    placed = np.argsort(-given, kind="stable")
+    rows = np.empty(len(given), np.int64)
+    free: list[list[int]] = [[] for _ in range(max_length + 1)]  # rows by their room, as heaps
+    rooms, count = 0, 0  # the rooms that some row has, as bits
+    for number in placed.tolist():
+        length = int(given[number])
+        wide_enough = rooms >> length
+        if wide_enough:
+            room = length + (wide_enough & -wide_enough).bit_length() - 1
+            row = heapq.heappop(free[room])
+            if not free[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, row, count = max_length, count, count + 1
+        rows[number] = row
+        heapq.heappush(free[room - length], row)
+        rooms |= 1 << (room - length)
+    return Members(rows, placed)
 
 
 def join(examples: Sequence[Example]) -> PackedExample:

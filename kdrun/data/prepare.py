@@ -24,6 +24,7 @@ from kdrun.data.token_store import Tokens
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch.utils.data import Dataset
 
     from kdrun.data.encoder import Encoder
@@ -178,12 +179,13 @@ def mix_training(
 
 def pack_training(examples: Examples, max_length: int) -> Examples:
     """Pack training examples into rows; held-out ones are unchanged."""
-    from kdrun.data.pack import arrange, join
+    from kdrun.data.pack import Packed, arrange
 
     loose: Any = examples.train
-    members = arrange(loose, max_length)
-    packed: Any = [join([loose[number] for number in row]) for row in members]
-    filled = sum(len(row["input_ids"]) for row in packed) / (len(packed) * max_length)
+    lengths = lengths_of(loose)
+    members = arrange(lengths, max_length)
+    packed: Any = Packed(loose, members)
+    filled = lengths.sum() / (len(packed) * max_length)
     note = (
         f"training rows: packed into {len(packed)} rows of up to {max_length} tokens, which are "
         f"{filled:.0%} full"
@@ -223,11 +225,13 @@ def examples_in(data: Any) -> Iterator[Mapping[str, Sequence[int]]]:
     return (data[index] for index in range(len(data)))
 
 
-def longest(data: Any) -> int:
-    """Return the tokens of the longest example of a data set."""
+def lengths_of(data: Any) -> np.ndarray:
+    """Return the number of tokens of each example of a data set."""
+    import numpy as np
+
     if isinstance(data, Tokens):
-        return int(data.lengths().max())
-    return max(len(example["input_ids"]) for example in examples_in(data))
+        return data.lengths()
+    return np.array([len(example["input_ids"]) for example in examples_in(data)])
 
 
 def encode_held_out(rows: Sequence[Row], encode: Encoder) -> tuple[Dataset[Any], list[str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from kdrun.cache.choose import check_cache
 from kdrun.cache.manifest import read_manifest
 from kdrun.config.sections import KD_RATIO, RunConfig
-from kdrun.data.prepare import examples_in, longest
+from kdrun.data.prepare import examples_in, lengths_of
 from kdrun.dry_run.devices import Device, find_device
 from kdrun.errors import InputError
 from kdrun.losses.build import build_loss, unchunked
@@ -105,7 +105,7 @@ def dry_run(
                 f"teacher: {check_cache(config.model, config.loss, pair, examples, plain)}"
             )
         count = len(examples.train)  # type: ignore[arg-type]
-        most = longest(examples.train)
+        most = int(lengths_of(examples.train).max())
         if procedure is not None and prepared.sampling is not None:
             from kdrun.procedures.sampling import longest_written
 

@@ -91,6 +91,7 @@ def build(config: RunConfig, prepared: Prepared, loaded: Loaded, start: Start) -
     _begin_procedure(trainer, config.data, prepared, start)
     _guard(trainer, config.training, prepared, start)
     _tell(trainer, start)
+    _tell_padding(config, prepared, start)
     rate, show = _listen(trainer, config.training, start)
     return Built(config, trainer, rate, show)
 
@@ -146,6 +147,24 @@ def _tell(trainer: DistillTrainer, start: Start) -> None:
             start.say(note)
         if start.checkpoint is None:
             start.console.print("no complete checkpoint: the run starts over")
+
+
+def _tell_padding(config: RunConfig, prepared: Prepared, start: Start) -> None:
+    """Report how much of the batches of single conversations is padding."""
+    from kdrun.data.padding import BY_LENGTH, describe_padding
+    from kdrun.data.token_store import Tokens
+
+    training, rows = config.training, prepared.examples.train
+    if config.procedure.spec is not None or not isinstance(rows, Tokens):
+        return
+    note = describe_padding(
+        rows.lengths(),
+        training.batch_size,
+        training.gradient_accumulation_steps,
+        config.trainer.arguments.get("train_sampling_strategy") == BY_LENGTH,
+    )
+    if note is not None:
+        start.say(note)
 
 
 def _listen(

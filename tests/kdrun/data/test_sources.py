@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -77,14 +78,11 @@ def test_damaged_compression_names_file_and_line(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl.gz"
     packed = gzip.compress(lines(rows))
     file.write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(
-        InputError, match=r"rows.jsonl.gz: its gzip data are damaged after line \d+"
-    ):
+    with pytest.raises(InputError) as told:
         load_rows(file)
-    assert (
-        int(str(pytest.raises(InputError, load_rows, file).value).split("line ")[1].split()[0])
-        > 9000
-    )
+    found = re.search(r"rows.jsonl.gz: its gzip data are damaged after line (\d+)", str(told.value))
+    assert found is not None
+    assert 9000 < int(found[1]) < 20000
 
 
 def test_a_glob_and_a_folder(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_every_example_is_packed_once_and_no_row_is_too_long() -> None:
             found.append((row["input_ids"][start:stop], row["labels"][start + 1 : stop]))
     assert sorted(found) == sorted((x["input_ids"], x["labels"][1:]) for x in loose)
     assert sum(lengths) / (64 * len(rows)) > 0.97
-    assert rows == pack(loose, 64)
+    assert list(rows) == list(pack(loose, 64))
 
 
 @pytest.mark.parametrize(
