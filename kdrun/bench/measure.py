@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from kdrun.bench.cases import FLOOR, PLAIN, Case, Point
+from kdrun.bench.exact import GradientErrors
 from kdrun.bench.plan import Plan
-from kdrun.bench.worker import LOG, PEAK, TIME, Broken, Ready, Refused, serve
+from kdrun.bench.worker import ERROR, LOG, PEAK, TIME, Broken, Ready, Refused, serve
 
 _SECONDS_TO_END = 5
 
@@ -28,6 +29,7 @@ class Measurement:
         seconds: seconds of each round.
         floor_seconds: seconds of the floor in the same rounds.
         peak_mib: peak memory of a step beyond the inputs; None if it cannot be measured.
+        errors: errors of its gradients against float64; None if not measured.
         skipped: why it was skipped.
         failed: why it failed.
     """
@@ -37,6 +39,7 @@ class Measurement:
     seconds: list[float] = field(default_factory=list)
     floor_seconds: list[float] = field(default_factory=list)
     peak_mib: float | None = None
+    errors: GradientErrors | None = None
     skipped: str | None = None
     failed: str | None = None
 
@@ -107,6 +110,8 @@ def _measure_loss(
                     worker.result.floor_seconds.append(base)
         for worker in workers:
             worker.weigh()
+            if plan.settings.gradient_error:
+                worker.compare()
         return [worker.result for worker in workers]
 
 
@@ -156,6 +161,10 @@ class _Worker:
     def weigh(self) -> None:
         """Measure the peak memory of a step."""
         self.result.peak_mib = self._ask(PEAK)
+
+    def compare(self) -> None:
+        """Compare the gradients of a step with float64."""
+        self.result.errors = self._ask(ERROR)
 
     def close(self) -> None:
         """End the process."""
