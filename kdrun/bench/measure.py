@@ -142,8 +142,9 @@ class _Worker:
         context = _context()
         self._folder = Path(tempfile.mkdtemp(dir=self._scratch))
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, self.result.case, self._folder))
-        self._process.start()
+        process = context.Process(target=serve, args=(theirs, self.result.case, self._folder))
+        process.start()
+        self._process = process
         theirs.close()  # so that the pipe closes when the process ends
         answer = self._answer()
         if isinstance(answer, Ready):
