@@ -19,11 +19,43 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers have the cores already; threads that wait for one another would stand still.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+sys.path.insert(0, str(Path(__file__).parent / "devices"))  # the simulated one
+
+# The simulated device's tensors have no storage of their own, no inference mode and no autocast.
+BEYOND_SIMULATION = (
+    "autocast_changes_nothing",
+    "chunked_memory",
+    "no_tensor_of_rows_by_vocabulary",
+    "the_watch_sees_the_plain",
+    "under_inference_mode",
+)
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="Device for the tests of kdlosses and of the trainer's loss: cpu, cuda, or simulated "
+        "(in Python; it only shows that tensors are where they belong).",
+    )
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> Any:
+    """The device of ``--device``."""
+    import torch
+
+    name = request.config.getoption("--device")
+    if name == "simulated":
+        import simulated  # noqa: F401  registers the device
+
+    return torch.device(name)
 
 
 @pytest.fixture(scope="session")
@@ -125,8 +157,19 @@ def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that two workers end at about the same time."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests of other devices; put files with slow tests first.
+
+    Two workers then end at about the same time.
+    """
+    device = config.getoption("--device").partition(":")[0]
+    for item in items:
+        if device != "cuda" and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs --device cuda"))
+        if device != "cpu" and item.get_closest_marker("cpu"):
+            item.add_marker(pytest.mark.skip(reason="is about the CPU only"))
+        if device == "simulated" and any(name in item.name for name in BEYOND_SIMULATION):
+            item.add_marker(pytest.mark.skip(reason="cannot be simulated"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -35,14 +35,17 @@ def rows(
 
 
 def normal(*shape: int) -> Tensor:
-    """Standard normal numbers, the same for a shape."""
+    """Standard normal numbers on the default device, the same for a shape on every device."""
     generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    drawn = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 def permutation(size: int) -> Tensor:
     """A permutation, the same for a size."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(size))
+    generator = torch.Generator().manual_seed(size)
+    order = torch.randperm(size, generator=generator, device="cpu")
+    return order.to(torch.get_default_device())
 
 
 def pair(

@@ -21,6 +21,7 @@ class Settings:
         kd_ratio: weight of the loss; cross-entropy has the rest.
         chunk_size: rows per chunk; None chooses as in training.
         plain: whether to measure the plain evaluation, which takes most of the time.
+        gradient_error: whether to compare gradients with float64.
     """
 
     student_width: int
@@ -32,6 +33,7 @@ class Settings:
     kd_ratio: float
     chunk_size: int | None
     plain: bool = True
+    gradient_error: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from kdrun.bench.cases import FLOOR, PLAIN, Case, Point
+from kdrun.bench.exact import GradientErrors
 from kdrun.bench.plan import Plan
-from kdrun.bench.worker import LOG, PEAK, TIME, Broken, Ready, Refused, serve
+from kdrun.bench.worker import ERROR, LOG, PEAK, TIME, Broken, Ready, Refused, serve
 
 _SECONDS_TO_END = 5
 
@@ -28,6 +29,7 @@ class Measurement:
         seconds: seconds of each round.
         floor_seconds: seconds of the floor in the same rounds.
         peak_mib: peak memory of a step beyond the inputs; None if it cannot be measured.
+        errors: errors of its gradients against float64; None if not measured.
         skipped: why it was skipped.
         failed: why it failed.
     """
@@ -37,6 +39,7 @@ class Measurement:
     seconds: list[float] = field(default_factory=list)
     floor_seconds: list[float] = field(default_factory=list)
     peak_mib: float | None = None
+    errors: GradientErrors | None = None
     skipped: str | None = None
     failed: str | None = None
 
@@ -107,6 +110,8 @@ def _measure_loss(
                     worker.result.floor_seconds.append(base)
         for worker in workers:
             worker.weigh()
+            if plan.settings.gradient_error:
+                worker.compare()
         return [worker.result for worker in workers]
 
 
@@ -137,8 +142,9 @@ class _Worker:
         context = _context()
         self._folder = Path(tempfile.mkdtemp(dir=self._scratch))
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, self.result.case, self._folder))
-        self._process.start()
+        process = context.Process(target=serve, args=(theirs, self.result.case, self._folder))
+        process.start()
+        self._process = process
         theirs.close()  # so that the pipe closes when the process ends
         answer = self._answer()
         if isinstance(answer, Ready):
@@ -156,6 +162,10 @@ class _Worker:
     def weigh(self) -> None:
         """Measure the peak memory of a step."""
         self.result.peak_mib = self._ask(PEAK)
+
+    def compare(self) -> None:
+        """Compare the gradients of a step with float64."""
+        self.result.errors = self._ask(ERROR)
 
     def close(self) -> None:
         """End the process."""

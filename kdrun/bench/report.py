@@ -51,6 +51,8 @@ class Row:
     loss_value: float | None
     hidden_grad_norm: float | None
     weight_grad_norm: float | None
+    hidden_grad_error: float | None
+    weight_grad_error: float | None
     differs: str
     chunk_size: int | None
     rounds: int
@@ -93,6 +95,7 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
         chosen = [row for row in rows if (row.tokens, row.vocab) == (tokens, vocab)]
         console.print()
         console.print(_heading(chosen))
+        compared = any(row.weight_grad_error is not None for row in chosen)
         table = Table(box=None, pad_edge=False)
         table.add_column("loss", overflow="fold")  # wraps on narrow screens
         table.add_column("implementation", no_wrap=True)
@@ -102,11 +105,13 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
             "over\ngradient",
             "peak\n/ plain",
             "first\ncall s",
+            *(["gradient\nerror"] if compared else []),
         ):
             table.add_column(heading, justify="right", no_wrap=True)
         last = ""
         for row in chosen:
-            table.add_row("" if row.loss == last else escape(row.loss), *_cells(row))
+            cells = [*_cells(row), *([_error(row)] if compared else [])]
+            table.add_row("" if row.loss == last else escape(row.loss), *cells)
             last = row.loss
         console.print(table)
         for row in chosen:
@@ -146,6 +151,8 @@ def _row(result: Measurement, reference: Measurement | None, plain: Measurement 
         loss_value=None if ready is None or floor else ready.loss,
         hidden_grad_norm=None if ready is None or floor else ready.hidden_grad_norm,
         weight_grad_norm=None if ready is None or floor else ready.weight_grad_norm,
+        hidden_grad_error=None if result.errors is None else result.errors.hidden,
+        weight_grad_error=None if result.errors is None else result.errors.weight,
         differs=(compared and reference is not None and difference(result, reference)) or "",
         chunk_size=None if ready is None else ready.chunk_size,
         rounds=settings.rounds,
@@ -189,6 +196,13 @@ def _cells(row: Row) -> list[str]:
         _figure(row.peak_ratio_to_plain, 2),
         _figure(row.first_call_s, 1),
     ]
+
+
+def _error(row: Row) -> str:
+    """The larger error of the two gradients."""
+    if row.hidden_grad_error is None or row.weight_grad_error is None:
+        return "-"
+    return f"{max(row.hidden_grad_error, row.weight_grad_error):.1e}"
 
 
 def _notes(row: Row) -> list[str]:

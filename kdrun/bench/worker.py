@@ -29,11 +29,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kdlosses import KDOutput
+    from kdrun.bench.exact import GradientErrors
     from kdrun.bench.inputs import Inputs
 
 LOG = "log.txt"
-TIME, PEAK = "time", "peak"
-"""A request to a worker: the time or the peak memory of a step."""
+TIME, PEAK, ERROR = "time", "peak", "error"
+"""A request to a worker: the time, the peak memory or the gradient's error of a step."""
 
 _M_MMAP_THRESHOLD, _BLOCK_HANDED_BACK = -3, 64 * 2**10
 _SAMPLE_SECONDS = 0.002
@@ -101,8 +102,8 @@ def serve(connection: Connection, case: Case, folder: Path) -> None:
             return
         connection.send(bench.warm_up())
         while True:
-            request = connection.recv()
-            connection.send(bench.seconds() if request == TIME else bench.peak())
+            answers = {TIME: bench.seconds, PEAK: bench.peak, ERROR: bench.gradient_errors}
+            connection.send(answers[connection.recv()]())
     except EOFError:
         return  # the parent closed the pipe
     except Exception as error:
@@ -210,6 +211,21 @@ class _Bench:
             _return_freed_memory()
         peak = self._peak_of(self._step)
         return None if peak is None else peak / 2**20
+
+    def gradient_errors(self) -> GradientErrors | None:
+        """Errors of the gradients of a step against float64; None if that does not fit."""
+        from kdrun.bench.exact import bytes_needed, gradient_errors
+
+        self._clear()
+        if memory.lacking(bytes_needed(self._case), self._case.settings.device) is not None:
+            return None
+        self._step()
+        hidden, weight = self._inputs.hidden.grad, self._inputs.weight.grad
+        assert hidden is not None, "a step has gradients"
+        assert weight is not None, "a step has gradients"
+        self._clear()
+        scale = _loss_scale(self._case)
+        return gradient_errors(self._case, self._inputs, hidden / scale, weight / scale)
 
     def _peak_of(self, step: Callable[[], Tensor]) -> int | None:
         """Peak memory of a step beyond the memory before it, in bytes."""

@@ -53,6 +53,11 @@ import click
     show_default=True,
     help="Also measure the plain evaluation, which takes most of the time.",
 )
+@click.option(
+    "--gradient-error",
+    is_flag=True,
+    help="Also compare gradients with float64: one more step of each implementation.",
+)
 @click.option("--output", metavar="DIR", help="Folder; by default runs/<time>-bench.")
 def bench(
     losses: tuple[str, ...],

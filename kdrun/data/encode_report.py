@@ -12,6 +12,7 @@ from kdrun.data.encoding import Encoding, Example
 from kdrun.data.formats import ChatRow
 from kdrun.data.lost import CONSEQUENCES
 from kdrun.data.records import Position
+from kdrun.data.row_store import Places, Rows
 from kdrun.data.rows import BadRow, describe_bad_rows, name_positions
 from kdrun.data.turn_ends import special_tokens
 from kdrun.errors import InputError
@@ -39,9 +40,9 @@ class EncodeReport:
     rows: int
     kept: int
     skipped: tuple[BadRow, ...]
-    cut: tuple[Position, ...]
-    lost: Mapping[str, tuple[Position, ...]]
-    controls: tuple[Position, ...]
+    cut: Sequence[Position]
+    lost: Mapping[str, Sequence[Position]]
+    controls: Sequence[Position]
     control: str
     tokens: int
     supervised_tokens: int
@@ -107,22 +108,29 @@ def report_on(
         _refuse_losses(rows, encoding, max_length)
     if not examples:
         raise _nothing_left(skipped, encoding.shortest, max_length, f"{part} " if part else "")
-    lost: dict[str, list[Position]] = defaultdict(list)
+    lost: dict[str, list[int]] = defaultdict(list)
     for number, kind in encoding.lost:
-        lost[kind].append(rows[number].position)
+        lost[kind].append(number)
     report = EncodeReport(
         rows=len(rows),
         kept=len(examples),
         skipped=tuple(skipped),
-        cut=tuple(rows[number].position for number in encoding.cut),
-        lost={kind: tuple(found) for kind, found in lost.items()},
-        controls=tuple(rows[number].position for number, _ in encoding.controls),
+        cut=_places(rows, encoding.cut),
+        lost={kind: _places(rows, found) for kind, found in lost.items()},
+        controls=_places(rows, [number for number, _ in encoding.controls]),
         control=encoding.controls[0][1] if encoding.controls else "",
         tokens=encoding.tokens,
         supervised_tokens=encoding.supervised,
         rendered=rendered,
     )
     return EncodedRows(examples, report)
+
+
+def _places(rows: Sequence[ChatRow], numbers: Sequence[int]) -> Sequence[Position]:
+    """Return the positions of rows; those of a store are read when they are needed."""
+    if isinstance(rows, Rows):
+        return Places(rows, numbers)
+    return tuple(rows[number].position for number in numbers)
 
 
 def find_controls(

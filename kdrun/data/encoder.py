@@ -12,9 +12,9 @@ from kdrun.data.chat import USUAL_RENDERING, ChatRenderer, Rendering, uses_date
 from kdrun.data.encode import LongRows, encode
 from kdrun.data.encode_report import report_on
 from kdrun.data.encoding import Example
-from kdrun.data.origins import Origins, Places
+from kdrun.data.origins import Origins
 from kdrun.data.parallel import run_in_order, usual_workers
-from kdrun.data.row_store import BATCH, Rows, store_rows
+from kdrun.data.row_store import BATCH, Places, Rows, store_rows
 from kdrun.data.rows import BadRow, ChatRow, Row, TextRow, describe_bad_rows
 from kdrun.data.token_cache import TokenCache, token_key
 from kdrun.data.token_store import Chunk, Tokens, pack_chunk, store_tokens

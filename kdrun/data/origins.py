@@ -8,7 +8,6 @@ from typing import Any
 
 from kdrun.data.collate import ROW
 from kdrun.data.records import Position
-from kdrun.data.row_store import Rows
 from kdrun.data.rows import name_positions
 
 
@@ -34,27 +33,6 @@ class Origins:
             numbers = sorted(number for row in rows for number in self.members[row])
         found = [self.positions[number] for number in numbers]
         return f"{found[0].file}, {name_positions(found)}"
-
-
-class Places(Sequence[Position]):
-    """Positions of some rows, read when they are needed.
-
-    Args:
-        rows: of a source.
-        numbers: which of them, in order.
-    """
-
-    def __init__(self, rows: Rows, numbers: Any) -> None:
-        self._rows, self._numbers = rows, numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return a position, or a list of them."""
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        return self._rows.position(int(self._numbers[index]))
 
 
 class Numbered(Sequence[dict[str, Any]]):

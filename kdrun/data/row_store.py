@@ -119,6 +119,27 @@ class Rows(Sequence[Row]):
         return self._stored.batches[number // BATCH], number % BATCH
 
 
+class Places(Sequence[Position]):
+    """Positions of some rows, read when they are needed.
+
+    Args:
+        rows: of a source.
+        numbers: which of them, in order.
+    """
+
+    def __init__(self, rows: Rows, numbers: Any) -> None:
+        self._rows, self._numbers = rows, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a position, or a list of them."""
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        return self._rows.position(int(self._numbers[index]))
+
+
 def store_rows(rows: Sequence[Row]) -> Rows:
     """Return rows that are objects already as those of a store in memory."""
     if isinstance(rows, Rows):

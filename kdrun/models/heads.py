@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kdlosses import Logits, Projected
@@ -38,11 +38,13 @@ class HeadSplit:
         logit_scale: factor on the head's output.
         softcap: bound of the scaled output, or None.
         reason: why the model cannot be split; None if it can.
+        backbone: name of the submodule that returns the last hidden states.
     """
 
     logit_scale: float = 1.0
     softcap: float | None = None
     reason: str | None = None
+    backbone: str = ""
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
@@ -69,19 +71,16 @@ def find_split(model: nn.Module) -> HeadSplit:
     head = inner.get_output_embeddings()
     if type(head) is not torch.nn.Linear:
         return HeadSplit(reason=f"its output head is a {type(head).__name__}, not a linear layer")
-    if inner.base_model is inner:
-        return HeadSplit(reason="its backbone has no name of its own")
     split = HeadSplit(*_tabulated(inner.config.get_text_config()))
     training = inner.training
     inner.eval()
     try:
         with torch.no_grad(), _in_16_bits_where_needed(inner):
-            problem = _probe(inner, head, split)
+            return _probe(inner, head, split)
     except Exception as error:  # any failure of the model's forward rules out the split
-        problem = f"the probe of its head failed ({type(error).__name__}: {error})"
+        return HeadSplit(reason=f"the probe of its head failed ({type(error).__name__}: {error})")
     finally:
         inner.train(training)
-    return split if problem is None else HeadSplit(reason=problem)
 
 
 def _in_16_bits_where_needed(model: Any) -> Any:
@@ -98,12 +97,14 @@ def _tabulated(config: Any) -> tuple[float, float | None]:
     scale = 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         scale *= getattr(config, name, None) or 1.0
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    scale *= divisor if config.model_type == "hyperclovax" else 1.0 / divisor
-    return scale, getattr(config, "final_logit_softcapping", None)
+    for name in ("logits_scaling", "logits_mup_width_multiplier"):
+        divisor = getattr(config, name, None) or 1.0
+        scale *= divisor if config.model_type == "hyperclovax" else 1.0 / divisor
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return scale, next((cap for name in caps if (cap := getattr(config, name, None))), None)
 
 
-def _probe(model: PreTrainedModel, head: nn.Linear, split: HeadSplit) -> str | None:
+def _probe(model: PreTrainedModel, head: nn.Linear, split: HeadSplit) -> HeadSplit:
     import torch
 
     device = head.weight.device
@@ -115,18 +116,65 @@ def _probe(model: PreTrainedModel, head: nn.Linear, split: HeadSplit) -> str | N
         seen.append(hidden)
         return known
 
-    with _swapped(head, record):
+    with _swapped(head, record), _last_hidden_states(model) as found:
         logits = model(input_ids=row, use_cache=False).logits
-    hidden = model.base_model(input_ids=row, use_cache=False).last_hidden_state
-    scaled = known.float() * split.logit_scale
-    if split.softcap is not None:
-        scaled = split.softcap * torch.tanh(scaled / split.softcap)
-    tolerance = _TOLERANCE if head.weight.dtype == torch.float32 else 2e-2
-    if not torch.allclose(logits.float(), scaled, rtol=tolerance, atol=tolerance):
-        return "it changes its logits in a way that kdrun does not recognise"
-    if len(seen) != 1 or not torch.allclose(seen[0], hidden, rtol=tolerance, atol=tolerance):
-        return "its head is not applied to the backbone's last hidden states"
-    return None
+    exact = head.weight.dtype in (torch.float32, torch.float64)
+    tolerance = _TOLERANCE if exact else 2e-2
+
+    def equal(one: Tensor, other: Tensor) -> bool:
+        return one.shape == other.shape and torch.allclose(
+            one.float(), other.float(), rtol=tolerance, atol=tolerance
+        )
+
+    input_scale = 1.0
+    if not equal(logits, _finished(known.float() * split.logit_scale, split.softcap)):
+        # Some models scale the head's input instead of its output.
+        input_scale = split.logit_scale
+        bias: Tensor | None = head.bias
+        if bias is not None or not equal(logits, _finished(known.float(), split.softcap)):
+            return HeadSplit(reason="it changes its logits in a way that kdrun does not recognise")
+    for name in _backbones(model, found):
+        if len(seen) == 1 and equal(seen[0], input_scale * found[name]):
+            again = model.get_submodule(name)(input_ids=row, use_cache=False).last_hidden_state
+            if equal(again, found[name]):
+                return replace(split, backbone=name)
+    return HeadSplit(reason="its head is not applied to the backbone's last hidden states")
+
+
+def _finished(scaled: Tensor, softcap: float | None) -> Tensor:
+    return scaled if softcap is None else softcap * (scaled / softcap).tanh()
+
+
+@contextmanager
+def _last_hidden_states(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Record the last hidden states that submodules return, by the submodule's name."""
+    found: dict[str, Tensor] = {}
+
+    def listen(name: str, module: nn.Module) -> Any:
+        def record(_module: nn.Module, _inputs: Any, outputs: Any) -> None:
+            if getattr(outputs, "last_hidden_state", None) is not None:
+                found[name] = outputs.last_hidden_state
+
+        return module.register_forward_hook(record)
+
+    hooks = [listen(name, module) for name, module in model.named_modules() if name]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _backbones(model: nn.Module, found: dict[str, Tensor]) -> list[str]:
+    """Sort the names of submodules that take token ids, from the outermost.
+
+    Inputs are passed by name, so a wrapper that only forwards ``*args`` and ``**kwargs`` is none.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if name in found and "input_ids" in inspect.signature(type(module).forward).parameters
+    ]
 
 
 @contextmanager
@@ -189,11 +237,12 @@ def _consume(
 ) -> dict[str, Tensor]:
     import torch
 
-    accepted = {*inspect.signature(type(model.base_model).forward).parameters}
+    backbone = model.get_submodule(split.backbone)
+    accepted = {*inspect.signature(type(backbone).forward).parameters}
     if wants_routers:  # backbones accept it as a keyword argument
         accepted.add("output_router_logits")
     wanted = {name: value for name, value in inputs.items() if name in accepted}
-    outputs = model.base_model(**wanted, use_cache=False)
+    outputs = backbone(**wanted, use_cache=False)
     hidden = outputs.last_hidden_state
     head = model.get_output_embeddings()
 

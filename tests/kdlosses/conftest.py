@@ -16,3 +16,18 @@ settings.load_profile("kdlosses")
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _on_device(device):
+    """Tests create their tensors on the device of ``--device``; numpy needs copies on the CPU."""
+    if device.type == "simulated":
+        from simulated import simulated_device
+
+        with simulated_device():
+            yield
+    elif device.type == "cpu":
+        yield
+    else:
+        with device:
+            yield

@@ -13,9 +13,14 @@ Q = np.array([0.2, 0.3, 0.5])
 Q_ZERO = np.array([0.0, 0.4, 0.6])
 
 
+def array(values, dtype=None):
+    """A numpy array of numbers or of a tensor on any device."""
+    return np.asarray(values.cpu() if isinstance(values, torch.Tensor) else values, dtype)
+
+
 def log_softmax(logits, temperature=1.0):
     """Log-probabilities ``[..., V]`` in float64; -inf stays."""
-    x = np.asarray(logits, dtype=np.float64) / temperature
+    x = array(logits, np.float64) / temperature
     x -= x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
@@ -23,7 +28,7 @@ def log_softmax(logits, temperature=1.0):
 def log(probabilities):
     """log p, -inf where p is 0."""
     with np.errstate(divide="ignore"):
-        return np.log(np.asarray(probabilities, dtype=np.float64))
+        return np.log(array(probabilities, np.float64))
 
 
 def kl(log_p, log_q):
@@ -124,7 +129,7 @@ def adaptive_kl(log_p, log_q, mass=0.5, weights=None):
 
 
 def decoupled_kd(log_p, log_q, alpha=1.0, beta=1.0, labels=0):
-    rows = np.broadcast_to(np.asarray(labels), log_p.shape[:-1])
+    rows = np.broadcast_to(array(labels), log_p.shape[:-1])
     values = np.empty(rows.shape)
     for row in np.ndindex(rows.shape):
         label = rows[row]
@@ -240,17 +245,17 @@ def detached(name, names, teacher, student, temperature=1.0, **parameters):
 def cross_entropy(student, labels):
     """-log q[label] for logits ``[n, V]`` and labels ``[n]``."""
     log_q = log_softmax(student)
-    return np.array([-log_q[i, label] for i, label in enumerate(labels)])
+    return np.array([-log_q[i, label] for i, label in enumerate(array(labels))])
 
 
 def objective(
     name, teacher, student, labels, *, kd_ratio=1.0, temperature=1.0, power=2, divisor=None, **more
 ):
     """(1 - kd_ratio) CE + kd_ratio T^power KD over the rows whose label is not -100."""
-    labels = np.asarray(labels).reshape(-1)
+    labels = array(labels).reshape(-1)
     keep = labels != -100
     student, teacher = (
-        np.asarray(x, np.float64).reshape(-1, np.shape(x)[-1])[keep] for x in (student, teacher)
+        array(x, np.float64).reshape(-1, np.shape(x)[-1])[keep] for x in (student, teacher)
     )
     labels = labels[keep]
     kd = rows(name, teacher, student, temperature, labels, **more).sum() * temperature**power
@@ -273,5 +278,5 @@ def central_differences(function, point, step=1e-5):
 
 def logits_of(probabilities, dtype=torch.float32):
     """``log p`` as a tensor, -inf where p is 0."""
-    values = [math.log(x) if x else -math.inf for x in np.asarray(probabilities).reshape(-1)]
+    values = [math.log(x) if x else -math.inf for x in array(probabilities).reshape(-1)]
     return torch.tensor(values, dtype=dtype).reshape(np.shape(probabilities))

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from draws import Draws
 from oracles import NAMES
 from pydantic import Field
 
@@ -28,14 +29,11 @@ def graphs():
 
 
 def problem(rows, *, bias=True):
-    generator = torch.Generator().manual_seed(rows)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator)
-
+    draws = Draws(rows)
+    random = draws.normal
     offset = random(VOCAB).requires_grad_() if bias else None
     student = Projected(random(rows, 5).requires_grad_(), random(VOCAB, 5).requires_grad_(), offset)
-    labels = torch.randint(0, VOCAB, (rows,), generator=generator)
+    labels = draws.integers(VOCAB, rows)
     return student, random(rows, VOCAB), labels
 
 
@@ -238,8 +236,8 @@ def exponentials(name, hidden, **parameters):
     from kdlosses.engine.rows import Program, row_gradients
     from kdlosses.registry import load_loss
 
-    generator = torch.Generator().manual_seed(5)
-    raw, teacher = (3 * torch.randn(4, VOCAB, generator=generator) for _ in range(2))
+    draws = Draws(5)
+    raw, teacher = (3 * draws.normal(4, VOCAB) for _ in range(2))
     raw[:, :hidden] = -math.inf
     teacher[:, :hidden] = -math.inf
     labels = torch.tensor([VOCAB - 1, 40, 41, 42])
@@ -263,6 +261,7 @@ def exponentials(name, hidden, **parameters):
     return before, count(), graph(*arguments), tile(*exact)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("hidden", [0, 30])
 @pytest.mark.parametrize(
     "name", ["forward_kl", "symmetric_kl", "generalized_jsd", "taid", "hellinger", "alpha_beta"]
@@ -276,6 +275,7 @@ def test_probabilities_reuse_the_exponentials_that_normalised_them(name, hidden)
         torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.cpu
 def test_an_exponential_of_something_else_stays():
     before, after, found, exact = exponentials("alpha_beta", 0, alpha=0.3)
     assert before == after > 2
@@ -295,6 +295,7 @@ print(sorted(faults() for _ in range(9))[4])
 """
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif(sys.platform != "linux", reason="the allocator of Linux is meant")
 def test_a_tile_finds_the_memory_of_the_tile_before():
     """Without, about half of all processes fault 3,000 pages in for each tile: six are tried."""

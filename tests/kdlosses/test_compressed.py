@@ -6,6 +6,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from draws import Draws, generator
 from oracles import NAMES
 
 from kdlosses import (
@@ -99,17 +100,17 @@ def test_more_tokens_never_lower_the_value(name, how):
 def test_the_tail_is_one_event(name):
     """Against the closed form on the merged distributions, gradients by differences."""
     student, teacher, labels = problem()
-    logits = (student.hidden @ student.weight.T).detach().numpy()
+    logits = (student.hidden @ student.weight.T).detach().cpu().numpy()
 
     def oracle(x):
         merged = []
-        for z in (teacher.numpy(), x):
+        for z in (teacher.cpu().numpy(), x):
             p = np.exp(oracles.log_softmax(z))
-            order = np.argsort(-teacher.numpy(), axis=-1)
+            order = np.argsort(-teacher.cpu().numpy(), axis=-1)
             top = np.take_along_axis(p, order[:, :3], -1)
             rest = np.take_along_axis(p, order[:, 3:], -1).sum(-1, keepdims=True)
             merged.append(np.log(np.concatenate([top, rest], -1)))
-        keep = labels.numpy() != -100
+        keep = labels.cpu().numpy() != -100
         return oracles.ORACLES[name](*merged)[keep].sum()
 
     leaf = torch.tensor(logits, requires_grad=True)
@@ -118,7 +119,7 @@ def test_the_tail_is_one_event(name):
     ).sum()
     assert value.item() == pytest.approx(oracle(logits), rel=1e-12)
     (gradient,) = torch.autograd.grad(value, leaf)
-    expected = torch.from_numpy(oracles.central_differences(oracle, logits))
+    expected = torch.tensor(oracles.central_differences(oracle, logits))
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-8)
 
 
@@ -157,11 +158,11 @@ def test_the_expected_estimate_is_the_full_loss(name, how):
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "generalized_jsd"])
 def test_draws_from_the_teacher_meet_the_full_loss_within_their_error(name):
-    generator = torch.Generator().manual_seed(1)
-    student, teacher = torch.randn(2, 1, VOCAB, generator=generator).double()
+    draw = generator(1)
+    student, teacher = Draws(1).normal(2, 1, VOCAB).double()
     leaf = student.requires_grad_()
     repeats, draws = 4000, 8
-    drawn = Sampled.from_logits(teacher.expand(repeats, -1), draws, generator=generator)
+    drawn = Sampled.from_logits(teacher.expand(repeats, -1), draws, generator=draw)
     labels = torch.zeros(repeats, dtype=torch.int64)
     wide = leaf.expand(repeats, -1).contiguous()
     values = make(name, "chunked")(wide, drawn, labels, reduction="none")
@@ -176,11 +177,11 @@ def test_draws_from_the_teacher_meet_the_full_loss_within_their_error(name):
 
 def test_draws_are_independent_of_the_number_kept_together():
     """The variance of a mean of n draws is that of one draw divided by n."""
-    generator = torch.Generator().manual_seed(2)
-    student, teacher = torch.randn(2, 1, VOCAB, generator=generator).double()
+    draw = generator(2)
+    student, teacher = Draws(2).normal(2, 1, VOCAB).double()
     loss, spread = make("forward_kl", "plain"), {}
     for draws in (1, 16):
-        drawn = Sampled.from_logits(teacher.expand(6000, -1), draws, generator=generator)
+        drawn = Sampled.from_logits(teacher.expand(6000, -1), draws, generator=draw)
         labels = torch.zeros(6000, dtype=torch.int64)
         values = loss(student.expand(6000, -1), drawn, labels, reduction="none")
         spread[draws] = values.var().item()

@@ -13,7 +13,6 @@ from oracles import EXTREMES, NAMES, Q_ZERO, SPECS, P, Q, logits_of, spec
 
 from kdlosses import LossSpecError, available_losses, get_loss
 
-LABEL = torch.zeros(1, dtype=torch.int64)
 # The values of the built-in losses on P and Q, from the definitions with a pocket calculator.
 KNOWN = {
     "forward_kl": 0.7 * math.log(3.5) + 0.2 * math.log(2 / 3) + 0.1 * math.log(0.2),
@@ -42,7 +41,9 @@ def value(text, teacher, student, **options):
     student, teacher = (
         x if isinstance(x, torch.Tensor) else logits_of(x) for x in (student, teacher)
     )
-    return get_loss(text, **options)(student[None], teacher[None], LABEL)
+    return get_loss(text, **options)(
+        student[None], teacher[None], torch.zeros(1, dtype=torch.int64)
+    )
 
 
 def gradient(text, teacher, student, **options):
@@ -102,14 +103,14 @@ def test_values_against_float64(name, parameters, temperature):
     exact = loss(student, teacher, labels, reduction="none")
     beyond = expected > 1e12  # reads as infinite
     expected[beyond] = math.inf
-    np.testing.assert_allclose(exact.numpy(), expected, rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(exact.cpu().numpy(), expected, rtol=1e-11, atol=1e-13)
     teacher, student = teacher.float(), student.float()
     single = loss(student, teacher, labels, reduction="none")
     expected = oracles.rows(name, teacher, student, temperature, labels, **parameters)
     expected[beyond] = math.inf
     # Near its limits alpha_beta divides by a small number.
     rtol = 1e-4 if (name, parameters) in EXTREMES else 3e-6
-    np.testing.assert_allclose(single.numpy(), expected, rtol=rtol, atol=3e-7)
+    np.testing.assert_allclose(single.cpu().numpy(), expected, rtol=rtol, atol=3e-7)
 
 
 @pytest.mark.parametrize(("name", "power"), [(name, 2) for name in NAMES[:-1]] + [(NAMES[-1], 1)])
@@ -138,20 +139,20 @@ def test_gradients_against_finite_differences(name, parameters, temperature):
         lambda x: oracles.objective(
             name, teacher, x, labels, temperature=temperature, power=power, **parameters, **held
         ),
-        student.detach().numpy(),
+        student.detach().cpu().numpy(),
         step=1e-4,
     )
     scale = max(1.0, np.abs(expected).max())
-    np.testing.assert_allclose(exact.numpy(), expected, rtol=1e-8, atol=1e-10 * scale)
+    np.testing.assert_allclose(exact.cpu().numpy(), expected, rtol=1e-8, atol=1e-10 * scale)
     single = student.detach().float().requires_grad_()
     (rounded,) = torch.autograd.grad(loss(single, teacher.float(), labels), single)
     near_a_limit = any(0 < abs(x) < 0.05 for x in (*parameters.values(), sum(parameters.values())))
     atol = (1e-4 if near_a_limit else 1e-6) * scale
-    np.testing.assert_allclose(rounded.numpy(), expected, rtol=1e-5, atol=atol)
+    np.testing.assert_allclose(rounded.cpu().numpy(), expected, rtol=1e-5, atol=atol)
 
 
 def test_the_gradient_of_forward_kl_is_q_minus_p():
-    np.testing.assert_allclose(gradient("forward_kl", P, Q).numpy(), Q - P, atol=1e-7)
+    np.testing.assert_allclose(gradient("forward_kl", P, Q).cpu().numpy(), Q - P, atol=1e-7)
 
 
 # Impossible tokens.
@@ -254,8 +255,8 @@ def test_adaptive_kl_finds_the_head_of_a_sort():
     log_p, log_q = (x.log_softmax(-1) for x in (teacher, torch.randn(50, 3000).double()))
     for mass in (0.01, 0.5, 0.9, 0.999):
         actual = type(loss)(mass=mass)._forward_weight(log_p, log_q)
-        expected = oracles.adaptive_weights(log_p.numpy(), log_q.numpy(), mass)
-        np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=1e-6)
+        expected = oracles.adaptive_weights(log_p.cpu().numpy(), log_q.cpu().numpy(), mass)
+        np.testing.assert_allclose(actual.cpu().numpy(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "skew_forward_kl", "generalized_jsd"])
@@ -269,7 +270,7 @@ def test_the_gradient_beside_an_impossible_token_is_right(name):
         step=1e-4,
     )
     np.testing.assert_allclose(
-        gradient(name, P, Q_ZERO)[1:].numpy(), expected[0], rtol=1e-5, atol=1e-6
+        gradient(name, P, Q_ZERO)[1:].cpu().numpy(), expected[0], rtol=1e-5, atol=1e-6
     )
 
 
@@ -308,7 +309,7 @@ def test_near_equality_nothing_is_negative(name, parameters, scale):
     if (name, parameters) in EXTREMES:  # terms weigh p^(alpha + beta), also where p is tiny
         log_p = oracles.log_softmax(teacher)
         atol += 4e-12 * np.exp(sum(parameters.values()) * log_p).sum(axis=-1).max()
-    np.testing.assert_allclose(measured.numpy(), expected, rtol=1e-2, atol=atol)
+    np.testing.assert_allclose(measured.cpu().numpy(), expected, rtol=1e-2, atol=atol)
     assert scale or (measured < atol).all()
 
 
@@ -419,9 +420,7 @@ def test_values_on_any_logits(logits, which):
     assume(name != "taid" or np.isfinite(teacher + student).any())
     expected = oracles.rows(name, teacher, student, **parameters)
     p, q = np.exp(oracles.log_softmax(teacher)), np.exp(oracles.log_softmax(student))
-    measured = value(
-        spec(name, parameters), torch.from_numpy(teacher.copy()), torch.from_numpy(student.copy())
-    ).item()
+    measured = value(spec(name, parameters), torch.tensor(teacher), torch.tensor(student)).item()
     if name == "adaptive_kl" and not clear_cut(p, q, **parameters):
         # Rounding may choose another weight, but no other two divergences.
         ends = [oracles.rows(x, teacher, student) for x in ("forward_kl", "reverse_kl")]

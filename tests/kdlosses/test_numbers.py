@@ -14,8 +14,15 @@ from oracles import NAMES, P, Q, logits_of
 
 from kdlosses import KDObjective, Projected, get_loss
 
-TEACHER, STUDENT = logits_of(P)[None], logits_of(Q)[None]
-LABEL = torch.zeros(1, dtype=torch.int64)
+
+def row(probabilities):
+    return logits_of(probabilities)[None]
+
+
+def label():
+    return torch.zeros(1, dtype=torch.int64)
+
+
 FORWARD, REVERSE, ENTROPY = 0.634897, 0.675806, 0.801819
 
 
@@ -36,8 +43,8 @@ def make(request):
 @pytest.mark.parametrize("name", NAMES)
 def test_n1_equal_logits_give_zero_and_nothing_is_negative(make, name):
     loss = make(name)
-    assert abs(loss(TEACHER, TEACHER, LABEL).item()) < 1e-6
-    assert loss(STUDENT, TEACHER, LABEL).item() > 0.1
+    assert abs(loss(row(P), row(P), label()).item()) < 1e-6
+    assert loss(row(Q), row(P), label()).item() > 0.1
     for scale in (1e-4, 1e-2, 1.0, 30.0):
         logits = scale * torch.randn(50, 1000)
         labels = torch.zeros(50, dtype=torch.int64)
@@ -47,14 +54,14 @@ def test_n1_equal_logits_give_zero_and_nothing_is_negative(make, name):
 
 def test_n1_raw_logits_are_normalised_by_the_loss(make):
     loss = make("forward_kl")
-    assert loss(STUDENT, TEACHER, LABEL).item() == pytest.approx(FORWARD, abs=1e-6)
+    assert loss(row(Q), row(P), label()).item() == pytest.approx(FORWARD, abs=1e-6)
     for shift in (-50.0, 7.0):
-        shifted = loss(STUDENT + shift, TEACHER - shift, LABEL).item()
+        shifted = loss(row(Q) + shift, row(P) - shift, label()).item()
         assert shifted == pytest.approx(FORWARD, abs=1e-5)
 
 
 def test_n2_the_mean_is_over_valid_tokens(make):
-    student, teacher = STUDENT.expand(2, 4, 3), TEACHER.expand(2, 4, 3)
+    student, teacher = row(Q).expand(2, 4, 3), row(P).expand(2, 4, 3)
     labels = torch.tensor([[0, 1, 2, -100], [-100, 0, 1, -100]])
     loss = make("forward_kl")
     assert loss(student, teacher, labels).item() == pytest.approx(FORWARD, abs=1e-6)
@@ -66,18 +73,18 @@ def test_n2_the_mean_is_over_valid_tokens(make):
 
 
 def test_n3_kl_has_the_teachers_entropy(make):
-    assert make("forward_kl")(TEACHER, TEACHER, LABEL).item() == pytest.approx(0, abs=1e-6)
-    out = KDObjective(make("forward_kl"), 1.0)(STUDENT, TEACHER, LABEL)
-    soft_cross_entropy = -(torch.tensor(P) * STUDENT[0].double()).sum().item()
+    assert make("forward_kl")(row(P), row(P), label()).item() == pytest.approx(0, abs=1e-6)
+    out = KDObjective(make("forward_kl"), 1.0)(row(Q), row(P), label())
+    soft_cross_entropy = -(torch.tensor(P) * row(Q)[0].double()).sum().item()
     assert out.kd_loss.item() == pytest.approx(soft_cross_entropy - ENTROPY, abs=1e-6)
 
 
 def test_n4_names_state_the_direction(make):
-    assert make("forward_kl")(STUDENT, TEACHER, LABEL).item() == pytest.approx(FORWARD, abs=1e-6)
-    assert make("reverse_kl")(STUDENT, TEACHER, LABEL).item() == pytest.approx(REVERSE, abs=1e-6)
+    assert make("forward_kl")(row(Q), row(P), label()).item() == pytest.approx(FORWARD, abs=1e-6)
+    assert make("reverse_kl")(row(Q), row(P), label()).item() == pytest.approx(REVERSE, abs=1e-6)
     for beta, expected in [(0, FORWARD), (1, REVERSE)]:
         loss = make(f"generalized_jsd:beta={beta}")
-        assert loss(STUDENT, TEACHER, LABEL).item() == pytest.approx(expected, abs=1e-6)
+        assert loss(row(Q), row(P), label()).item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -91,27 +98,29 @@ def test_n4_names_state_the_direction(make):
 def test_n6_the_temperature_is_squared_once(make, temperature, scaled, raw):
     teacher, student = torch.tensor([[2.0, 0, -2]]), torch.zeros(1, 3)
     loss = make("forward_kl", temperature=temperature)
-    assert loss(student, teacher, LABEL).item() == pytest.approx(scaled, rel=2e-6)
+    assert loss(student, teacher, label()).item() == pytest.approx(scaled, rel=2e-6)
     loss = make("forward_kl", temperature=temperature, temperature_scaling=False)
-    assert loss(student, teacher, LABEL).item() == pytest.approx(raw, rel=2e-6)
+    assert loss(student, teacher, label()).item() == pytest.approx(raw, rel=2e-6)
 
 
 def test_n6_the_limit_of_high_temperatures(make):
     teacher, student = torch.tensor([[2.0, 0, -2]]), torch.zeros(1, 3)
     loss = make("forward_kl", temperature=1000.0)
-    assert loss(student, teacher, LABEL).item() == pytest.approx(4 / 3, rel=1e-4)
-    assert loss(student.double(), teacher.double(), LABEL).item() == pytest.approx(4 / 3, rel=1e-6)
+    assert loss(student, teacher, label()).item() == pytest.approx(4 / 3, rel=1e-4)
+    assert loss(student.double(), teacher.double(), label()).item() == pytest.approx(
+        4 / 3, rel=1e-6
+    )
 
 
 def test_n6_the_gradient_has_the_factor_and_cross_entropy_has_not(make):
     teacher = torch.tensor([[2.0, 0, -2]])
     student = torch.zeros(1, 3, requires_grad=True)
     (gradient,) = torch.autograd.grad(
-        make("forward_kl", temperature=2.0)(student, teacher, LABEL), student
+        make("forward_kl", temperature=2.0)(student, teacher, label()), student
     )
     expected = 2 * (1 / 3 - np.exp(oracles.log_softmax([1.0, 0, -1])))  # T^2 / T (q - p)
     torch.testing.assert_close(gradient[0].double(), torch.tensor(expected), rtol=0, atol=1e-6)
-    out = KDObjective(make("forward_kl", temperature=2.0), 0.5)(student, teacher, LABEL)
+    out = KDObjective(make("forward_kl", temperature=2.0), 0.5)(student, teacher, label())
     assert out.class_loss.item() == pytest.approx(math.log(3))
     assert out.kd_loss.item() == pytest.approx(1.064867, rel=2e-6)
     assert out.loss.item() == pytest.approx((math.log(3) + 1.064867) / 2, rel=2e-6)

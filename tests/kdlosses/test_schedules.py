@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from draws import Draws
 from oracles import NAMES
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
@@ -21,8 +22,14 @@ from kdlosses import (
 )
 from kdlosses.losses.forward_kl import ForwardKL
 
-STUDENT, TEACHER = torch.randn(2, 6, 11, generator=torch.Generator().manual_seed(3)).double()
-LABELS = torch.arange(6)
+
+def logits(which):
+    """The logits of the student (0) or the teacher (1), on the default device."""
+    return Draws(3).normal(2, 6, 11)[which].double()
+
+
+def targets():
+    return torch.arange(6)
 
 
 @pytest.mark.parametrize(
@@ -72,8 +79,8 @@ def test_a_scheduled_parameter_is_read_at_its_present_value(suffix):
         assert moving.moving_values == pytest.approx({"alpha": alpha})
         expected = get_loss(f"skew_forward_kl:alpha={alpha}")
         for loss in (moving, expected):
-            leaf = STUDENT.clone().requires_grad_()
-            value = loss(leaf, TEACHER, LABELS)
+            leaf = logits(0).clone().requires_grad_()
+            value = loss(leaf, logits(1), targets())
             loss.found = (value.detach(), *torch.autograd.grad(value, leaf))
         for a, b in zip(moving.found, expected.found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
@@ -97,8 +104,8 @@ def test_temperature_and_ratio_move_with_the_parameters():
         "skew_forward_kl.alpha": 0.25,
     }
     fixed = get_loss("reverse_kl+skew_forward_kl:alpha=0.25", temperature=3.0)
-    expected = KDObjective(fixed, 0.5)(STUDENT, TEACHER, LABELS)
-    found = objective(STUDENT, TEACHER, LABELS)
+    expected = KDObjective(fixed, 0.5)(logits(0), logits(1), targets())
+    found = objective(logits(0), logits(1), targets())
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(found.kd_terms, expected.kd_terms, rtol=1e-12, atol=0)
 
@@ -111,7 +118,7 @@ def test_matched_curvature_follows_the_parameter():
     )
     moving.advance(1.0)
     fixed = get_loss("skew_forward_kl:alpha=0.5", match_curvature=True)
-    values = [loss(STUDENT, TEACHER, LABELS) for loss in (moving, fixed)]
+    values = [loss(logits(0), logits(1), targets()) for loss in (moving, fixed)]
     torch.testing.assert_close(*values, rtol=1e-12, atol=0)
 
 
@@ -219,8 +226,8 @@ def test_taid_moves_as_its_formula_says():
     assert loss.moving_values["t"] == pytest.approx(0.7)
     loss.advance(1.0, [3.0])
     assert loss.moving_values["t"] == 1.0
-    expected = get_loss("forward_kl")(STUDENT, TEACHER, LABELS)
-    torch.testing.assert_close(loss(STUDENT, TEACHER, LABELS), expected, rtol=1e-12, atol=0)
+    expected = get_loss("forward_kl")(logits(0), logits(1), targets())
+    torch.testing.assert_close(loss(logits(0), logits(1), targets()), expected, rtol=1e-12, atol=0)
 
 
 def test_taid_starts_at_its_start_and_keeps_below_its_end():
@@ -270,8 +277,8 @@ def test_moving_values_share_one_graph(name):
         found = []
         for loss in losses:
             loss.advance(progress, [1.0 - progress / 2])
-            leaf = STUDENT.float().requires_grad_()
-            value = loss(leaf, TEACHER.float(), LABELS)
+            leaf = logits(0).float().requires_grad_()
+            value = loss(leaf, logits(1).float(), targets())
             found.append((value.detach(), *torch.autograd.grad(value, leaf)))
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=3e-6, atol=1e-7)

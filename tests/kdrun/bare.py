@@ -1,4 +1,4 @@
-"""Arguments of transformers for a few steps on the CPU that say, show and keep nothing."""
+"""Arguments of transformers for a few steps that say, show and keep nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+
+USE_CPU = True
+"""False where tests of the trainer run on an accelerator."""
 
 
 def bare_arguments(folder: Path, **options: Any) -> TrainingArguments:
@@ -16,6 +19,6 @@ def bare_arguments(folder: Path, **options: Any) -> TrainingArguments:
         "save_strategy": "steps" if "save_steps" in options else "no",
         "dataloader_pin_memory": False,
         "remove_unused_columns": False,
-        "use_cpu": True,
+        "use_cpu": USE_CPU,
     }
     return TrainingArguments(output_dir=str(folder), **(settings | options))

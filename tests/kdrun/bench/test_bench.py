@@ -15,6 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from rich.console import Console
 
 from kdlosses import LossSpecError
@@ -154,6 +155,32 @@ def test_the_file_holds_figures_and_where_they_come_from(measured: tuple[Path, A
     )
     assert plain["chunk_size"] == ""
     assert int(chunked["chunk_size"]) > 0
+
+
+def test_the_gradients_error_is_measured_against_float64(tmp_path: Path) -> None:
+    from kdrun.bench.exact import gradient_errors
+    from kdrun.bench.inputs import make_inputs
+
+    point = Point(tokens=300, vocab=40)  # more rows than the reference takes at once
+    case = Case(replace(SETTINGS, dtype="bfloat16", kd_ratio=1.0), point, PLAIN, "reverse_kl")
+    inputs = make_inputs(case.settings, point)
+    logits = inputs.hidden.double() @ inputs.weight.double().t()
+    teacher = (inputs.teacher_hidden.double() @ inputs.teacher_weight.double().t()).log_softmax(-1)
+    log_q = logits.log_softmax(-1)
+    rows = (log_q.exp() * (log_q - teacher)).sum(-1)[inputs.labels != -100]
+    hidden, weight = torch.autograd.grad(rows.mean(), (inputs.hidden, inputs.weight))
+    hidden, weight = hidden.double(), weight.double()
+    errors = gradient_errors(case, inputs, 1.25 * hidden, weight)
+    assert errors.hidden == pytest.approx(0.25, rel=1e-2)
+    assert 0 < errors.weight < 4e-3  # rounded to bfloat16 once
+
+    changes: dict[str, Any] = {"dtype": "bfloat16", "gradient_error": True}
+    assert command.bench(plan_for(tmp_path, **changes))
+    floor, *measured = read_rows(tmp_path)
+    assert floor["weight_grad_error"] == ""
+    for row in measured:
+        for key in ("hidden_grad_error", "weight_grad_error"):
+            assert 1e-4 < float(row[key]) < 2e-2
 
 
 def test_plots_are_images_that_name_the_losses(measured: tuple[Path, Any]) -> None:

@@ -137,6 +137,68 @@ def test_an_unknown_postprocessing_is_found_by_the_probe() -> None:
     torch.testing.assert_close(seen[0].values, expected)
 
 
+class ScaledInput(transformers.LlamaForCausalLM):
+    """Divides the head's input by ``logits_scaling``, as MiniCPM3 does."""
+
+    def forward(self, input_ids: Any, use_cache: bool = False) -> Any:
+        hidden = self.model(input_ids=input_ids, use_cache=use_cache).last_hidden_state
+        logits = self.lm_head(hidden / self.config.logits_scaling)
+        return transformers.modeling_outputs.CausalLMOutputWithPast(logits=logits)
+
+
+def test_a_scale_of_the_heads_input_is_one_of_its_output_only_without_a_bias() -> None:
+    torch.manual_seed(0)
+    model = ScaledInput(transformers.LlamaConfig(**COMMON, logits_scaling=8.0)).eval()
+    split = find_split(model)
+    assert (split.reason, split.logit_scale, split.backbone) == (None, 0.125, "model")
+    model.lm_head = torch.nn.Linear(COMMON["hidden_size"], VOCAB)
+    reason = find_split(model).reason
+    assert reason is not None
+    assert "changes its logits" in reason
+
+
+class Wrapped(torch.nn.Module):
+    """Hands its inputs on, without names of its own."""
+
+    def __init__(self, decoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.decoder(*args, **kwargs)
+
+
+def test_inputs_reach_a_backbone_inside_a_wrapper_without_named_inputs() -> None:
+    model = make("llama", 0)
+    ids = torch.randint(3, VOCAB, (2, 5))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    head = model.lm_head
+    model.model = Wrapped(model.model)
+    model.get_output_embeddings = lambda: head
+    split = find_split(model)
+    assert (split.reason, split.backbone) == (None, "model.decoder")
+    install(model, split)
+
+    def consume(found: Any) -> dict[str, torch.Tensor]:
+        return {"logits": found.hidden @ found.weight.T}
+
+    got = call(model, consume, input_ids=ids, attention_mask=mask)["logits"]
+    torch.testing.assert_close(got, expected)
+
+
+def test_the_probe_of_a_double_precision_model_is_strict() -> None:
+    class Off(transformers.LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits = outputs.logits * 1.01
+            return outputs
+
+    torch.manual_seed(0)
+    model = Off(transformers.LlamaConfig(**COMMON)).double().eval()
+    assert find_split(model).reason is not None
+
+
 def test_a_head_with_a_bias_is_split_with_it() -> None:
     torch.manual_seed(0)
     model = transformers.PhiForCausalLM(

@@ -82,7 +82,7 @@ def train(
 
 
 def weights(trainer: DistillTrainer) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return torch.cat([p.detach().cpu().flatten() for p in trainer.model.parameters()])
 
 
 UNEVEN = [5, 12, 20, 6, 9, 4, 16, 11]
@@ -140,7 +140,7 @@ def test_n9_a_micro_batch_without_supervised_tokens_changes_nothing(tmp_path: Pa
 
 def test_r10_the_teacher_is_untouched_and_in_no_optimizer(tmp_path: Path) -> None:
     def digest(model: Any) -> str:
-        data = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+        data = b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
         return hashlib.sha256(data).hexdigest()
 
     trainer = train(tmp_path, rows(UNEVEN), max_steps=5)
@@ -256,6 +256,7 @@ def peak_of_training(folder: Path, batch: int, accumulation: int) -> int:
     return peak
 
 
+@pytest.mark.cpu
 def test_accumulating_eight_micro_batches_takes_no_more_memory_than_one(tmp_path: Path) -> None:
     """What a second micro-batch at a time would take is the measure of it."""
     # The first is not counted: a new process makes the allocator keep its blocks (32 MB, once).
@@ -268,7 +269,9 @@ def test_accumulating_eight_micro_batches_takes_no_more_memory_than_one(tmp_path
     assert abs(eight - one) < 0.2 * micro_batch
 
 
-def test_a_step_whose_scaled_gradient_overflows_is_the_scalers_to_leave_out(tmp_path: Path) -> None:
+def test_a_step_whose_scaled_gradient_overflows_is_the_scalers_to_leave_out(
+    tmp_path: Path, device: torch.device
+) -> None:
     """As with fp16 on a GPU, where the first scale is mostly too large; here it is far larger."""
     trainer = DistillTrainer(
         model=make(1),
@@ -279,7 +282,7 @@ def test_a_step_whose_scaled_gradient_overflows_is_the_scalers_to_leave_out(tmp_
         train_dataset=rows(UNEVEN),
     )
     before = weights(trainer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1e38, backoff_factor=1e-3)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1e38, backoff_factor=1e-3)
     trainer.accelerator.scaler = scaler
     trainer.accelerator.native_amp = True
     trainer.accelerator.state._mixed_precision = "fp16"
@@ -293,6 +296,18 @@ def test_a_step_whose_scaled_gradient_overflows_is_the_scalers_to_leave_out(tmp_
     assert not torch.equal(weights(trainer), before)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_follows_float32(tmp_path: Path, precision: str) -> None:
+    options: dict[str, Any] = {"max_steps": 5, "optim": "adamw_torch", "learning_rate": 1e-3}
+    mixed = train(tmp_path, rows(UNEVEN), **options, **{precision: True})
+    exact = train(tmp_path, rows(UNEVEN), **options)
+    assert mixed.model.dtype == torch.float32
+    for ours, theirs in zip(mixed.state.log_history[:5], exact.state.log_history[:5], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
+
+
+@pytest.mark.cpu
 def test_one_process_takes_one_of_several_gpus(tmp_path: Path) -> None:
     arguments = bare_arguments(tmp_path, max_steps=1, per_device_train_batch_size=2)
     assert arguments.n_gpu == 0
