@@ -12,6 +12,7 @@ from kdrun.data.prepare import Examples, RawRows, encode_rows, mix_training, pac
 from kdrun.models.pairs import Pair, check_context, find_pair
 from kdrun.models.stored import check_plain
 from kdrun.run.procedure import leave_room, read_text
+from kdrun.run.processes import World
 
 if TYPE_CHECKING:
     from kdrun.config.sections import DataConfig, ModelConfig, ProcedureConfig
@@ -66,7 +67,8 @@ def prepare(
     check_context(pair, data.max_length, model.trust_remote_code)
     data = settle_date(data, model.teacher_cache, pair.tokenizer)
     encoder = Encoder.of(data, pair.tokenizer, pair.left_out)
-    examples = encode_rows(rows, encoder, seed, data.shift_windows)
+    with World().main_first():
+        examples = encode_rows(rows, encoder, seed, data.shift_windows)
     if data.packing:
         examples = pack_training(examples, data.max_length)
     sampling = None

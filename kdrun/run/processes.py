@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from kdrun.errors import InputError
 
@@ -50,6 +52,17 @@ class World:
         values = [text]
         torch.distributed.broadcast_object_list(values)
         return values[0]
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the main process do something before the others, which then find its result."""
+        if not self.is_main:
+            self.wait()
+        try:
+            yield
+        finally:  # also if it failed: the others fail in the same way
+            if self.is_main:
+                self.wait()
 
     def wait(self) -> None:
         """Wait for all processes; the first call starts their group."""
