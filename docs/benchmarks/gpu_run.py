@@ -133,7 +133,7 @@ def main() -> int:
     command += ["--teacher", str(folder / "teacher"), "--student", str(folder / "student")]
     command += ["--data", str(folder / "rows.jsonl"), "--max-length", "512", "--batch-size", "4"]
     command += ["--loss", "forward_kl_chunked", "--kd-ratio", "0.5", "--max-steps", "20"]
-    command += ["--set", "model.dtype=bfloat16", "--set", "training.gradient_checkpointing=true"]
+    command += ["--set", "training.precision=bf16", "--set", "training.gradient_checkpointing=true"]
     # The student that the run saves goes here too: the system's temporary folder may be small.
     return subprocess.run(
         command, env={**os.environ, "TMPDIR": str(folder)}, check=False

@@ -139,6 +139,14 @@ class DataConfig(_Section):
         description="which held-out rows to evaluate on; without data.test they are split in "
         "half by content hash",
     )
+    streaming: bool = Field(
+        False,
+        description="read training rows while training, in the order of the source and through a "
+        "shuffle buffer; needs data.eval and training.max_steps",
+    )
+    shuffle_buffer: int = Field(
+        10_000, ge=1, description="rows from which streaming draws the next one; 1 keeps the order"
+    )
     hold_out: Literal["prompt", "content"] = Field(
         "prompt",
         description="without data.eval: whether rows with the same prompt, or only identical "
@@ -200,6 +208,14 @@ class DataConfig(_Section):
             )
         if any(weights) and not all(weights):
             raise ValueError("data.sources: give all sources a weight, or none")
+        if self.streaming and self.eval is None:
+            raise ValueError("data.streaming=true holds out no rows; pass them with --eval-data")
+        if self.streaming and self.train == BUILT_IN and not self.sources:
+            raise ValueError("data.streaming=true: the built-in text is not streamed; pass --data")
+        if self.streaming and (self.packing or any(weights)):
+            raise ValueError(
+                "data.streaming=true excludes data.packing and weights of data.sources; remove them"
+            )
         if any(weights) and self.packing:
             raise ValueError("data.packing is not supported for sources that are mixed by weights")
         return self

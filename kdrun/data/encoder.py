@@ -14,6 +14,7 @@ from kdrun.data.encode_report import report_on
 from kdrun.data.encoding import Example
 from kdrun.data.origins import Origins
 from kdrun.data.parallel import run_in_order, usual_workers
+from kdrun.data.records import Position
 from kdrun.data.row_store import BATCH, Places, Rows, store_rows
 from kdrun.data.rows import BadRow, ChatRow, Row, TextRow, describe_bad_rows
 from kdrun.data.token_cache import TokenCache, token_key
@@ -165,6 +166,16 @@ class Encoder:
             part: ``training`` or ``held-out``, for the display of progress.
         """
         return self._encode(_encode_texts, store_rows(rows), part)
+
+    def some(self, rows: Sequence[Row]) -> list[tuple[dict[str, Any], Position]]:
+        """Return the examples of a few conversations, with their positions."""
+        given: Any = rows
+        found = encode(given, self.tokenizer, self.max_length, self.long_rows, self.rendering)
+        skipped = {number for number, _ in found.skipped}
+        numbers = [number for number in range(len(rows)) if number not in skipped]
+        kept, known, _ = _known(found.examples, numbers, self.left_out)
+        pairs = zip(kept, known, strict=True)
+        return [({**example}, rows[number].position) for example, number in pairs]
 
     def notes_on_template(self, rows: Sequence[Row]) -> list[str]:
         """Return notes about the chat template, independent of the rows."""

@@ -11,6 +11,7 @@ from kdrun.config.sections import BUILT_IN, DataConfig, SourceConfig, Sources
 from kdrun.data.origins import Origins
 from kdrun.data.row_store import Rows, store_rows
 from kdrun.data.rows import (
+    LOOKED_AT,
     Position,
     Row,
     RowSet,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from kdrun.data.encoder import Encoder
+    from kdrun.data.stream import StreamedRows
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Examples:
         notes: what was read, skipped and cut, one line each.
         origins: origins of the training examples.
         held_out_origins: origins of the held-out examples.
+        stream: what is trained on instead of ``train``, which are then its first rows.
     """
 
     train: Dataset[Any]
@@ -47,6 +50,7 @@ class Examples:
     notes: tuple[str, ...]
     origins: Origins
     held_out_origins: Origins = field(default_factory=Origins)
+    stream: StreamedRows | None = None
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,14 @@ def read_rows(config: DataConfig) -> RawRows:
         )
         train, held_out = _documents(text.train), _documents(text.held_out)
     else:
-        found = _load(config.sources or config.train, config)
+        found = _load(config.sources or config.train, config, config.streaming)
         notes += found.warnings()
         train = found.rows
+        if config.streaming:
+            notes.append(
+                f"training rows: streamed; the checks see the first {len(train)}, and later rows "
+                "that cannot be used are passed over"
+            )
         if config.eval is None:
             train, held_out = hold_out(found.rows, by=config.hold_out)
     if config.eval is not None:
@@ -250,15 +259,46 @@ def _documents(texts: Sequence[str]) -> Rows:
     )
 
 
-def _load(given: Sources | tuple[SourceConfig, ...], config: DataConfig) -> RowSet:
+def sources_of(given: Sources | tuple[SourceConfig, ...], config: DataConfig) -> list[SourceOf]:
+    """Return sources, and how each of them is read.
+
+    Args:
+        given: names, or sources with settings of their own.
+        config: settings of the names.
+    """
     names = (given,) if isinstance(given, str) else given
     fields = (config.format, config.prompt_field, config.response_field)
-    sources = [
+    return [
         SourceOf(one, *fields)
         if isinstance(one, str)
         else SourceOf(one.path, one.format, one.prompt_field, one.response_field)
         for one in names
     ]
+
+
+def stream_training(
+    examples: Examples, config: DataConfig, encoder: Encoder, seed: int
+) -> Examples:
+    """Train on all rows of a stream, of which the examples are the first.
+
+    Raises:
+        InputError: they are plain text.
+    """
+    from kdrun.data.stream import StreamedRows
+
+    if not isinstance(examples.train, Tokens):
+        raise InputError("data.streaming=true reads conversations only; remove it for plain text")
+    sources = sources_of(config.sources or config.train, config)
+    stream = StreamedRows(sources, encoder, config.shuffle_buffer, seed)
+    return replace(examples, stream=stream)
+
+
+def _load(
+    given: Sources | tuple[SourceConfig, ...], config: DataConfig, first_only: bool = False
+) -> RowSet:
+    sources = sources_of(given, config)
+    if first_only:
+        return load_sources(sources, strict=config.strict, limit=LOOKED_AT)
     return load_sources(
         sources,
         strict=config.strict,

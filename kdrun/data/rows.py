@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from kdrun.errors import InputError
 _MOST_UNUSED = 12
 _CODE = ("fields.py", "formats.py", "hashes.py", "messages.py", "records.py", "row_store.py")
 """The source files that determine what becomes of a record."""
+LOOKED_AT = 1000
+"""Records of a stream that are read first, to recognise its format and to check the run."""
 Keep = Callable[[Callable[[], str], int], Path | None]
 
 __all__ = [
@@ -142,7 +145,11 @@ def load_rows(
 
 
 def load_sources(
-    sources: Sequence[SourceOf], *, strict: bool = False, keep: Keep = keep_in_memory
+    sources: Sequence[SourceOf],
+    *,
+    strict: bool = False,
+    keep: Keep = keep_in_memory,
+    limit: int | None = None,
 ) -> RowSet:
     """Read the rows of sources, one after another.
 
@@ -150,6 +157,7 @@ def load_sources(
         sources: at least one.
         strict: refuse the first row that cannot be used, rather than skipping such rows.
         keep: where rows are kept, by a hash of what they follow from and their size in bytes.
+        limit: read only so many records of each source; None reads all.
 
     Returns:
         At least one usable row, and the skipped ones.
@@ -158,7 +166,7 @@ def load_sources(
         InputError: a source cannot be read, no row of it is usable, a message has an unknown role,
             some sources are plain text and some not, or, with ``strict``, any row is unusable.
     """
-    parts = [find_parts(source.name) for source in sources]
+    parts = [find_parts(source.name, streaming=limit is not None) for source in sources]
     name = ", ".join(source.name for source in sources)
     place = keep(lambda: _key(sources, parts, strict), _size(parts))
     found = None if place is None else open_store(place)
@@ -167,7 +175,7 @@ def load_sources(
     tally = _Tally()
     with RowWriter(place) as writer:
         for number, (source, of_source) in enumerate(zip(sources, parts, strict=True)):
-            _convert(source, of_source, strict, writer, number, tally)
+            _convert(source, of_source, strict, writer, number, tally, limit)
         _check_alike(sources, tally.formats)
         about = tally.as_json()
         return _row_set(writer.finish(about), name, about)
@@ -210,6 +218,39 @@ def _row_set(rows: Rows, name: str, about: Mapping[str, Any]) -> RowSet:
     return RowSet(rows, about["format"], name, bad, about["unused"], about["records"])
 
 
+def reader_of(
+    source: SourceOf, parts: Sequence[Part], limit: int | None = None
+) -> tuple[DataFormat, Callable[[Record], tuple[list[Row], set[str]]]]:
+    """Return how the records of a source are read.
+
+    Args:
+        source: the source.
+        parts: its files.
+        limit: look only at so many records; None looks at all.
+
+    Returns:
+        The format, never ``auto``, and a function that returns the rows of a record and the names
+        of its unused fields, or raises ``BadRowError``.
+
+    Raises:
+        InputError: no format fits the fields.
+    """
+    as_text = source.data_format == "text"
+    keys, any_text = _fields_of(islice(_records(parts, as_text), limit), source.name)
+    fields_named = (source.prompt_field, source.response_field)
+    chosen, convert = choose_converter(
+        keys, any_text, source.data_format, *fields_named, source.name
+    )
+
+    def read(record: Record) -> tuple[list[Row], set[str]]:
+        value = {"text": record.value} if isinstance(record.value, str) else record.value
+        fields = Fields(value)
+        rows = convert(fields, record.position)
+        return rows, set(fields.unused())
+
+    return chosen, read
+
+
 def _convert(
     source: SourceOf,
     parts: Sequence[Part],
@@ -217,22 +258,16 @@ def _convert(
     writer: RowWriter,
     number: int,
     tally: _Tally,
+    limit: int | None,
 ) -> None:
     """Convert the records of one source."""
-    as_text = source.data_format == "text"
-    keys, any_text = _fields_of(parts, as_text, source.name)
-    fields_named = (source.prompt_field, source.response_field)
-    chosen, convert = choose_converter(
-        keys, any_text, source.data_format, *fields_named, source.name
-    )
+    chosen, read = reader_of(source, parts, limit)
     tally.formats.append(chosen)
     written, skipped = writer.count, len(tally.bad)
-    for record in _records(parts, as_text):
+    for record in islice(records_of(source, parts), limit):
         tally.records += 1
-        value = {"text": record.value} if isinstance(record.value, str) else record.value
         try:
-            fields = Fields(value)
-            rows = convert(fields, record.position)
+            rows, unused = read(record)
         except BadRowError as error:
             if strict:
                 raise InputError(
@@ -243,7 +278,7 @@ def _convert(
             continue
         for row in rows:
             writer.add(row, number)
-        tally.unused.update(set(fields.unused()))
+        tally.unused.update(unused)
     if writer.count == written:
         first = tally.bad[skipped]
         raise InputError(
@@ -252,16 +287,21 @@ def _convert(
         )
 
 
+def records_of(source: SourceOf, parts: Sequence[Part]) -> Iterator[Record]:
+    """Yield the records of a source."""
+    return _records(parts, source.data_format == "text")
+
+
 def _records(parts: Sequence[Part], as_text: bool) -> Iterator[Record]:
     for part in parts:
         yield from part.records(as_text)
 
 
-def _fields_of(parts: Sequence[Part], as_text: bool, name: str) -> tuple[list[str], bool]:
+def _fields_of(records: Iterable[Record], name: str) -> tuple[list[str], bool]:
     """Return the fields of all records, since some may lack one, and whether any is text."""
     keys: dict[str, None] = {}
     any_text, number = False, 0
-    for record in _records(parts, as_text):
+    for record in records:
         number += 1
         if isinstance(record.value, dict):
             keys.update(dict.fromkeys(record.value))

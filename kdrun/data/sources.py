@@ -110,11 +110,12 @@ class TablePart:
 Part = FilePart | TablePart
 
 
-def find_parts(source: str | Path) -> list[Part]:
+def find_parts(source: str | Path, streaming: bool = False) -> list[Part]:
     """Return the files or the data set that a name stands for.
 
     Args:
         source: a file, glob, folder, or data set of the hub, if nothing on the disk has its name.
+        streaming: whether a data set of the hub is fetched while it is read.
 
     Raises:
         InputError: there is none; gives similar names.
@@ -134,7 +135,7 @@ def find_parts(source: str | Path) -> list[Part]:
             raise InputError(f"{source}: no file has a name of this form{_near_glob(path)}")
         return _alike([FilePart(file, str(file)) for file in files])
     if _is_hub_id(str(source)):
-        return [_load_hub(str(source))]
+        return [_load_hub(str(source), streaming)]
     raise InputError(f"{source}: no such file{did_you_mean(path)}")
 
 
@@ -227,14 +228,16 @@ def _is_hub_id(source: str) -> bool:
     return not path.parent.is_dir() and inner_suffix(path) not in _SUFFIXES
 
 
-def _load_hub(source: str) -> Part:
+def _load_hub(source: str, streaming: bool) -> Part:
     import datasets
 
     match = _HUB_ID.fullmatch(source)
     assert match is not None, "a hub id has been recognised"
     name, configuration, split, revision = match.groups()
     try:
-        more = {} if revision is None else {"revision": revision}
+        more: dict[str, Any] = {} if revision is None else {"revision": revision}
+        if streaming:
+            more["streaming"] = True
         table: Any = datasets.load_dataset(name, configuration, split=split or _TRAIN, **more)
     except Exception as error:
         # The package raises any error of its many back-ends; report it as one line.
@@ -245,7 +248,7 @@ def _load_hub(source: str) -> Part:
             f"{source}: no such file, and not a data set that the hub can provide "
             f"({_reason(error)})"
         ) from error
-    return TablePart(_some(table, source), source)
+    return TablePart(table if streaming else _some(table, source), source)
 
 
 def _no_split(wanted: str, known: list[str]) -> str:

@@ -78,7 +78,7 @@ def build(config: RunConfig, prepared: Prepared, loaded: Loaded, start: Start) -
             kd_ratio=config.loss.schedules.get(KD_RATIO, config.loss.kd_ratio),
             args=arguments,
             data_collator=Collator(pair.tokenizer.pad_token_id),
-            train_dataset=Numbered(examples.train),
+            train_dataset=examples.stream or Numbered(examples.train),
             eval_dataset=examples.held_out,
             processing_class=pair.tokenizer,
             procedure=procedure_of(config),
@@ -130,7 +130,7 @@ def _guard(
     trainer.guard = LossGuard(
         skip=training.nan_loss == "skip",
         limit=training.max_skipped_steps,
-        name_rows=prepared.examples.origins.name,
+        name_rows=(prepared.examples.stream or prepared.examples.origins).name,
         say=start.say,
     )
 

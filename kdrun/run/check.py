@@ -56,6 +56,7 @@ def check(config: RunConfig) -> RawRows:
     check_precision(config)
     check_optimizer(config.optimizer)
     _check_best(config)
+    _check_streaming(config)
     locate_pair(config.model)
     rows = read_rows(config.data)
     check_cached_rows(config.model.teacher_cache, config.data.shift_windows, rows)
@@ -90,6 +91,23 @@ def _check_best(config: RunConfig) -> None:
         raise InputError(
             f"training.keep_best={training.keep_best} compares with the whole teacher, and there "
             "is none; pass --teacher, or use eval_ce"
+        )
+
+
+def _check_streaming(config: RunConfig) -> None:
+    """Refuse what needs all rows before training."""
+    if not config.data.streaming:
+        return
+    if config.training.max_steps is None:
+        raise InputError("data.streaming=true has no end: set --max-steps")
+    if config.procedure.spec is not None or config.model.teacher_cache is not None:
+        raise InputError(
+            "data.streaming=true is not supported with a procedure or a teacher cache; remove one"
+        )
+    if config.trainer.arguments.get("dataloader_num_workers"):
+        raise InputError(
+            "trainer.dataloader_num_workers: data.streaming=true reads in the training process; "
+            "remove it"
         )
 
 

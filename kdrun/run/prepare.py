@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from kdrun.cache.choose import settle_date
 from kdrun.data.encoder import Encoder
-from kdrun.data.prepare import Examples, RawRows, encode_rows, mix_training, pack_training
+from kdrun.data.prepare import (
+    Examples,
+    RawRows,
+    encode_rows,
+    mix_training,
+    pack_training,
+    stream_training,
+)
 from kdrun.models.pairs import Pair, check_context, find_pair
 from kdrun.models.stored import check_plain
 from kdrun.run.procedure import leave_room, read_text
@@ -77,6 +84,8 @@ def prepare(
 
         sampling = Sampling.of(procedure, data.max_length)
         examples = leave_room(examples, sampling, pair.tokenizer)
+    if data.streaming:
+        examples = stream_training(examples, data, encoder, seed)
     if data.sources and data.sources[0].weight is not None:
         examples = mix_training(examples, rows.train, data.sources, seed)
     text, of_text = read_text(procedure.text, encoder)
