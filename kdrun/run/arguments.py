@@ -77,6 +77,8 @@ def training_arguments(
         dataloader_pin_memory=accelerated,
         # Without it, processes on a CPU would silently train independently.
         use_cpu=not accelerated,
+        # Each process reads a stream itself: batches of unequal length cannot be sent joined.
+        accelerator_config={"dispatch_batches": False},
         # The student is uploaded when it is finished; see publish.py.
         hub_strategy="end",
         **({} if optimizer.name is None else {"optim": optimizer.name}),
