@@ -13,7 +13,8 @@ from kdrun.models.quantize import Kind, saved_bytes
 if TYPE_CHECKING:
     import torch
 
-    from kdrun.config.sections import DType, RunConfig
+    from kdrun.config.base import DType
+    from kdrun.config.sections import RunConfig
     from kdrun.models.locate import ModelSource
     from kdrun.models.pairs import Pair
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kdrun.config.sections import EvaluationConfig
+from kdrun.config.training_sections import EvaluationConfig
 from kdrun.data.chat import USUAL_RENDERING, Rendering
 from kdrun.data.fields import BadRowError
 from kdrun.data.formats import ChatRow

@@ -13,7 +13,7 @@ from kdrun.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kdrun.config.sections import LoraConfig
+    from kdrun.config.training_sections import LoraConfig
 
 INSTALL_PEFT = "pip install 'kdlosses[lora]'"
 # Names of the parts of stacked experts in checkpoints.

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from kdrun.config.sections import LoraConfig, ModelConfig
+    from kdrun.config.sections import ModelConfig
+    from kdrun.config.training_sections import LoraConfig
 
 Kind = Literal["int8", "nf4"]
 _KEY = "model.teacher_quantization"

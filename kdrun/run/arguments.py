@@ -15,7 +15,8 @@ from kdrun.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from kdrun.config.sections import OptimizerConfig, RunConfig, TrainingConfig
+    from kdrun.config.sections import RunConfig
+    from kdrun.config.training_sections import OptimizerConfig, TrainingConfig
 
 _COMPILE_FROM_ELEMENTS = 2e8
 

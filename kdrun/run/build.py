@@ -19,7 +19,8 @@ from kdrun.run.trackers import place_logs
 if TYPE_CHECKING:
     import torch
 
-    from kdrun.config.sections import DataConfig, RunConfig, TrainingConfig
+    from kdrun.config.sections import DataConfig, RunConfig
+    from kdrun.config.training_sections import TrainingConfig
     from kdrun.run.load import Loaded
     from kdrun.run.prepare import Prepared
     from kdrun.run.record import Record

@@ -25,7 +25,8 @@ from kdrun.run import folder as runs
 from kdrun.run.precision import notes_on_types
 
 if TYPE_CHECKING:
-    from kdrun.config.sections import LoraConfig, RunConfig
+    from kdrun.config.sections import RunConfig
+    from kdrun.config.training_sections import LoraConfig
     from kdrun.evaluation.answers import Question
     from kdrun.run.prepare import Prepared
     from kdrun.run.start import Start

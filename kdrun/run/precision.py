@@ -11,7 +11,8 @@ from kdrun.models.device import find_device
 if TYPE_CHECKING:
     import torch
 
-    from kdrun.config.sections import DType, Precision, RunConfig
+    from kdrun.config.base import DType, Precision
+    from kdrun.config.sections import RunConfig
 
 _WEIGHTS: dict[Precision, DType] = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

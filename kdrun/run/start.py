@@ -25,7 +25,8 @@ from kdrun.training.checkpoint import SHARDS, Found, find_checkpoint, is_last, s
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kdrun.config.sections import RunConfig, TrainingConfig
+    from kdrun.config.sections import RunConfig
+    from kdrun.config.training_sections import TrainingConfig
 
 
 @dataclass(frozen=True)

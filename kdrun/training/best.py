@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdrun.config.sections import TrainingConfig
+    from kdrun.config.training_sections import TrainingConfig
 
 _HIGHER_IS_BETTER = ("eval_top1_agreement",)
 History = Sequence[Mapping[str, Any]]

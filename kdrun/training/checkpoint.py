@@ -13,7 +13,7 @@ from kdrun.training.best import Best
 
 if TYPE_CHECKING:
     from kdlosses import KDObjective
-    from kdrun.config.sections import TrainingConfig
+    from kdrun.config.training_sections import TrainingConfig
     from kdrun.procedures.session import Session
     from kdrun.training.guard import LossGuard
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from kdrun.config.sections import EvaluationConfig
+from kdrun.config.training_sections import EvaluationConfig
 from kdrun.data.formats import ChatRow
 from kdrun.data.messages import Message
 from kdrun.data.records import Position

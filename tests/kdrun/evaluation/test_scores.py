@@ -2,7 +2,7 @@
 
 import pytest
 
-from kdrun.config.sections import EvaluationConfig
+from kdrun.config.training_sections import EvaluationConfig
 from kdrun.evaluation.scores import exact_match, rouge_l
 
 

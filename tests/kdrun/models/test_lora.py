@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten
 import kdlosses
 from kdrun import DistillTrainer
 from kdrun.config.load import load_config
-from kdrun.config.sections import LoraConfig
+from kdrun.config.training_sections import LoraConfig
 from kdrun.data.collate import Collator
 from kdrun.data.encode import encode_chats
 from kdrun.data.rows import load_rows

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from kdrun.config.sections import LoraConfig
+from kdrun.config.training_sections import LoraConfig
 from kdrun.errors import InputError
 from kdrun.models.adapters import add_adapters, describe_adapters
 from kdrun.models.load import load_model

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from kdrun.cache.fingerprint import print_teacher
 from kdrun.cli import cli
 from kdrun.config.load import load_config
-from kdrun.config.sections import LoraConfig
+from kdrun.config.training_sections import LoraConfig
 from kdrun.dry_run.report import dry_run
 from kdrun.errors import InputError
 from kdrun.models.adapters import add_adapters

@@ -170,7 +170,7 @@ def test_f5_held_out_measures_and_gradient_parts_leave_it_out(tmp_path: Path) ->
 
 def test_f5_it_reaches_adapters(tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    from kdrun.config.sections import LoraConfig
+    from kdrun.config.training_sections import LoraConfig
     from kdrun.models.adapters import add_adapters
 
     found = []
