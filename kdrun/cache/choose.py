@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from kdrun.cache.manifest import read_manifest
 from kdrun.config.sections import KD_RATIO
-from kdrun.data.chat import uses_date
 from kdrun.data.prepare import examples_in
 from kdrun.data.rows import TextRow
+from kdrun.data.templates import uses_date
 from kdrun.errors import InputError
 from kdrun.models.cast import cast_weights
 from kdrun.models.pairs import describe_model, load_teacher, open_teacher

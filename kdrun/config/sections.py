@@ -20,7 +20,7 @@ BUILT_IN = "builtin"
 KD_RATIO = "kd_ratio"
 SHORT_NAMES = {"model.dtype": ("model.student_dtype", "model.teacher_dtype")}
 """Keys that set several others, where those are not set themselves."""
-RowFormat = Literal["auto", "text", "prompt_response", "alpaca", "messages"]
+RowFormat = Literal["auto", "text", "prompt_response", "alpaca", "messages", "preference"]
 
 
 class ModelConfig(Section):
@@ -147,6 +147,22 @@ class DataConfig(Section):
     )
     prompt_field: str | None = Field(None, description="name of the prompt field")
     response_field: str | None = Field(None, description="name of the answer field")
+    template: str | None = Field(
+        None,
+        description="file with a chat template (Jinja) to use instead of the tokenizer's; it is "
+        "saved with the student",
+    )
+    template_arguments: dict[str, Any] = Field(
+        {}, description="variables for the chat template, such as {enable_thinking: false}"
+    )
+    reasoning: Literal["keep", "drop"] = Field(
+        "keep",
+        description="whether the reasoning of answers (reasoning_content, or <think> in their "
+        "text) is learned, as far as the template writes it, or left out",
+    )
+    supervise: Literal["all", "last"] = Field(
+        "all", description="which answers of a conversation are learned"
+    )
     rendered: bool = Field(
         False,
         description="prompts and answers are already rendered: concatenate them without the "

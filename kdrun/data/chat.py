@@ -16,35 +16,23 @@ after the answer, never from the answer itself.
 
 from __future__ import annotations
 
-import json
-import re
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kdrun.data.fields import BadRowError
-from kdrun.data.lost import find_lost, places
+from kdrun.data.given import as_dicts, as_parts, without_reasoning
+from kdrun.data.lost import find_lost, lost_tools, places
 from kdrun.data.messages import Message
-from kdrun.data.turn_ends import TurnEnds, name_of
-from kdrun.errors import InputError
+from kdrun.data.templates import USUAL_RENDERING, Rendering, template_of
+from kdrun.data.turn_ends import TurnEnds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from kdrun.config.sections import DataConfig
 
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' and eos_token %}{{ eos_token }}"
-    "{% else %}{{ '\\n' }}{% endif %}"
-    "{% endfor %}"
-)
-
-
-_JOINED_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-_CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<form>.*?)(?P=quote)\s*\)""")
 _MARK = "\ue000"
 """A private use character, which no template writes or strips."""
 
@@ -77,43 +65,6 @@ class RenderedChat:
     lost: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Rendering:
-    """Settings that determine the text of a conversation besides the tokenizer's template.
-
-    Attributes:
-        date: The date, in ISO form, for templates that include one; None is today.
-        rendered: Whether messages are already rendered and only concatenated.
-    """
-
-    date: str | None = None
-    rendered: bool = False
-
-    @classmethod
-    def of(cls, data: DataConfig) -> Rendering:
-        """Return the rendering of a run's rows."""
-        return cls(data.date, data.rendered)
-
-    @property
-    def key(self) -> list[Any]:
-        """Everything but the date, as JSON can hold it."""
-        return [self.rendered]
-
-    def dated(self, template: str) -> str:
-        """Return a chat template that uses :attr:`date` as the current date.
-
-        transformers gives every template a clock, ``strftime_now``, which those of Llama 3 and
-        others use: a run's rows would otherwise change from day to day.
-        """
-        if self.date is None:
-            return template
-        noon = datetime.fromisoformat(f"{self.date}T12:00:00")
-        return _CLOCK.sub(lambda call: json.dumps(noon.strftime(call["form"])), template)
-
-
-USUAL_RENDERING = Rendering()
-
-
 class HiddenAnswersError(Exception):
     """The template does not allow locating the answers in the conversation."""
 
@@ -135,9 +86,21 @@ class ChatRenderer:
         """Read the tokenizer's template."""
         self._tokenizer = tokenizer
         self._endings: dict[bool, str] = {}
+        self._tools: Sequence[dict[str, Any]] | None = None
+        self._arguments = dict(rendering.arguments)
+        self._drops = rendering.reasoning == "drop"
         self._rendered = rendering.rendered
         self._brought = bool(tokenizer.chat_template) and not rendering.rendered
         self._template = template_of(tokenizer, rendering)
+
+    def offering(self, tools: Sequence[dict[str, Any]] | None) -> ChatRenderer:
+        """Return a renderer of conversations in which the assistant may use tools."""
+        if not tools:
+            return self
+        found = copy.copy(self)
+        found._tools = list(tools)
+        found._endings = {}
+        return found
 
     @cached_property
     def reads_parts(self) -> bool:
@@ -148,7 +111,7 @@ class ChatRenderer:
         if not self._brought or "text" not in self._template:
             return False
         probe = (Message("user", _MARK), Message("assistant", _MARK))
-        texts, parts = as_dicts(probe), _as_parts(probe)
+        texts, parts = as_dicts(probe), as_parts(probe)
         return self._count_marks(texts) < len(probe) <= self._count_marks(parts)
 
     def _count_marks(self, given: list[dict[str, Any]]) -> int:
@@ -175,7 +138,7 @@ class ChatRenderer:
 
     def given(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Return messages in the form that this template accepts."""
-        return _as_parts(messages) if self.reads_parts else as_dicts(messages)
+        return (as_parts if self.reads_parts else as_dicts)(messages, self._template)
 
     def _apply(self, given: list[dict[str, Any]], for_generation: bool = False) -> str:
         try:
@@ -184,6 +147,8 @@ class ChatRenderer:
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=for_generation,
+                tools=self._tools,
+                **self._arguments,
             )
         except Exception as error:
             # Templates are code that comes with a model, and may raise any error.
@@ -218,9 +183,12 @@ class ChatRenderer:
                 that the end of an answer cannot be determined.
             InputError: Neither the template nor the tokenizer has an end for answers.
         """
+        if self._drops:
+            messages = without_reasoning(messages)
         text = self.render(messages)
         answers = self._find_answers(messages, text)
         lost = find_lost(messages, places(messages, text, [(a.start, a.end) for a in answers]))
+        lost += lost_tools(self._tools or (), text)
         return replace(self._end_turns(messages, text, answers), lost=lost)
 
     def _find_answers(self, messages: Sequence[Message], text: str) -> list[AnswerSpan]:
@@ -311,7 +279,7 @@ class ChatRenderer:
     def _end_of_content(self, messages: Sequence[Message], turn: int, text: str) -> int:
         """Return where an answer ends in a rendered conversation."""
         message = messages[turn]
-        marked = Message(message.role, message.content + _MARK)
+        marked = replace(message, content=message.content + _MARK)
         other = self.render([*messages[:turn], marked, *messages[turn + 1 :]])
         end = _shared_length(text, other)
         if not other.endswith(text[end:]):
@@ -329,56 +297,12 @@ class ChatRenderer:
         raise HiddenAnswersError
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> str:
-    """Return the template for rendering conversations.
-
-    Raises:
-        InputError: the tokenizer has several, and none is the default.
-    """
-    if rendering.rendered:
-        return _JOINED_TEMPLATE
-    if not tokenizer.chat_template:
-        return _plain_template(tokenizer)
-    named = tokenizer.chat_template
-    if isinstance(named, dict) and "default" not in named:
-        raise InputError(
-            f"{name_of(tokenizer)}: the tokenizer has several chat templates "
-            f"({', '.join(sorted(named))}) and none called default; keep one of them as its "
-            "chat_template"
-        )
-    return rendering.dated(tokenizer.get_chat_template())
-
-
-def uses_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the chat template uses the current date."""
-    return "strftime_now" in json.dumps(tokenizer.chat_template)
-
-
-def as_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Return messages in the form that chat templates accept."""
-    return [{"role": message.role, "content": message.content} for message in messages]
-
-
 def refused_by_template(error: Exception) -> BadRowError:
     """Return the error for a conversation that a template fails on."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return BadRowError(f"is rejected by the chat template ({reason})")
 
 
-def _as_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    return [
-        {"role": message.role, "content": [{"type": "text", "text": message.content}]}
-        for message in messages
-    ]
-
-
 def _shared_length(left: str, right: str) -> int:
     differ = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
     return next(differ, min(len(left), len(right)))
-
-
-def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return `PLAIN_TEMPLATE`, after a begin-of-text token if the tokenizer prepends one."""
-    bos = tokenizer.bos_token_id
-    begins = bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
-    return ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE

@@ -14,21 +14,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from kdrun.data.chat import (
-    USUAL_RENDERING,
-    ChatRenderer,
-    HiddenAnswersError,
-    RenderedChat,
-    Rendering,
-    refused_by_template,
-    template_of,
-)
+from kdrun.data.chat import ChatRenderer, HiddenAnswersError, RenderedChat, refused_by_template
 from kdrun.data.collate import IGNORE_INDEX
 from kdrun.data.encode_report import EncodedRows, find_controls, no_room, report_on, too_long
 from kdrun.data.encoding import Encoding, Example
 from kdrun.data.fields import BadRowError
 from kdrun.data.formats import ChatRow
 from kdrun.data.lost import Place, find_lost
+from kdrun.data.templates import USUAL_RENDERING, Rendering, template_of
 from kdrun.data.turn_ends import special_tokens
 from kdrun.errors import InputError
 
@@ -142,23 +135,27 @@ def _tokenise(
     finder = _AnswerFinder(tokenizer)
     for first in range(0, len(rows), _BATCH):
         batch = rows[first : first + _BATCH]
-        chats = [_render(renderer, row) for row in batch]
+        chats = [_render(renderer.offering(row.tools), row) for row in batch]
         texts = [chat.text for chat in chats if isinstance(chat, RenderedChat)]
         encoded = iter(_encode_texts(tokenizer, texts))
         for row, chat in zip(batch, chats, strict=True):
             if isinstance(chat, RenderedChat):
                 ids, ends = next(encoded)
-                yield _learned(finder.find(chat, ids, ends), row)
+                yield _learned(finder.find(chat, ids, ends), row, rendering)
             elif isinstance(chat, HiddenAnswersError):
                 found = _by_generation_blocks(tokenizer, renderer, row, rendering)
-                yield found if isinstance(found, BadRowError) else _learned(found, row)
+                yield found if isinstance(found, BadRowError) else _learned(found, row, rendering)
             else:
                 yield chat
 
 
-def _learned(tokens: _Tokens, row: ChatRow) -> _Tokens | BadRowError:
+def _learned(tokens: _Tokens, row: ChatRow, rendering: Rendering) -> _Tokens | BadRowError:
     """Return the answers that are targets; the others remain in the text."""
     learned = [message.learned for message in row.messages if message.role == "assistant"]
+    if rendering.supervise == "last":
+        learned = [False] * (len(learned) - 1) + learned[-1:]
+        if not any(learned):
+            return BadRowError("marks its last answer as not to be learned")
     if all(learned):
         return tokens
     if len(learned) != len(tokens.answers):
@@ -271,6 +268,8 @@ def _by_generation_blocks(
         encoded: Any = tokenizer.apply_chat_template(
             renderer.given(row.messages),
             chat_template=template,
+            tools=row.tools,
+            **rendering.arguments,
             return_dict=True,
             return_assistant_tokens_mask=True,
         )

@@ -8,15 +8,17 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from kdrun.data.chat import USUAL_RENDERING, ChatRenderer, Rendering, uses_date
+from kdrun.data.chat import ChatRenderer
 from kdrun.data.encode import LongRows, encode
 from kdrun.data.encode_report import report_on
 from kdrun.data.encoding import Example
+from kdrun.data.given import has_reasoning
 from kdrun.data.origins import Origins
 from kdrun.data.parallel import run_in_order, usual_workers
 from kdrun.data.records import Position
 from kdrun.data.row_store import BATCH, Places, Rows, store_rows
 from kdrun.data.rows import BadRow, ChatRow, Row, TextRow, describe_bad_rows
+from kdrun.data.templates import USUAL_RENDERING, Rendering, read_template, uses_date
 from kdrun.data.token_cache import TokenCache, token_key
 from kdrun.data.token_store import Chunk, Tokens, pack_chunk, store_tokens
 from kdrun.errors import InputError
@@ -103,9 +105,13 @@ class Encoder:
             tokenizer: encodes them.
             left_out: tokens, with their ids, that only one model knows.
 
+        The tokenizer gets the chat template of ``data.template``, which is saved with it.
+
         Raises:
-            InputError: ``data.cache_dir`` cannot be written.
+            InputError: ``data.cache_dir`` cannot be written, or the template is broken.
         """
+        if data.template is not None:
+            tokenizer.chat_template = read_template(data.template, tokenizer)
         return cls(
             tokenizer,
             data.max_length,
@@ -207,6 +213,10 @@ class Encoder:
             f"{report.kept} of {report.rows} rows, {report.tokens} tokens, "
             f"{report.supervised_tokens} supervised"
         )
+        thoughts = len(tokens.encoding().reasoning)
+        if thoughts:
+            fate = "learned" if self.rendering.reasoning == "keep" else "left out"
+            summary += f"; {thoughts} of {len(rows)} rows have reasoning, which is {fate}"
         notes = [summary, *report.warnings(), *describe_bad_rows(unknown, len(rows))]
         examples: Any = tokens
         return Encoded(examples, notes, Origins(Places(rows, tokens.rows())))
@@ -264,6 +274,7 @@ def _encode_chats(job: _Job, start: int) -> Chunk:
         "lost": [(start + n, kind) for n, kind in found.lost],
         "controls": [(start + n, token) for n, token in found.controls],
         "unknown": unknown,
+        "reasoning": [start + n for n, row in enumerate(rows) if has_reasoning(row.messages)],
     }
     return pack_chunk(kept, known, notes, found.shortest)
 

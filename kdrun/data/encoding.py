@@ -28,6 +28,7 @@ class Encoding:
         tokens: Number of tokens in all examples.
         supervised: Number of targets among them.
         unknown: Rows left out for a token that only one model knows, and the token.
+        reasoning: Rows with reasoning in an answer.
     """
 
     examples: Sequence[Example]
@@ -39,3 +40,4 @@ class Encoding:
     tokens: int
     supervised: int
     unknown: list[tuple[int, str]] = field(default_factory=list)
+    reasoning: list[int] = field(default_factory=list)

@@ -53,6 +53,10 @@ class Fields:
         """Return whether a field exists with a value; it does not count as read."""
         return _says_something(self._values.get(name))
 
+    def peek(self, name: str) -> Any:
+        """Return the value of a field, or None; it does not count as read."""
+        return self._values.get(name)
+
     def get(self, name: str) -> Any:
         """Return the value of a field, or None."""
         self._read.add(name)

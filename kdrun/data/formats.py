@@ -17,23 +17,27 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from kdrun.data.fields import BadRowError, Fields
 from kdrun.data.messages import (
     MESSAGES_NAMES,
     Message,
+    complete,
     conversation,
     history,
+    read_messages,
     system_prompt,
+    tools_of,
 )
 from kdrun.data.records import Position
 from kdrun.errors import InputError
 
-DataFormat = Literal["auto", "text", "prompt_response", "alpaca", "messages"]
+DataFormat = Literal["auto", "text", "prompt_response", "alpaca", "messages", "preference"]
 
-_PROMPT_NAMES = ("prompt", "question", "query", "instruction", "input", "source")
-_RESPONSE_NAMES = ("response", "answer", "completion", "output", "target")
+_PROMPT_NAMES = ("prompt", "question", "query", "instruction", "input", "source", "problem")
+_RESPONSE_NAMES = ("response", "answer", "completion", "output", "target", "solution", "answers")
+_CHOSEN, _REJECTED = "chosen", "rejected"
 _ALPACA_INPUT_NAMES = ("input", "context")
 _ALPACA_OUTPUT_NAMES = ("output", "response")
 
@@ -52,6 +56,7 @@ class ChatRow:
 
     messages: tuple[Message, ...]
     position: Position
+    tools: Sequence[dict[str, Any]] | None = None
 
 
 Row = TextRow | ChatRow
@@ -103,6 +108,8 @@ def choose_converter(
 def _detect(keys: Sequence[str], any_text: bool, source: str) -> DataFormat:
     if _first(MESSAGES_NAMES, keys):
         return "messages"
+    if _CHOSEN in keys and _REJECTED in keys:
+        return "preference"
     if "instruction" in keys and (_first(_ALPACA_OUTPUT_NAMES, keys) or "instances" in keys):
         return "alpaca"
     if _first(_PROMPT_NAMES, keys) and _first(_RESPONSE_NAMES, keys):
@@ -128,7 +135,14 @@ def _converter(
         field = _first(MESSAGES_NAMES, keys)
         if field is None:
             raise _unfit(source, data_format, "messages or conversations", keys)
-        return lambda fields, position: [ChatRow(conversation(fields, field, position), position)]
+        return lambda fields, position: [
+            ChatRow(conversation(fields, field, position), position, tools_of(fields))
+        ]
+    if data_format == "preference":
+        if _CHOSEN not in keys:
+            raise _unfit(source, data_format, "chosen and rejected", keys)
+        asked = prompt_field or _first(_PROMPT_NAMES, keys)
+        return lambda fields, position: _preference(fields, position, asked)
     if data_format == "alpaca":
         output = _first(_ALPACA_OUTPUT_NAMES, keys)
         if "instruction" not in keys or (output is None and "instances" not in keys):
@@ -138,7 +152,10 @@ def _converter(
             return _instances
         return lambda fields, position: _alpaca(fields, position, extra, output)
     prompt = prompt_field or _first([n for n in _PROMPT_NAMES if n != response_field], keys)
-    response = response_field or _first([n for n in _RESPONSE_NAMES if n != prompt], keys)
+    # A problem's solution leads to its answer.
+    first = ("solution",) if prompt == "problem" else ()
+    answers = [name for name in (*first, *_RESPONSE_NAMES) if name != prompt]
+    response = response_field or _first(answers, keys)
     if prompt is None or response is None:
         raise _unfit(source, data_format, "a prompt and a response", keys)
     return lambda fields, position: _prompt_response(fields, position, prompt, response)
@@ -176,11 +193,50 @@ def _text_row(fields: Fields, position: Position) -> list[Row]:
 def _ask(fields: Fields, prompt: str, answer: str, position: Position) -> list[Row]:
     """Build a conversation with one question, after the row's system prompt and history."""
     messages = (*system_prompt(fields), *history(fields), Message("user", prompt))
-    return [ChatRow((*messages, Message("assistant", answer)), position)]
+    return [ChatRow((*messages, Message("assistant", answer)), position, tools_of(fields))]
 
 
 def _prompt_response(fields: Fields, position: Position, prompt: str, response: str) -> list[Row]:
+    """Read a prompt and its answer, each text or messages; several answers are several rows."""
+    if isinstance(fields.peek(prompt), list) or _holds_messages(fields.peek(response)):
+        return _talk(fields, position, prompt, response)
+    answers = fields.peek(response)
+    if isinstance(answers, list):
+        fields.get(response)
+        if not answers or not all(isinstance(one, str) and one.strip() for one in answers):
+            raise BadRowError(f"has {response!r} as a list that is not of texts")
+        asked = fields.text(prompt)
+        return [row for one in answers for row in _ask(fields, asked, one, position)]
     return _ask(fields, fields.text(prompt), fields.text(response), position)
+
+
+def _holds_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _talk(fields: Fields, position: Position, prompt: str, response: str) -> list[Row]:
+    """Join a prompt and an answer, of which one is messages."""
+    messages: list[Message] = []
+    for name, role in ((prompt, "user"), (response, "assistant")):
+        if isinstance(fields.peek(name), list):
+            messages += read_messages(fields, name, position)
+        else:
+            messages.append(Message(role, fields.text(name)))  # type: ignore[arg-type]
+    return [ChatRow(complete(fields, messages), position, tools_of(fields))]
+
+
+def _preference(fields: Fields, position: Position, prompt: str | None) -> list[Row]:
+    """Learn from the answer that was preferred."""
+    fields.get(_REJECTED)
+    if prompt is not None and fields.has(prompt):
+        chosen = fields.peek(_CHOSEN)
+        repeats = _holds_messages(chosen) and len(chosen) > 1
+        if not repeats:
+            return _prompt_response(fields, position, prompt, _CHOSEN)
+        fields.get(prompt)
+    if not _holds_messages(fields.peek(_CHOSEN)):
+        raise BadRowError("has an answer that was chosen, but no prompt")
+    return [ChatRow(conversation(fields, _CHOSEN, position), position, tools_of(fields))]
 
 
 def _alpaca(fields: Fields, position: Position, extra: str | None, output: str) -> list[Row]:

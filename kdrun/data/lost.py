@@ -10,17 +10,29 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kdrun.data.fields import BadRowError
 from kdrun.data.messages import Message
 
 _WORD = re.compile(r"\w+")
-_OF_ROLES = {"system": "the system message", "user": "a user message"}
+_OF_ROLES = {
+    "system": "the system message",
+    "developer": "the system message",
+    "user": "a user message",
+    "tool": "a tool result",
+}
+_REASONING, _CALL, _TOOLS = "the reasoning of an answer", "a tool call", "the tools"
 _OF_LAST_ANSWER = "part of the answer"
 _OF_EARLIER_ANSWERS = "part of an earlier answer"
 CONSEQUENCES = {
     "the system message": "neither model reads it; use a template that writes it",
     "a user message": "neither model reads all of it; use a template that writes it",
+    "a tool result": "neither model reads it as it is; templates may write it as JSON",
+    _REASONING: "the student does not learn it; use a template that writes it, or "
+    "data.reasoning=drop",
+    _CALL: "the student does not learn it; use a template that writes tool calls",
+    _TOOLS: "neither model reads them; use a template that writes them",
     _OF_LAST_ANSWER: "the student does not learn it; use a template that writes whole answers",
     _OF_EARLIER_ANSWERS: "templates of reasoning models do so on purpose",
 }
@@ -53,6 +65,15 @@ def find_lost(messages: Sequence[Message], places: Sequence[Place]) -> tuple[str
     """
     found = {}
     for turn, (message, place) in enumerate(zip(messages, places, strict=True)):
+        if message.reasoning and not _stands(message.reasoning, place):
+            # Templates of reasoning models leave out that of earlier answers on purpose.
+            last = turn == len(messages) - 1
+            found[_REASONING if last else _OF_EARLIER_ANSWERS] = True
+        calls = [str(call["function"]["name"]) for call in message.tool_calls]
+        if any(name not in place.own for name in calls):
+            if message.learned and not message.content and not any(n in place.own for n in calls):
+                raise BadRowError("has a tool call that the chat template omits")
+            found[_CALL] = True
         if _stands(message.content, place):
             continue
         kind = _OF_ROLES.get(message.role)
@@ -62,6 +83,12 @@ def find_lost(messages: Sequence[Message], places: Sequence[Place]) -> tuple[str
             kind = _OF_LAST_ANSWER if turn == len(messages) - 1 else _OF_EARLIER_ANSWERS
         found[kind] = True
     return tuple(found)
+
+
+def lost_tools(tools: Sequence[dict[str, Any]], text: str) -> tuple[str, ...]:
+    """Return the kind of loss if the text does not name the tools, as a key of `CONSEQUENCES`."""
+    names = [str(tool.get("function", tool).get("name", "")) for tool in tools]
+    return () if all(name in text for name in names) else (_TOOLS,)
 
 
 def places(

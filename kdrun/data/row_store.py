@@ -252,7 +252,7 @@ def _dump(row: Row) -> str:
         for message in row.messages
     ]
     others = {name: getattr(row, name) for name in _OF_CHATS}
-    return json.dumps({"messages": messages, **others}, ensure_ascii=False)
+    return json.dumps({"messages": messages, **others}, ensure_ascii=False, default=str)
 
 
 def _load(content: str, is_text: bool, position: Position) -> Row:

@@ -73,6 +73,8 @@ class RowSet:
     def warnings(self) -> list[str]:
         """Return one line for each reason for skipping rows, and one for unused fields."""
         lines = describe_bad_rows(self.bad, len(self.rows) + len(self.bad))
+        if self.data_format == "preference":
+            lines.append(f"{self.source}: preference rows: the chosen answers are learned")
         if self.unused:
             shares = [
                 f"{name} ({_share(count, self.records)})"

@@ -36,7 +36,9 @@ _CODE = (
     "encoder.py",
     "encoding.py",
     "lost.py",
+    "given.py",
     "messages.py",
+    "templates.py",
     "token_store.py",
     "turn_ends.py",
 )

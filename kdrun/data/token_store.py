@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-_RELEASED_EVERY = 2000
+_RELEASED_EVERY = 500
 """Examples; reading one may map 64 KiB around it."""
 
 
@@ -186,6 +186,7 @@ class Tokens(Sequence[Example]):
             tokens=int(self.lengths().sum()),
             supervised=self._about["supervised"],
             unknown=[(number, token) for number, token in notes.get("unknown", [])],
+            reasoning=notes.get("reasoning", []),
         )
 
     def flat(self) -> FlatTokens:

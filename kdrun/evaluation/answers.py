@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdrun.config.training_sections import EvaluationConfig
-from kdrun.data.chat import USUAL_RENDERING, Rendering
 from kdrun.data.fields import BadRowError
 from kdrun.data.formats import ChatRow
-from kdrun.data.hashes import content_hash
+from kdrun.data.hashes import prompt_hash
 from kdrun.data.messages import Message
-from kdrun.data.records import Position
+from kdrun.data.templates import USUAL_RENDERING, Rendering
 from kdrun.evaluation.scores import check_rouge, exact_match, rouge_l
 from kdrun.models.generation import encode_prompt, generate
 
@@ -90,24 +89,28 @@ def choose_common_questions(
     found: list[list[Question]] = [[] for _ in models]
     if config.answers == 0:
         return found, None
-    references: dict[tuple[Message, ...], list[str]] = {}
+    asked: dict[str, ChatRow] = {}
+    references: dict[str, list[str]] = {}
     for row in rows:
-        if isinstance(row, ChatRow):
-            references.setdefault(row.messages[:-1], []).append(row.messages[-1].content)
+        if isinstance(row, ChatRow) and row.messages[-1].content:  # not a tool call alone
+            key = prompt_hash(row)
+            asked.setdefault(key, row)
+            references.setdefault(key, []).append(row.messages[-1].content)
     if not references:
         return found, "answers: none, because the held-out rows are plain text without prompts"
     check_rouge()
     count = left_out = 0
-    for messages in sorted(references, key=_hash):
+    for key in sorted(references):
         if count == config.answers:
             break
-        prompts = [_fitting_prompt(messages, model, config.max_new_tokens) for model in models]
+        prompts = [_fitting_prompt(asked[key], model, config.max_new_tokens) for model in models]
         if not all(prompts):
             left_out += 1
             continue
         count += 1
         for questions, ids in zip(found, prompts, strict=True):
-            questions.append(Question(messages, tuple(references[messages]), tuple(ids)))
+            messages = asked[key].messages[:-1]
+            questions.append(Question(messages, tuple(references[key]), tuple(ids)))
     note = (
         f"answers: to {count} of {len(references)} held-out prompts, at most "
         f"{config.max_new_tokens} tokens each"
@@ -189,10 +192,10 @@ def mean_scores(answers: Sequence[ScoredAnswer]) -> dict[str, float | None]:
     }
 
 
-def _fitting_prompt(messages: tuple[Message, ...], model: Asked, max_new_tokens: int) -> list[int]:
+def _fitting_prompt(row: ChatRow, model: Asked, max_new_tokens: int) -> list[int]:
     """The token ids of a prompt; empty if it leaves no room for an answer or is refused."""
     try:
-        ids = encode_prompt(model.tokenizer, messages, model.rendering)
+        ids = encode_prompt(model.tokenizer, row.messages[:-1], model.rendering, row.tools)
     except BadRowError:
         return []
     fits = model.context is None or len(ids) <= model.context - max_new_tokens
@@ -201,7 +204,3 @@ def _fitting_prompt(messages: tuple[Message, ...], model: Asked, max_new_tokens:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _hash(messages: tuple[Message, ...]) -> str:
-    return content_hash(ChatRow(messages, Position("", 0)))

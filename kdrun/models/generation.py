@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from kdrun.builtin import TEACHER_DIR
 from kdrun.config.sections import BUILT_IN
-from kdrun.data.chat import USUAL_RENDERING, ChatRenderer, Rendering
+from kdrun.data.chat import ChatRenderer
 from kdrun.data.messages import Message
+from kdrun.data.templates import USUAL_RENDERING, Rendering
 from kdrun.errors import InputError
 from kdrun.models.ends import stop_tokens
 from kdrun.models.load import load_model
@@ -89,6 +90,7 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     rendering: Rendering = USUAL_RENDERING,
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> list[int]:
     """Return the prompt ids for a model's answer to a conversation, exactly as in training.
 
@@ -96,7 +98,7 @@ def encode_prompt(
         BadRowError: the chat template rejects the conversation.
         InputError: neither the chat template nor the tokenizer has an end for earlier answers.
     """
-    text = ChatRenderer(tokenizer, rendering).render_prompt(messages)
+    text = ChatRenderer(tokenizer, rendering).offering(tools).render_prompt(messages)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

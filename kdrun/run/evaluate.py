@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdrun.config.sections import RunConfig
-from kdrun.data.chat import Rendering
 from kdrun.data.prepare import read_held_out
+from kdrun.data.templates import Rendering
 from kdrun.errors import InputError
 from kdrun.evaluation.answers import Asked, Question, choose_common_questions
 from kdrun.evaluation.judge import judge

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdrun.cache.choose import ChosenTeacher, choose_teacher
 from kdrun.cache.fingerprint import TeacherPrint, print_teacher
-from kdrun.data.chat import Rendering
+from kdrun.data.templates import Rendering
 from kdrun.errors import InputError
 from kdrun.losses.build import build_loss, notes_on_names, unchunked
 from kdrun.models.adapters import add_adapters, describe_adapters

@@ -41,6 +41,7 @@ _NOT_THE_TOKENS = {
     "workers",
     "strict",
     "accept_changes",
+    "template",  # the tokenizer's fingerprint has its content
 }
 _WAYS_OUT = (
     "restore it, start a new run with another --output, or continue anyway with "

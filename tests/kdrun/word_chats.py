@@ -7,10 +7,10 @@ from typing import Any
 
 from words import CHAT, PROMPT, make_tokenizer
 
-from kdrun.data.chat import USUAL_RENDERING
 from kdrun.data.encode import encode_chats
 from kdrun.data.encoding import Example
 from kdrun.data.rows import ChatRow, Message, Position
+from kdrun.data.templates import USUAL_RENDERING
 
 ADDED = ["<think>", "</think>", "</call>"]
 SPECIAL = ["<end>", "<user>"]

@@ -244,7 +244,7 @@ class TestBadRows:
         "row",
         [
             {"prompt": "", "response": "b"},
-            {"prompt": "a", "response": ["b"]},
+            {"prompt": "a", "response": ["b", 1]},
             {"prompt": "a", "response": "\ud83d"},
             {"prompt": "a", "response": True},
             7,

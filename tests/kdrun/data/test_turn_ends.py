@@ -11,9 +11,9 @@ import pytest
 from word_chats import ENDLESS, chat, encoded, words
 from words import CHAT
 
-from kdrun.data.chat import Rendering
 from kdrun.data.encode import encode, encode_chats
 from kdrun.data.encode_report import report_on
+from kdrun.data.templates import Rendering
 from kdrun.errors import InputError
 from kdrun.models.generation import encode_prompt
 
