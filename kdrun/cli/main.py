@@ -12,6 +12,7 @@ from kdrun.cli.bench import bench
 from kdrun.cli.cache import cache_teacher
 from kdrun.cli.compare import compare_losses, report
 from kdrun.cli.config import config_command
+from kdrun.cli.data import data
 from kdrun.cli.evaluate import evaluate
 from kdrun.cli.losses import losses
 from kdrun.cli.models import generate, init_student
@@ -29,6 +30,7 @@ from kdrun.errors import (
 for command in (
     losses,
     procedures,
+    data,
     bench,
     compare_losses,
     report,

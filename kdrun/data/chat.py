@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdrun.data.fields import BadRowError
 from kdrun.data.given import as_dicts, as_parts, without_reasoning
-from kdrun.data.lost import find_lost, lost_tools, places
+from kdrun.data.lost import find_lost, lost_tools, places, unsaid_calls
 from kdrun.data.messages import Message
 from kdrun.data.templates import USUAL_RENDERING, Rendering, template_of
 from kdrun.data.turn_ends import TurnEnds
@@ -58,11 +58,13 @@ class RenderedChat:
         text: The full text; every answer has an end.
         answers: The assistant turns in it.
         lost: What the template omits, as keys of `kdrun.data.lost.CONSEQUENCES`.
+        unsaid: Answers, by number, of which the template writes nothing; they are no targets.
     """
 
     text: str
     answers: tuple[AnswerSpan, ...]
     lost: tuple[str, ...] = ()
+    unsaid: frozenset[int] = frozenset()
 
 
 class HiddenAnswersError(Exception):
@@ -187,9 +189,10 @@ class ChatRenderer:
             messages = without_reasoning(messages)
         text = self.render(messages)
         answers = self._find_answers(messages, text)
-        lost = find_lost(messages, places(messages, text, [(a.start, a.end) for a in answers]))
-        lost += lost_tools(self._tools or (), text)
-        return replace(self._end_turns(messages, text, answers), lost=lost)
+        where = places(messages, text, [(a.start, a.end) for a in answers])
+        lost = (*find_lost(messages, where), *lost_tools(self._tools or (), text))
+        ended = self._end_turns(messages, text, answers)
+        return replace(ended, lost=lost, unsaid=unsaid_calls(messages, where))
 
     def _find_answers(self, messages: Sequence[Message], text: str) -> list[AnswerSpan]:
         answers = []

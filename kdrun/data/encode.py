@@ -141,7 +141,7 @@ def _tokenise(
         for row, chat in zip(batch, chats, strict=True):
             if isinstance(chat, RenderedChat):
                 ids, ends = next(encoded)
-                yield _learned(finder.find(chat, ids, ends), row, rendering)
+                yield _learned(finder.find(chat, ids, ends), row, rendering, chat.unsaid)
             elif isinstance(chat, HiddenAnswersError):
                 found = _by_generation_blocks(tokenizer, renderer, row, rendering)
                 yield found if isinstance(found, BadRowError) else _learned(found, row, rendering)
@@ -149,13 +149,18 @@ def _tokenise(
                 yield chat
 
 
-def _learned(tokens: _Tokens, row: ChatRow, rendering: Rendering) -> _Tokens | BadRowError:
+def _learned(
+    tokens: _Tokens, row: ChatRow, rendering: Rendering, unsaid: frozenset[int] = frozenset()
+) -> _Tokens | BadRowError:
     """Return the answers that are targets; the others remain in the text."""
     learned = [message.learned for message in row.messages if message.role == "assistant"]
     if rendering.supervise == "last":
         learned = [False] * (len(learned) - 1) + learned[-1:]
         if not any(learned):
             return BadRowError("marks its last answer as not to be learned")
+    learned = [own and number not in unsaid for number, own in enumerate(learned)]
+    if not any(learned):
+        return BadRowError("has a tool call that the chat template omits")
     if all(learned):
         return tokens
     if len(learned) != len(tokens.answers):

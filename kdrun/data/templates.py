@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from kdrun.config.sections import DataConfig
 
 PLAIN_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{{ '\\n' }}{% endif %}"
     "{% for message in messages %}{{ message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}{{ call['function'] | tojson }}{% endfor %}"
     "{% if message['role'] == 'assistant' and eos_token %}{{ eos_token }}"
     "{% else %}{{ '\\n' }}{% endif %}"
     "{% endfor %}"

@@ -12,6 +12,7 @@ from word_chats import words
 from words import CHAT, PROMPT
 
 from kdrun.config.sections import DataConfig
+from kdrun.data.chat import ChatRenderer
 from kdrun.data.encode import encode_chats
 from kdrun.data.encoder import Encoder
 from kdrun.data.hashes import content_hash
@@ -128,9 +129,22 @@ class TestTools:
         rows: Any = load(talk).rows
         lost = encode_chats(rows, words(CHAT), 100).report.lost
         assert set(lost) == {"a tool call", "the tools"}
-        rows = load(self.TALK).rows
+
+    def test_a_call_that_is_not_written_is_not_learned_as_an_empty_answer(self, load: Load) -> None:
+        assert read(words(CHAT), load(self.TALK))[0][1] == "sat on <end>"
+        rows: Any = load({"messages": self.TALK["messages"][:2]}).rows
         with pytest.raises(InputError, match="has a tool call that the chat template omits"):
             encode_chats(rows, words(CHAT), 100)
+
+    def test_without_a_template_tools_and_calls_are_json(self, load: Load) -> None:
+        tokenizer = words(None)
+        talk = {"tools": TOOLS, "messages": self.TALK["messages"][:2]}
+        rows: Any = load(talk).rows
+        text = ChatRenderer(tokenizer).offering(rows[0].tools).render(rows[0].messages)
+        assert text == (
+            '[{"type": "function", "function": {"name": "mat", "parameters": {}}}]\nthe cat\n'
+            '{"name": "mat", "arguments": {"a": "b"}}<eos>'
+        )
 
     def test_a_call_without_a_name_skips_the_row(self, load: Load) -> None:
         talk = json.loads(json.dumps(self.TALK))
