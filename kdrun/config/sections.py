@@ -20,7 +20,9 @@ BUILT_IN = "builtin"
 KD_RATIO = "kd_ratio"
 SHORT_NAMES = {"model.dtype": ("model.student_dtype", "model.teacher_dtype")}
 """Keys that set several others, where those are not set themselves."""
-RowFormat = Literal["auto", "text", "prompt_response", "alpaca", "messages", "preference"]
+RowFormat = Literal[
+    "auto", "text", "prompt_response", "alpaca", "messages", "preference", "prompts"
+]
 
 
 class ModelConfig(Section):

@@ -33,7 +33,9 @@ from kdrun.data.messages import (
 from kdrun.data.records import Position
 from kdrun.errors import InputError
 
-DataFormat = Literal["auto", "text", "prompt_response", "alpaca", "messages", "preference"]
+DataFormat = Literal[
+    "auto", "text", "prompt_response", "alpaca", "messages", "preference", "prompts"
+]
 
 _PROMPT_NAMES = ("prompt", "question", "query", "instruction", "input", "source", "problem")
 _RESPONSE_NAMES = ("response", "answer", "completion", "output", "target", "solution", "answers")
@@ -70,6 +72,7 @@ def choose_converter(
     prompt_field: str | None,
     response_field: str | None,
     source: str,
+    prompts: bool = False,
 ) -> tuple[DataFormat, Converter]:
     """Choose how the records of one source are read.
 
@@ -80,6 +83,7 @@ def choose_converter(
         prompt_field: The name of the prompt field, if it is not a common one.
         response_field: The same for the response.
         source: The file or data set, for messages.
+        prompts: Whether rows without answers will do.
 
     Returns:
         The format, and the function that converts the fields of a record to rows or raises
@@ -101,11 +105,11 @@ def choose_converter(
     chosen = data_format
     if data_format == "auto":
         named = prompt_field is not None or response_field is not None
-        chosen = "prompt_response" if named else _detect(keys, any_text, source)
+        chosen = "prompt_response" if named else _detect(keys, any_text, source, prompts)
     return chosen, _converter(chosen, keys, any_text, prompt_field, response_field, source)
 
 
-def _detect(keys: Sequence[str], any_text: bool, source: str) -> DataFormat:
+def _detect(keys: Sequence[str], any_text: bool, source: str, prompts: bool) -> DataFormat:
     if _first(MESSAGES_NAMES, keys):
         return "messages"
     if _CHOSEN in keys and _REJECTED in keys:
@@ -116,6 +120,14 @@ def _detect(keys: Sequence[str], any_text: bool, source: str) -> DataFormat:
         return "prompt_response"
     if any_text or "text" in keys:
         return "text"
+    if _first(_PROMPT_NAMES, keys):
+        if prompts:
+            return "prompts"
+        raise InputError(
+            f"{source}: the rows have prompts but no answers ({_found(keys)}); name the answers "
+            "with data.response_field, or use a procedure that writes every answer, such as "
+            "gkd:lambda=1 or seqkd"
+        )
     raise _unrecognised(source, keys)
 
 
@@ -138,6 +150,11 @@ def _converter(
         return lambda fields, position: [
             ChatRow(conversation(fields, field, position), position, tools_of(fields))
         ]
+    if data_format == "prompts":
+        only = prompt_field or _first(_PROMPT_NAMES, keys)
+        if only is None:
+            raise _unfit(source, data_format, "a prompt", keys)
+        return lambda fields, position: [_prompt_alone(fields, position, only)]
     if data_format == "preference":
         if _CHOSEN not in keys:
             raise _unfit(source, data_format, "chosen and rejected", keys)
@@ -237,6 +254,18 @@ def _preference(fields: Fields, position: Position, prompt: str | None) -> list[
     if not _holds_messages(fields.peek(_CHOSEN)):
         raise BadRowError("has an answer that was chosen, but no prompt")
     return [ChatRow(conversation(fields, _CHOSEN, position), position, tools_of(fields))]
+
+
+def _prompt_alone(fields: Fields, position: Position, prompt: str) -> ChatRow:
+    """Read a prompt that a model will answer; the answer in the row has no words."""
+    messages = [*system_prompt(fields), *history(fields)]
+    if isinstance(fields.peek(prompt), list):
+        messages += read_messages(fields, prompt, position)
+    else:
+        messages.append(Message("user", fields.text(prompt)))
+    if messages[-1].role == "assistant":
+        raise BadRowError("has a prompt that ends with an answer")
+    return ChatRow((*messages, Message("assistant", "")), position, tools_of(fields))
 
 
 def _alpaca(fields: Fields, position: Position, extra: str | None, output: str) -> list[Row]:

@@ -68,8 +68,12 @@ class RawRows:
     notes: tuple[str, ...]
 
 
-def read_rows(config: DataConfig) -> RawRows:
+def read_rows(config: DataConfig, prompts: bool = False) -> RawRows:
     """Read and split the rows of a run, without heavy imports.
+
+    Args:
+        config: names the rows.
+        prompts: whether training rows without answers will do.
 
     Raises:
         InputError: no row is usable; names the file and the cure.
@@ -83,9 +87,14 @@ def read_rows(config: DataConfig) -> RawRows:
         )
         train, held_out = _documents(text.train), _documents(text.held_out)
     else:
-        found = _load(config.sources or config.train, config, config.streaming)
+        found = _load(config.sources or config.train, config, config.streaming, prompts)
         notes += found.warnings()
         train = found.rows
+        if found.data_format == "prompts" and config.eval is None:
+            raise InputError(
+                f"{found.source}: rows without answers cannot be evaluated on; pass held-out rows "
+                "with answers (--eval-data)"
+            )
         if config.streaming:
             notes.append(
                 f"training rows: streamed; the checks see the first {len(train)}, and later rows "
@@ -259,19 +268,22 @@ def _documents(texts: Sequence[str]) -> Rows:
     )
 
 
-def sources_of(given: Sources | tuple[SourceConfig, ...], config: DataConfig) -> list[SourceOf]:
+def sources_of(
+    given: Sources | tuple[SourceConfig, ...], config: DataConfig, prompts: bool = False
+) -> list[SourceOf]:
     """Return sources, and how each of them is read.
 
     Args:
         given: names, or sources with settings of their own.
         config: settings of the names.
+        prompts: whether rows without answers will do.
     """
     names = (given,) if isinstance(given, str) else given
     fields = (config.format, config.prompt_field, config.response_field)
     return [
-        SourceOf(one, *fields)
+        SourceOf(one, *fields, prompts)
         if isinstance(one, str)
-        else SourceOf(one.path, one.format, one.prompt_field, one.response_field)
+        else SourceOf(one.path, one.format, one.prompt_field, one.response_field, prompts)
         for one in names
     ]
 
@@ -294,9 +306,12 @@ def stream_training(
 
 
 def _load(
-    given: Sources | tuple[SourceConfig, ...], config: DataConfig, first_only: bool = False
+    given: Sources | tuple[SourceConfig, ...],
+    config: DataConfig,
+    first_only: bool = False,
+    prompts: bool = False,
 ) -> RowSet:
-    sources = sources_of(given, config)
+    sources = sources_of(given, config, prompts)
     if first_only:
         return load_sources(sources, strict=config.strict, limit=LOOKED_AT)
     return load_sources(

@@ -125,12 +125,14 @@ class SourceOf:
         data_format: ``auto`` detects it from the field names.
         prompt_field: the field of the prompt, if its name is not a common one.
         response_field: the field of the response, if its name is not a common one.
+        prompts: whether rows without answers will do.
     """
 
     name: str
     data_format: DataFormat = "auto"
     prompt_field: str | None = None
     response_field: str | None = None
+    prompts: bool = False
 
 
 def load_rows(
@@ -241,7 +243,7 @@ def reader_of(
     keys, any_text = _fields_of(islice(_records(parts, as_text), limit), source.name)
     fields_named = (source.prompt_field, source.response_field)
     chosen, convert = choose_converter(
-        keys, any_text, source.data_format, *fields_named, source.name
+        keys, any_text, source.data_format, *fields_named, source.name, source.prompts
     )
 
     def read(record: Record) -> tuple[list[Row], set[str]]:

@@ -181,6 +181,15 @@ class Procedure(BaseModel):
         """
         return {field.alias or name: name for name, field in cls.model_fields.items()}
 
+    def needs_answers(self, config: Settings) -> bool:
+        """Return whether answers of the data are trained on; otherwise prompts are enough.
+
+        Args:
+            config: of the run.
+        """
+        del config
+        return True
+
     def check(self, config: Settings) -> None:
         """Refuse a run that the procedure does not support, before anything is loaded.
 

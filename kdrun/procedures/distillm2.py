@@ -68,6 +68,11 @@ class DistiLLM2(Procedure):
             raise ValueError("remove _chunked; the loss is chunked if the run's loss is")
         return spec
 
+    def needs_answers(self, config: Settings) -> bool:
+        """Teacher and student write all of them."""
+        del config
+        return False
+
     def check(self, config: Settings) -> None:
         """Also check the loss on the student's answers.
 

@@ -43,6 +43,11 @@ class GKD(Procedure):
         False, description="also use cross-entropy on the student's own answers, as on the data"
     )
 
+    def needs_answers(self, config: Settings) -> bool:
+        """Only if some rows are taken from the data."""
+        del config
+        return self.lambda_ < 1
+
     def cost(self, config: Settings) -> Cost:
         """The cost of answers for a share of the batches."""
         return Cost(student_answers=self.lambda_)

@@ -68,6 +68,10 @@ class MiniLLM(Procedure):
     )
     reuse: int = Field(1, ge=1, description="number of consecutive steps that use the same samples")
 
+    def needs_answers(self, config: Settings) -> bool:
+        """Only for the cross-entropy, if no plain text is given for it."""
+        return config.procedure.text is None
+
     def check(self, config: Settings) -> None:
         """Also check that plain text has a weight.
 

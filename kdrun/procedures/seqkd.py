@@ -25,6 +25,11 @@ class SeqKD(Procedure):
     )
     on_policy: ClassVar[bool] = False
 
+    def needs_answers(self, config: Settings) -> bool:
+        """The teacher writes all of them."""
+        del config
+        return False
+
     def cost(self, config: Settings) -> Cost:
         """The cost of answers generated once before training."""
         return Cost(teacher_answers_once=True)

@@ -46,7 +46,7 @@ def check(config: RunConfig) -> RawRows:
     """
     check_name(config.loss.spec)
     check_peft(config.lora)
-    procedure_of(config)
+    procedure = procedure_of(config)
     check_tracker(config.training.report_to)
     check_attention(config.model)
     check_teacher_device(config.model, config.training.fsdp)
@@ -58,7 +58,8 @@ def check(config: RunConfig) -> RawRows:
     _check_best(config)
     _check_streaming(config)
     locate_pair(config.model)
-    rows = read_rows(config.data)
+    prompts = procedure is not None and not procedure.needs_answers(config)
+    rows = read_rows(config.data, prompts)
     check_cached_rows(config.model.teacher_cache, config.data.shift_windows, rows)
     check_packed_rows(config.data, rows)
     build_loss(config.loss, vocab_size=None)

@@ -482,3 +482,38 @@ def test_several_answers_to_a_row_are_told_apart(tiny_pair: Any, tmp_path: Path)
         for what in ("answer", "answer", "other")
     )
     assert first == again != other
+
+
+class TestPromptsWithoutAnswers:
+    @pytest.fixture
+    def prompts(self, tiny_pair: Any, tmp_path: Path) -> dict[str, Any]:
+        rows = map(json.loads, Path(tiny_pair.rows).read_text(encoding="utf-8").splitlines())
+        file = tmp_path / "prompts.jsonl"
+        file.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+        return {"data__train": str(file), "data__eval": str(tiny_pair.rows)}
+
+    @pytest.mark.parametrize("spec", ["gkd:lambda=1", "seqkd"])
+    def test_procedures_that_write_every_answer_take_them(
+        self, distil: Callable[..., Path], prompts: dict[str, Any], tmp_path: Path, spec: str
+    ) -> None:
+        given = prompts | {"procedure__spec": spec, "procedure__max_new_tokens": 4}
+        if spec == "seqkd":
+            given["loss__kd_ratio"] = 0.0
+        folder = distil(tmp_path / "run", **given)
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        assert summary["steps"] == 2
+        assert summary["after"]["eval_tokens"] > 40  # the answers of the held-out rows
+
+    @pytest.mark.parametrize("spec", [None, "gkd:lambda=0.5"])
+    def test_others_do_not(
+        self, distil: Callable[..., Path], prompts: dict[str, Any], tmp_path: Path, spec: str | None
+    ) -> None:
+        with pytest.raises(InputError, match=r"prompts but no answers .*gkd:lambda=1 or seqkd"):
+            distil(tmp_path / "run", **prompts, procedure__spec=spec)
+
+    def test_they_cannot_be_held_out(
+        self, distil: Callable[..., Path], prompts: dict[str, Any], tmp_path: Path
+    ) -> None:
+        given = prompts | {"data__eval": None, "procedure__spec": "gkd:lambda=1"}
+        with pytest.raises(InputError, match="rows without answers cannot be evaluated on"):
+            distil(tmp_path / "run", **given)

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from kdrun.cli import cli
-from kdrun.data.rows import load_rows
+from kdrun.data.rows import SourceOf, load_sources
 
 PAGE = Path(__file__).parents[3] / "docs" / "data.md"
 EXAMPLES = re.findall(r"^\| ([^|`]+?)(?: \(.*\))? \| `(\{.*\})` \|$", PAGE.read_text("utf-8"), re.M)
@@ -30,7 +30,7 @@ def test_the_page_has_the_shapes() -> None:
 def test_the_examples_of_the_page_are_rows(shape: str, example: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(example + "\n", encoding="utf-8")
-    found = load_rows(file)
+    found = load_sources([SourceOf(str(file), prompts="prompts alone" in shape)])
     assert not found.bad
     assert len(found.rows) == (2 if "several answers" in shape else 1)
     assert not [line for line in found.warnings() if "not used" in line]
