@@ -55,7 +55,8 @@ def validate(values: Mapping[str, Any]) -> RunConfig:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
+        # Messages repeat values, which may contain line breaks.
+        reason = " ".join(first["msg"].removeprefix("Value error, ").split())
         raise InputError(f"{key}={first['input']!r}: {reason}") from error
 
 

@@ -132,3 +132,10 @@ def test_epochs_that_are_asked_for_take_the_place_of_the_built_in_pairs_steps(
     both = load_config(file, [("training.max_steps", 5)])
     assert both.training.max_steps == 5
     assert load_config(None, [("training.seed", 1)]).training.max_steps is not None
+
+
+def test_a_value_with_a_line_break_is_told_in_one_line() -> None:
+    schedule = {"kd_ratio": {"kind": "l\ninear", "start": 0, "end": 1}}
+    with pytest.raises(InputError, match="loss.schedules") as told:
+        load_config(None, [("loss.schedules", schedule)])
+    assert "\n" not in str(told.value)
