@@ -105,11 +105,17 @@ def choose_converter(
     chosen = data_format
     if data_format == "auto":
         named = prompt_field is not None or response_field is not None
-        chosen = "prompt_response" if named else _detect(keys, any_text, source, prompts)
+        chosen = "prompt_response" if named else _detect(keys, any_text, source)
+    if chosen == "prompts" and not prompts:
+        raise InputError(
+            f"{source}: the rows have prompts but no answers ({_found(keys)}); name the answers "
+            "with data.response_field, or use a procedure that writes every answer, such as "
+            "gkd:lambda=1 or seqkd"
+        )
     return chosen, _converter(chosen, keys, any_text, prompt_field, response_field, source)
 
 
-def _detect(keys: Sequence[str], any_text: bool, source: str, prompts: bool) -> DataFormat:
+def _detect(keys: Sequence[str], any_text: bool, source: str) -> DataFormat:
     if _first(MESSAGES_NAMES, keys):
         return "messages"
     if _CHOSEN in keys and _REJECTED in keys:
@@ -121,13 +127,7 @@ def _detect(keys: Sequence[str], any_text: bool, source: str, prompts: bool) -> 
     if any_text or "text" in keys:
         return "text"
     if _first(_PROMPT_NAMES, keys):
-        if prompts:
-            return "prompts"
-        raise InputError(
-            f"{source}: the rows have prompts but no answers ({_found(keys)}); name the answers "
-            "with data.response_field, or use a procedure that writes every answer, such as "
-            "gkd:lambda=1 or seqkd"
-        )
+        return "prompts"
     raise _unrecognised(source, keys)
 
 
