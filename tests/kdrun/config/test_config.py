@@ -136,6 +136,6 @@ def test_epochs_that_are_asked_for_take_the_place_of_the_built_in_pairs_steps(
 
 def test_a_value_with_a_line_break_is_told_in_one_line() -> None:
     schedule = {"kd_ratio": {"kind": "l\ninear", "start": 0, "end": 1}}
-    with pytest.raises(InputError, match="loss.schedules") as told:
+    with pytest.raises(InputError, match=r"loss\.schedules") as told:
         load_config(None, [("loss.schedules", schedule)])
     assert "\n" not in str(told.value)
