@@ -8,12 +8,13 @@ import importlib
 import json
 import math
 import os
+import shutil
 import socket
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from kdrun.errors import InputError
@@ -55,6 +56,14 @@ def write_lines(path: Path, values: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
 
+def remove(path: Path) -> None:
+    """Remove a file, or a folder as far as possible; of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Return size and SHA-256 of every file below a folder, after flushing each to disk."""
     found = {}
@@ -72,6 +81,8 @@ def find_damage(folder: Path, listed: Mapping[str, Mapping[str, Any]]) -> str | 
     """Describe the first file that differs from :func:`list_files`' record; None if all match."""
     for name, known in listed.items():
         path = folder / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            return f"{name} is outside the folder"
         if not path.is_file():
             return f"{name} is missing"
         size = path.stat().st_size
