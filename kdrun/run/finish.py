@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from kdrun.errors import without_passwords
 from kdrun.evaluation.yardsticks import YARDSTICKS
 from kdrun.files import list_files, remove, write_json, write_lines
 from kdrun.models.base_print import keep_base_print
@@ -81,7 +82,7 @@ def finish(
         "seed": built.config.training.seed,
         "versions": versions(),
         "git": git_state(),
-        "command": sys.argv,
+        "command": [without_passwords(word) for word in sys.argv],
     }
     if start.world.is_main:
         write_json(start.folder / runs.SUMMARY, summary)
