@@ -12,6 +12,7 @@ import shutil
 import socket
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,7 @@ LOCK = ".lock"
 _BEAT_SECONDS = 10.0
 _DEAD_AFTER = 60.0
 """A holder on another machine that has not touched its lock for this long is considered dead."""
+_locked: weakref.WeakSet[IO[str]] = weakref.WeakSet()
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -152,6 +154,7 @@ def lock_file(stream: IO[str], wait: bool = False) -> bool:
     Returns:
         Whether it is locked now; also True if the file system has no locks.
     """
+    _locked.add(stream)
     try:
         import fcntl
     except ImportError:
@@ -165,6 +168,17 @@ def lock_file(stream: IO[str], wait: bool = False) -> bool:
         if error.errno not in _UNSUPPORTED:
             raise
     return True
+
+
+def _drop_locks() -> None:
+    """Close inherited files: a lock lasts as long as any process has its file open."""
+    for stream in _locked:
+        with suppress(OSError, ValueError):
+            stream.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_locks)
 
 
 def _lock_on_windows(stream: IO[str], wait: bool) -> bool:
