@@ -158,10 +158,7 @@ def test_no_secret_of_the_environment_is_written(tmp_path: Path) -> None:
         ["evaluate", "run", *data, "--output", "measures.json"],
         ["generate", "run", "--prompt", "the cat"],
         ["cache-teacher", *pair, "--output", "cache"],
-        [
-            *("compare-losses", *pair, "--loss", "forward_kl_chunked", "--seeds", 2),
-            *("--max-steps", 2, "--jobs", 2, "--output", "comparison"),
-        ],
+        [*_comparison(pair), "--output", "comparison"],
         ["report", "comparison"],
     ]
     for command in commands:
@@ -176,6 +173,19 @@ def test_no_secret_of_the_environment_is_written(tmp_path: Path) -> None:
     ):
         done = kdrun(*command, WANDB_MODE="offline", **shared)  # type: ignore[arg-type]
         assert leaks(tmp_path, done) == []
+
+
+def _comparison(pair: list[object]) -> list[object]:
+    return ["compare-losses", *pair, "--loss", "forward_kl_chunked", "--seeds", 2, "--max-steps", 2]
+
+
+@pytest.mark.slow  # each job imports its libraries
+def test_no_secret_is_written_by_jobs(tmp_path: Path) -> None:
+    given = [*_comparison(save_pair(tmp_path)), "--jobs", 2, "--output", "comparison"]
+    done = kdrun(*given, cwd=tmp_path, **SECRETS)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "comparison").rglob("worker-*.log"))
+    assert leaks(tmp_path, done) == []
 
 
 URL = "https://user:markpassword@example.invalid"
