@@ -1,6 +1,9 @@
 """The exceptions that end a run with one clear line and no traceback."""
 
+import re
 import signal
+
+_LOGIN = re.compile(r"(//|\w{2,}:/)[^/\s'\"]*@")  # paths have lost the second slash
 
 
 class InputError(Exception):
@@ -55,3 +58,8 @@ STOPPING = tuple(
 def signal_of(error: BaseException) -> int:
     """Return the signal number of an exception; Ctrl-C's for a plain one."""
     return int(getattr(error, "signum", signal.SIGINT))
+
+
+def without_passwords(text: str) -> str:
+    """Return a message with the logins of its URLs replaced, as in ``https://***@host``."""
+    return _LOGIN.sub(r"\1***@", text)

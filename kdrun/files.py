@@ -8,12 +8,14 @@ import importlib
 import json
 import math
 import os
+import shutil
 import socket
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from kdrun.errors import InputError
@@ -22,6 +24,7 @@ LOCK = ".lock"
 _BEAT_SECONDS = 10.0
 _DEAD_AFTER = 60.0
 """A holder on another machine that has not touched its lock for this long is considered dead."""
+_locked: weakref.WeakSet[IO[str]] = weakref.WeakSet()
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -55,6 +58,14 @@ def write_lines(path: Path, values: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
 
+def remove(path: Path) -> None:
+    """Remove a file, or a folder as far as possible; of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Return size and SHA-256 of every file below a folder, after flushing each to disk."""
     found = {}
@@ -72,6 +83,8 @@ def find_damage(folder: Path, listed: Mapping[str, Mapping[str, Any]]) -> str | 
     """Describe the first file that differs from :func:`list_files`' record; None if all match."""
     for name, known in listed.items():
         path = folder / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            return f"{name} is outside the folder"
         if not path.is_file():
             return f"{name} is missing"
         size = path.stat().st_size
@@ -141,6 +154,7 @@ def lock_file(stream: IO[str], wait: bool = False) -> bool:
     Returns:
         Whether it is locked now; also True if the file system has no locks.
     """
+    _locked.add(stream)
     try:
         import fcntl
     except ImportError:
@@ -154,6 +168,17 @@ def lock_file(stream: IO[str], wait: bool = False) -> bool:
         if error.errno not in _UNSUPPORTED:
             raise
     return True
+
+
+def _drop_locks() -> None:
+    """Close inherited files: a lock lasts as long as any process has its file open."""
+    for stream in _locked:
+        with suppress(OSError, ValueError):
+            stream.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_locks)
 
 
 def _lock_on_windows(stream: IO[str], wait: bool) -> bool:

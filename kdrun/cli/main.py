@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from typing import Any
@@ -25,6 +26,7 @@ from kdrun.errors import (
     Stopped,
     TrainingError,
     signal_of,
+    without_passwords,
 )
 
 for command in (
@@ -47,6 +49,10 @@ def _stop(signum: int, frame: Any) -> None:
     raise Stopped(signum)
 
 
+def _tell(line: str) -> None:
+    click.echo(f"kdrun: {without_passwords(line)}", err=True)
+
+
 def main() -> None:
     """Run the command line and exit with the documented codes."""
     from kdlosses import BrokenLossError, LossSpecError
@@ -61,27 +67,26 @@ def main() -> None:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except click.UsageError as error:
-        error.show()
-        sys.exit(2)
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        click.echo(without_passwords(shown.getvalue()), err=True, nl=False)
         sys.exit(error.exit_code)
     except (InputError, LossSpecError, BrokenLossError) as error:
-        click.echo(f"kdrun: {error}", err=True)
+        _tell(str(error))
         sys.exit(2)
     except TrainingError as error:
-        click.echo(f"kdrun: {error}", err=True)
+        _tell(str(error))
         sys.exit(1)
     except Interrupted as error:
-        click.echo(f"kdrun: {error}", err=True)
+        _tell(str(error))
         sys.exit(128 + error.signum)
     except (click.Abort, KeyboardInterrupt) as error:
         stopped = error.__cause__ if isinstance(error, click.Abort) else error
         said = str(stopped) if isinstance(stopped, Stopped) else "interrupted"
-        click.echo(f"kdrun: {said}", err=True)
+        _tell(said)
         sys.exit(128 + (signal.SIGINT if stopped is None else signal_of(stopped)))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        click.echo(f"kdrun: {place}{error.strerror or error}", err=True)
+        _tell(f"{place}{error.strerror or error}")
         sys.exit(1)

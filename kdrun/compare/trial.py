@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from kdrun.compare.plan import Part
 from kdrun.compare.record import Record, Trial
 from kdrun.config.sections import LossConfig, ProcedureConfig, RunConfig
 from kdrun.errors import InputError, Interrupted, TrainingError
+from kdrun.files import remove
 from kdrun.models.locate import STUDENT
 from kdrun.run import folder as runs
 
@@ -93,7 +93,7 @@ def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool
 
     forget_peak_memory()
     folder = Path(str(config.output.dir))
-    shutil.rmtree(folder, ignore_errors=True)  # files of a killed attempt
+    remove(folder)  # files of a killed attempt
     started = time.monotonic()
     known: dict[str, Any] = {
         "id": identity,
@@ -104,7 +104,7 @@ def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool
     try:
         summary = distill(config, console=quiet_console()).summary
     except (Interrupted, KeyboardInterrupt):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         raise
     except (InputError, OSError):
         raise
@@ -120,7 +120,7 @@ def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool
     finally:
         if not keep_student:
             for name in _LARGE:
-                shutil.rmtree(folder / name, ignore_errors=True)
+                remove(folder / name)
     measures = {key.removeprefix("eval_"): value for key, value in summary["after"].items()}
     wrong = [name for name, x in measures.items() if x is not None and not math.isfinite(x)]
     return Record(

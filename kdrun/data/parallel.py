@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -16,6 +18,7 @@ from kdrun.errors import InputError
 J = TypeVar("J")
 R = TypeVar("R")
 
+_WATCH_SECONDS = 1.0
 _context: Any = None
 """In a worker: what all jobs share."""
 
@@ -46,7 +49,7 @@ def run_in_order(
         return
     forks = "fork" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("fork" if forks else "spawn")
-    pool = ProcessPoolExecutor(workers, context, _begin, (shared,))
+    pool = ProcessPoolExecutor(workers, context, _begin, (shared, os.getpid()))
     waiting: deque[Future[R]] = deque()
     try:
         for job in jobs:
@@ -64,11 +67,19 @@ def run_in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(shared: Any) -> None:
+def _begin(shared: Any, parent: int) -> None:
     global _context
     _context = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one of the cores
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this worker when its parent was killed; its queues would never tell."""
+    while os.getppid() == parent:
+        time.sleep(_WATCH_SECONDS)
+    os._exit(1)
 
 
 def _call(function: Callable[[Any, J], R], job: J) -> R:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,11 @@ from kdrun.errors import InputError
 from kdrun.models.locate import ModelSource
 from kdrun.paths import did_you_mean
 
+PICKLED = "contains Python objects, which kdrun does not run, or is damaged"
+"""About a file of torch that was not read with ``weights_only``."""
 _ATTENTION = re.compile(r"attn_implementation|Flash ?Attention|flex_attention|flash-attn")
+
+_WRONG_FILE = re.compile("size mismatch|mismatched|PytorchStreamReader|unexpected EOF")
 
 
 @contextmanager
@@ -29,11 +34,15 @@ def one_clear_line(source: ModelSource, what: str) -> Iterator[None]:
 
     try:
         yield
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise InputError(
+            f"{source}: its pytorch_model.bin {PICKLED}; pass a model with model.safetensors"
+        ) from error
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise InputError(_line(source, what, error)) from error
     except RuntimeError as error:
-        # Wrong shapes in a file are input errors; a device out of memory is not.
-        if "size mismatch" not in str(error) and "mismatched" not in str(error):
+        # Wrong shapes in a file and broken files are input errors; a device out of memory is not.
+        if not _WRONG_FILE.search(str(error)):
             raise
         raise InputError(_line(source, what, error)) from error
 
@@ -43,7 +52,8 @@ def _line(source: ModelSource, what: str, error: Exception) -> str:
     if "trust_remote_code" in text:
         return (
             f"{source}: the {what} needs Python code that comes with it, which kdrun does not run "
-            "by default; if you trust it, pass --set model.trust_remote_code=true"
+            "by default; if you trust it, pass --set model.trust_remote_code=true, or "
+            "--trust-remote-code with kdrun generate and kdrun init-student"
         )
     if "couldn't connect" in text or "valid model identifier" in text:
         if source.is_local:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kdrun.errors import InputError
 from kdrun.models.adapters import INSTALL_PEFT, without_advice
 from kdrun.models.cast import cast_weights
+from kdrun.models.failures import PICKLED
 from kdrun.models.heads import causal_lm
 from kdrun.models.nf4 import dequantize, is_nf4
 
@@ -115,6 +117,10 @@ def _one_line(folder: str) -> Iterator[None]:
 
     try:
         yield
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{folder}: its adapter_model.bin {PICKLED}; pass an adapter with {ADAPTER_WEIGHTS}"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         # torch names the mismatched weight on a second line.

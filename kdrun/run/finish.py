@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from kdrun.errors import without_passwords
 from kdrun.evaluation.yardsticks import YARDSTICKS
-from kdrun.files import list_files, write_json, write_lines
+from kdrun.files import list_files, remove, write_json, write_lines
 from kdrun.models.base_print import keep_base_print
 from kdrun.models.locate import STUDENT
 from kdrun.models.merge import merge_trained
@@ -82,7 +82,7 @@ def finish(
         "seed": built.config.training.seed,
         "versions": versions(),
         "git": git_state(),
-        "command": sys.argv,
+        "command": [without_passwords(word) for word in sys.argv],
     }
     if start.world.is_main:
         write_json(start.folder / runs.SUMMARY, summary)
@@ -170,7 +170,7 @@ def save_student(
         saved = str(folder / runs.ADAPTER)
         model, base = merge_trained(model, config.output.dtype, saved, start.say), None
     else:  # from an earlier merged student
-        shutil.rmtree(folder / runs.ADAPTER, ignore_errors=True)
+        remove(folder / runs.ADAPTER)
         if config.lora.rank is None and config.output.dtype is not None:
             dtype = getattr(torch, config.output.dtype)
             cast_weights(model, dtype)
@@ -192,14 +192,14 @@ def _save(
     from kdrun.models.heads import causal_lm
 
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     model.save_pretrained(partial, **weights)
     tokenizer.save_pretrained(partial)
     # For adapters too: a server that merges them reads the end tokens there.
     causal_lm(model).generation_config.save_pretrained(partial)
     keep_base_print(partial, base)
     files = list_files(partial)  # also flushes them
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     os.replace(partial, folder)
     return files
 

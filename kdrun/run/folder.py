@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from kdrun.errors import InputError, Interrupted, UnwritableError, signal_of
-from kdrun.files import LOCK
+from kdrun.files import LOCK, remove
 from kdrun.models.locate import STUDENT
 from kdrun.paths import expand_home, make_output_folder
 from kdrun.training.checkpoint import newest_complete
@@ -91,10 +90,7 @@ def clear(folder: Path, keep_base: bool) -> None:
     for path in written_by_runs(folder):
         if path.name == BASE and keep_base:
             continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        remove(path)
 
 
 def written_by_runs(folder: Path) -> list[Path]:

@@ -5,7 +5,6 @@ A student that cannot be saved or loaded again is reported before training.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kdrun.cache.fingerprint import print_tokenizer
 from kdrun.data.collate import IGNORE_INDEX
 from kdrun.errors import InputError
+from kdrun.files import remove
 from kdrun.models.heads import causal_lm
 from kdrun.run import folder as runs
 from kdrun.run.trackers import start_trackers
@@ -119,7 +119,7 @@ def _save_and_read(trainer: Any, folder: Path, trust_remote_code: bool) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
     inner, tokenizer = causal_lm(trainer.model), trainer.processing_class
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     try:
         # Of a sharded model all processes would have to take part, also in a look at its state.
         if not trainer.is_distributed_loading_by_transformers:
@@ -134,7 +134,7 @@ def _save_and_read(trainer: Any, folder: Path, trust_remote_code: bool) -> None:
         again = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         _same_tokenizer(tokenizer, again)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
 
 
 def _same_tokenizer(tokenizer: Any, again: Any) -> None:

@@ -13,7 +13,7 @@ from kdrun.errors import STOPPING, InputError, Interrupted
 from kdrun.evaluation.measures import KEYS
 from kdrun.files import write_json
 from kdrun.run import folder as runs
-from kdrun.training.checkpoint import damage_of
+from kdrun.training.checkpoint import damage_of, refusing_pickles
 from kdrun.training.progress import StopOnRequest
 
 if TYPE_CHECKING:
@@ -101,7 +101,11 @@ def _steps(trainer: DistillTrainer, start: Start) -> None:
 
     trainer.stops_evaluating = lambda: stop.signum is not None
     checkpoint = None if start.checkpoint is None else str(start.checkpoint)
-    with _handlers(request), _telling_damage(start.checkpoint):
+    with (
+        _handlers(request),
+        _telling_damage(start.checkpoint),
+        refusing_pickles(start.checkpoint),
+    ):
         trainer.train(resume_from_checkpoint=checkpoint)
     if stop.signum is not None:
         raise Interrupted(

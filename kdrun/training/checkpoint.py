@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdrun.errors import InputError, TrainingError
 from kdrun.files import find_damage, list_files, write_json, write_text
+from kdrun.models.failures import PICKLED
 from kdrun.training.best import Best
 
 if TYPE_CHECKING:
@@ -139,6 +143,25 @@ def damage_of(checkpoint: Path) -> str | None:
     if not _is_list_of_files(files):
         return f"{COMPLETE} is not a list of its files"
     return find_damage(checkpoint, files)  # earlier versions listed no files
+
+
+@contextmanager
+def refusing_pickles(checkpoint: Path | None) -> Iterator[None]:
+    """Report a checkpoint with files that only running them would read.
+
+    Args:
+        checkpoint: the one that is read, if any.
+
+    Raises:
+        InputError: names the checkpoint.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"--resume: {checkpoint}: one of its files {PICKLED}; restore it from a copy, or "
+            "remove it to continue from the checkpoint before it"
+        ) from error
 
 
 def _is_list_of_files(files: object) -> bool:

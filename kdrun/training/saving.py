@@ -24,6 +24,7 @@ from kdrun.training.checkpoint import (
     checkpoint_at,
     load_objective,
     mark_complete,
+    refusing_pickles,
     save_objective,
 )
 from kdrun.training.guard import LossGuard
@@ -58,9 +59,10 @@ class SavingTrainer(Trainer):
         """Load only the student's weights from a checkpoint.
 
         Raises:
-            InputError: their shapes differ from the student's.
+            InputError: their shapes differ from the student's, or they are not only weights.
         """
-        self._load_from_checkpoint(str(checkpoint))
+        with refusing_pickles(Path(checkpoint)):
+            self._load_from_checkpoint(str(checkpoint))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Record the norm: no event lies between clipping, which computes it, and the optimiser."""
@@ -122,6 +124,11 @@ class SavingTrainer(Trainer):
         if checkpoint is not None:
             self._set_present_rates()
             self.load_objective(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Load the scale of fp16; in other types the Trainer would fail on such a file."""
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
 
     def _set_present_rates(self) -> None:
         """Set the learning rate of the next step from the schedule.

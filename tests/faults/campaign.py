@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import faulthandler
 import gc
 import json
 import os
@@ -34,7 +35,9 @@ from typing import Any
 
 HERE = Path(__file__).parent
 MODES = {"kill": 1, "full": 2, "read-only": 3, "vanish": 4, "no-locks": 5}
-_LONGEST = 120
+_LONGEST = 300
+"""Seconds after which a command counts as hanging; undisturbed, the longest takes about 20."""
+_HANGS = "Timeout ("  # faulthandler's first word
 
 
 @dataclass
@@ -155,9 +158,10 @@ class Struck:
         return code, said.read_text(encoding="utf-8", errors="replace"), counted
 
     def _child(self, arguments: list[str], out: Path, mode: int, n: int) -> None:
-        signal.alarm(_LONGEST)
         errors = os.open(self.folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(errors, 2)
+        faulthandler.dump_traceback_later(_LONGEST, file=2)  # where it hangs
+        signal.alarm(_LONGEST + 5)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.argv = ["kdrun", *arguments]
         if mode >= 0:
@@ -200,6 +204,8 @@ def judge(
     """What is wrong after a fault, or None."""
     if "Traceback" in said:
         return f"traceback: {said.splitlines()[-1]}"
+    if _HANGS in said:
+        return f"hangs: {said[said.index(_HANGS) :]}"
     if code not in (0, 1, 2, -signal.SIGKILL):
         return f"exit code {code}"
     if code in (1, 2) and not any(line.startswith("kdrun: ") for line in said.splitlines()):
@@ -213,6 +219,8 @@ def judge(
         if code == 2 and "already contains" in said and scenario.kept(out) == expected:
             return None  # it had been complete
         if code != 0 or "Traceback" in said:
+            if _HANGS in said:
+                return f"repeated: hangs: {said[said.index(_HANGS) :]}"
             last = said.strip().splitlines()[-1:] or [""]
             return f"repeated: exit code {code}: {last[0]}"
     found = scenario.kept(out)

@@ -105,3 +105,54 @@ def test_damage_is_found_by_size_and_by_content(tmp_path: Path) -> None:
     assert find_damage(tmp_path, listed) == "in/b has 4 bytes instead of 7"
     (tmp_path / "a").unlink()
     assert find_damage(tmp_path, listed) == "a is missing"
+
+
+WORKERS = """
+import os, sys, time
+from pathlib import Path
+from kdrun.data.parallel import run_in_order
+from kdrun.files import hold_folder
+
+def work(shared, job):
+    time.sleep(0.01)
+    return os.getpid()
+
+with hold_folder(Path(sys.argv[1])):
+    for number, worker in enumerate(run_in_order(work, None, range(10**6), 2)):
+        if number < 20:
+            print(worker, flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are not forked")
+def test_workers_of_a_killed_process_do_not_keep_its_lock(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", WORKERS, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    with holder:
+        assert holder.stdout is not None
+        workers = {int(holder.stdout.readline()) for _ in range(20)}
+        assert holder.pid not in workers
+        with (
+            pytest.raises(InputError, match=f"in use by process {holder.pid}"),
+            hold_folder(tmp_path),
+        ):
+            pass
+        holder.kill()
+        holder.wait()
+        with hold_folder(tmp_path):
+            pass
+        # Nor do they stay.
+        deadline = time.monotonic() + 20
+        while any(is_alive(worker) for worker in workers):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{process}/stat")  # one that has ended may wait for its parent
+    return not status.exists() or status.read_text("utf-8").rpartition(")")[2].split()[0] != "Z"
