@@ -23,7 +23,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kdrun.data.fields import BadRowError
-from kdrun.data.given import as_dicts, as_parts, without_reasoning
+from kdrun.data.given import MARK, Form, as_dicts, form_of, has_reasoning, without_reasoning
 from kdrun.data.lost import find_lost, lost_tools, places, unsaid_calls
 from kdrun.data.messages import Message
 from kdrun.data.templates import USUAL_RENDERING, Rendering, template_of
@@ -31,10 +31,6 @@ from kdrun.data.turn_ends import TurnEnds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-_MARK = "\ue000"
-"""A private use character, which no template writes or strips."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,28 +95,27 @@ class ChatRenderer:
         """Return a renderer of conversations in which the assistant may use tools."""
         if not tools:
             return self
+        # What follows from the template alone is found once and shared.
+        assert self._form
+        assert self._ends
         found = copy.copy(self)
         found._tools = list(tools)
-        found._endings = {}
         return found
 
-    @cached_property
+    @property
     def reads_parts(self) -> bool:
-        """Whether the template writes texts only if passed as lists of parts.
+        """Whether the template writes texts only if passed as lists of parts."""
+        return self._form.parts
 
-        Some templates of vision models do: a plain text then renders to nothing.
-        """
-        if not self._brought or "text" not in self._template:
-            return False
-        probe = (Message("user", _MARK), Message("assistant", _MARK))
-        texts, parts = as_dicts(probe), as_parts(probe)
-        return self._count_marks(texts) < len(probe) <= self._count_marks(parts)
+    @cached_property
+    def _form(self) -> Form:
+        return form_of(self._template, self._try) if self._brought else Form()
 
-    def _count_marks(self, given: list[dict[str, Any]]) -> int:
+    def _try(self, given: list[dict[str, Any]]) -> str:
         try:
-            return self._apply(given).count(_MARK)
+            return self._apply(given)
         except BadRowError:
-            return 0
+            return ""
 
     @cached_property
     def _ends(self) -> TurnEnds:
@@ -140,7 +135,23 @@ class ChatRenderer:
 
     def given(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Return messages in the form that this template accepts."""
-        return (as_parts if self.reads_parts else as_dicts)(messages, self._template)
+        return as_dicts(messages, self._form)
+
+    def kept(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return a conversation as it is to be rendered, without reasoning if that is dropped.
+
+        Raises:
+            BadRowError: An answer is reasoning alone.
+        """
+        if not self._drops or not has_reasoning(messages):
+            return messages
+        found = without_reasoning(messages)
+        if any(
+            was.says_something and not now.says_something
+            for was, now in zip(messages, found, strict=True)
+        ):
+            raise BadRowError("has an answer of reasoning alone, which data.reasoning=drop removes")
+        return found
 
     def _apply(self, given: list[dict[str, Any]], for_generation: bool = False) -> str:
         try:
@@ -164,6 +175,7 @@ class ChatRenderer:
             BadRowError: The template rejects the conversation.
             InputError: Neither the template nor the tokenizer has an end for earlier answers.
         """
+        messages = self.kept(messages)
         prompt = self.render(messages, for_generation=True)
         if not any(message.role == "assistant" for message in messages):
             return prompt
@@ -185,21 +197,28 @@ class ChatRenderer:
                 that the end of an answer cannot be determined.
             InputError: Neither the template nor the tokenizer has an end for answers.
         """
-        if self._drops:
-            messages = without_reasoning(messages)
+        messages = self.kept(messages)
         text = self.render(messages)
         answers = self._find_answers(messages, text)
         where = places(messages, text, [(a.start, a.end) for a in answers])
-        lost = (*find_lost(messages, where), *lost_tools(self._tools or (), text))
+        lost = (*find_lost(messages, where), *self.lost_tools(messages, text))
         ended = self._end_turns(messages, text, answers)
         return replace(ended, lost=lost, unsaid=unsaid_calls(messages, where))
 
+    def lost_tools(self, messages: Sequence[Message], text: str) -> tuple[str, ...]:
+        """Return the kind of loss if the template does not write the tools."""
+        if not self._tools:
+            return ()
+        without = copy.copy(self)
+        without._tools = None
+        return lost_tools(self._tools, text, without.render(messages))
+
     def _find_answers(self, messages: Sequence[Message], text: str) -> list[AnswerSpan]:
-        answers = []
+        answers: list[AnswerSpan] = []
         for turn, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            start = self._start_of_answer(messages[:turn], text)
+            start = self._start_of_answer(messages, turn, text, answers[-1].end if answers else 0)
             through = text if turn == len(messages) - 1 else self.render(messages[: turn + 1])
             if text.startswith(through):
                 end = len(through)
@@ -248,6 +267,9 @@ class ChatRenderer:
         own = text[span.start : span.end]
         if self._rendered:
             return not self._ends.ends_itself(own)
+        if messages[turn].tool_calls:
+            # What closes a call is part of it, and may be a token, too, but no control token.
+            return not self._ends.ends_itself(own)
         is_last = turn == len(messages) - 1
         ending = self._endings.get(is_last)
         if ending is None or not own.endswith(ending):
@@ -281,22 +303,34 @@ class ChatRenderer:
 
     def _end_of_content(self, messages: Sequence[Message], turn: int, text: str) -> int:
         """Return where an answer ends in a rendered conversation."""
-        message = messages[turn]
-        marked = replace(message, content=message.content + _MARK)
+        marked = _marked(messages[turn])
         other = self.render([*messages[:turn], marked, *messages[turn + 1 :]])
         end = _shared_length(text, other)
         if not other.endswith(text[end:]):
             raise HiddenAnswersError
         return end
 
-    def _start_of_answer(self, before: Sequence[Message], text: str) -> int:
+    def _start_of_answer(
+        self, messages: Sequence[Message], turn: int, text: str, earliest: int
+    ) -> int:
+        before = messages[:turn]
         prompt = self.render(before, for_generation=True)
         if text.startswith(prompt):
             return len(prompt)
         # Templates of reasoning models end the prompt with an opening <think> that an answer may
         # lack: the part that both share after the earlier messages is the head of the turn.
-        if text.startswith(self.render(before)):
+        earlier = self.render(before)
+        if text.startswith(earlier):
             return _shared_length(text, prompt)
+        # Some write calls before the last question differently, such as without reasoning. The
+        # head of the turn is then the last one before the end of its content.
+        head = prompt[len(earlier) :] if prompt.startswith(earlier) else ""
+        opening = max((len(t) for t in self._ends.special if head.startswith(t)), default=len(head))
+        found = text[earliest : self._end_of_content(messages, turn, text)]
+        for length in range(len(head), opening, -1):
+            place = found.rfind(head[:length])
+            if place >= 0:
+                return earliest + place + length
         raise HiddenAnswersError
 
 
@@ -304,6 +338,19 @@ def refused_by_template(error: Exception) -> BadRowError:
     """Return the error for a conversation that a template fails on."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return BadRowError(f"is rejected by the chat template ({reason})")
+
+
+def _marked(message: Message) -> Message:
+    """Return an answer with a mark at its end, which is in its last call if there is one."""
+    if not message.tool_calls:
+        return replace(message, content=message.content + MARK)
+    *calls, last = message.tool_calls
+    function = last["function"]
+    given = function["arguments"]
+    arguments = {**given, MARK: MARK} if isinstance(given, dict) else f"{given}{MARK}"
+    return replace(
+        message, tool_calls=[*calls, {**last, "function": {**function, "arguments": arguments}}]
+    )
 
 
 def _shared_length(left: str, right: str) -> int:

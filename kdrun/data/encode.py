@@ -21,6 +21,7 @@ from kdrun.data.encoding import Encoding, Example
 from kdrun.data.fields import BadRowError
 from kdrun.data.formats import ChatRow
 from kdrun.data.lost import Place, find_lost
+from kdrun.data.messages import Message
 from kdrun.data.templates import USUAL_RENDERING, Rendering, template_of
 from kdrun.data.turn_ends import special_tokens
 from kdrun.errors import InputError
@@ -135,15 +136,16 @@ def _tokenise(
     finder = _AnswerFinder(tokenizer)
     for first in range(0, len(rows), _BATCH):
         batch = rows[first : first + _BATCH]
-        chats = [_render(renderer.offering(row.tools), row) for row in batch]
+        renderers = [renderer.offering(row.tools) for row in batch]
+        chats = [_render(own, row) for own, row in zip(renderers, batch, strict=True)]
         texts = [chat.text for chat in chats if isinstance(chat, RenderedChat)]
         encoded = iter(_encode_texts(tokenizer, texts))
-        for row, chat in zip(batch, chats, strict=True):
+        for own, row, chat in zip(renderers, batch, chats, strict=True):
             if isinstance(chat, RenderedChat):
                 ids, ends = next(encoded)
                 yield _learned(finder.find(chat, ids, ends), row, rendering, chat.unsaid)
             elif isinstance(chat, HiddenAnswersError):
-                found = _by_generation_blocks(tokenizer, renderer, row, rendering)
+                found = _by_generation_blocks(tokenizer, own, row, rendering)
                 yield found if isinstance(found, BadRowError) else _learned(found, row, rendering)
             else:
                 yield chat
@@ -264,14 +266,21 @@ def _by_generation_blocks(
     """Locate answers by the template's own ``{% generation %}`` blocks."""
     template = template_of(tokenizer, rendering)
     if "generation %}" not in template and "generation -%}" not in template:
+        if any(message.tool_calls for message in row.messages):
+            # Gemma's templates join calls, their results and the answer to one turn.
+            return BadRowError("has tool calls that cannot be told apart in the chat template")
         raise InputError(
             f"{row.position}: the chat template writes earlier messages differently when later "
             "ones follow, so its answers cannot be found; use rows with one answer, or mark the "
             "answers in the template with {% generation %}"
         )
     try:
+        messages = renderer.kept(row.messages)
+    except BadRowError as error:
+        return error
+    try:
         encoded: Any = tokenizer.apply_chat_template(
-            renderer.given(row.messages),
+            renderer.given(messages),
             chat_template=template,
             tools=row.tools,
             **rendering.arguments,
@@ -288,15 +297,16 @@ def _by_generation_blocks(
         return BadRowError("has no answer in the template's {% generation %} blocks")
     turns = [str(tokenizer.decode(ids[answer.start : answer.stop])) for answer in answers]
     try:
-        lost = find_lost(row.messages, _blocks(row, renderer.render(row.messages), turns))
+        text = renderer.render(messages)
+        lost = find_lost(messages, _blocks(messages, text, turns))
     except BadRowError as error:
         return error
-    return _Tokens(ids, answers, lost)
+    return _Tokens(ids, answers, (*lost, *renderer.lost_tools(messages, text)))
 
 
-def _blocks(row: ChatRow, text: str, turns: Sequence[str]) -> list[Place]:
+def _blocks(messages: Sequence[Message], text: str, turns: Sequence[str]) -> list[Place]:
     """Return where messages must appear: answers in their blocks, others anywhere."""
-    answers = [message for message in row.messages if message.role == "assistant"]
+    answers = [message for message in messages if message.role == "assistant"]
     # A template may write several answers as one block, or one as several.
     blocks = iter(turns if len(turns) == len(answers) else ["".join(turns)] * len(answers))
-    return [Place(next(blocks) if m.role == "assistant" else text) for m in row.messages]
+    return [Place(next(blocks) if m.role == "assistant" else text) for m in messages]

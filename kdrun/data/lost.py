@@ -7,13 +7,15 @@ rows contain.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kdrun.data.fields import BadRowError
-from kdrun.data.messages import Message
+from kdrun.data.given import split_thought
+from kdrun.data.messages import INSTRUCTING, Message
 
 _WORD = re.compile(r"\w+")
 _OF_ROLES = {
@@ -28,7 +30,7 @@ _OF_EARLIER_ANSWERS = "part of an earlier answer"
 CONSEQUENCES = {
     "the system message": "neither model reads it; use a template that writes it",
     "a user message": "neither model reads all of it; use a template that writes it",
-    "a tool result": "neither model reads it as it is; templates may write it as JSON",
+    "a tool result": "neither model reads it; use a template that writes results of tools",
     _REASONING: "the student does not learn it; use a template that writes it, or "
     "data.reasoning=drop",
     _CALL: "the student does not learn it; use a template that writes tool calls",
@@ -61,22 +63,29 @@ def find_lost(messages: Sequence[Message], places: Sequence[Place]) -> tuple[str
         places: where each of them must appear in the output.
 
     Raises:
-        BadRowError: an answer that is a target is omitted completely.
+        BadRowError: an answer that is a target is omitted completely, or contains a tool result.
     """
     found = {}
+    both = zip(messages, places, strict=True)
+    turns = [place for message, place in both if message.role == "assistant"]
     for turn, (message, place) in enumerate(zip(messages, places, strict=True)):
         if message.reasoning and not _stands(message.reasoning, place):
             # Templates of reasoning models leave out that of earlier answers on purpose.
             last = turn == len(messages) - 1
             found[_REASONING if last else _OF_EARLIER_ANSWERS] = True
-        calls = [str(call["function"]["name"]) for call in message.tool_calls]
-        if any(name not in place.own for name in calls):
+        said = [str(call["function"]["name"]) in place.own for call in message.tool_calls]
+        if not all(said):
             found[_CALL] = True
-        if _stands(message.content, place):
+        if _stands(message.content, place) or _stands_in_parts(message.content, place.own):
             continue
+        if message.role == "tool":
+            if _stands(_escaped(message.content), place):
+                continue
+            if any(message.content in turn.own for turn in turns):
+                raise BadRowError("has a tool result that the chat template writes in an answer")
         kind = _OF_ROLES.get(message.role)
         if kind is None:
-            if message.learned and _nothing_left(message.content, place.own):
+            if message.learned and not any(said) and _nothing_left(message.content, place.own):
                 raise BadRowError("has an answer that the chat template omits")
             kind = _OF_LAST_ANSWER if turn == len(messages) - 1 else _OF_EARLIER_ANSWERS
         found[kind] = True
@@ -98,10 +107,16 @@ def unsaid_calls(messages: Sequence[Message], places: Sequence[Place]) -> frozen
     )
 
 
-def lost_tools(tools: Sequence[dict[str, Any]], text: str) -> tuple[str, ...]:
-    """Return the kind of loss if the text does not name the tools, as a key of `CONSEQUENCES`."""
+def lost_tools(tools: Sequence[dict[str, Any]], text: str, without: str) -> tuple[str, ...]:
+    """Return the kind of loss if tools are not written, as a key of `CONSEQUENCES`.
+
+    Args:
+        tools: what the assistant may call.
+        text: the template's output.
+        without: its output without them; calls may name them, too.
+    """
     names = [str(tool.get("function", tool).get("name", "")) for tool in tools]
-    return () if all(name in text for name in names) else (_TOOLS,)
+    return () if text != without and all(name in text for name in names) else (_TOOLS,)
 
 
 def places(
@@ -122,7 +137,7 @@ def places(
             found.append(Place(text[start:stop], text[end:start]))
             end = stop
         else:
-            found.append(Place(text if message.role == "system" else text[end:start]))
+            found.append(Place(text if message.role in INSTRUCTING else text[end:start]))
     return found
 
 
@@ -134,6 +149,20 @@ def _stands(content: str, place: Place) -> bool:
     words = _squeeze(words)
     own, before = _squeeze(place.own), _squeeze(place.before)
     return words in own or words in _with_head(own, before, len(words))
+
+
+def _stands_in_parts(content: str, own: str) -> bool:
+    """Return whether an answer follows its reasoning, however the template marks that."""
+    thought, rest = split_thought(content)
+    if not thought or not rest.strip():
+        return False
+    before, found, _ = _squeeze(own).rpartition(_squeeze(rest))
+    return bool(found) and _squeeze(thought) in before
+
+
+def _escaped(content: str) -> str:
+    """Return a text as JSON holds it, which is how some templates write results of tools."""
+    return json.dumps(content.strip(), ensure_ascii=False)[1:-1]
 
 
 def _with_head(own: str, before: str, length: int) -> str:

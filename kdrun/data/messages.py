@@ -41,7 +41,7 @@ _CALLING_ROLES = ("function_call", "tool_call")
 """Roles of messages whose content is a tool call of the assistant, as JSON."""
 _UNUSABLE_ROLES = ("image", "audio", "video")
 _CALL_NAMES = ("tool_calls", "function_call")
-_REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
+REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
 # Fields that mark targets in OpenAI's format and others, axolotl, ms-swift and verl.
 _LEARNED_NAMES = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 
@@ -231,7 +231,7 @@ def _message(fields: Fields, turn: object, number: int, field: str, position: Po
     content = inner.optional_text(_content_field(turn))
     learned = _is_learned(inner, role, number)
     if role == "assistant":
-        reasoning = next((inner.optional_text(n) for n in _REASONING_NAMES if inner.has(n)), "")
+        reasoning = next((inner.optional_text(n) for n in REASONING_NAMES if inner.has(n)), "")
         return Message(role, content, learned, reasoning, _calls(inner, number))
     if role == "tool":
         named_by = (inner.optional_text("name"), inner.optional_text("tool_call_id"))

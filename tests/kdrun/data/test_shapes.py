@@ -292,3 +292,75 @@ class TestTemplates:
             Encoder.of(DataConfig(template=str(file)), words(CHAT), {})
         with pytest.raises(InputError, match=r"none\.jinja: cannot be read"):
             Encoder.of(DataConfig(template=str(tmp_path / "none.jinja")), words(CHAT), {})
+
+
+class TestForms:
+    def test_arguments_are_text_where_the_template_adds_them_to_text(self, load: Load) -> None:
+        adds = WITH_TOOLS.replace(
+            "{% for k, v in c['function']['arguments'].items() %}{{ k }} {{ v }} {% endfor %}",
+            "{{ c['function']['arguments'] + ' c ' }}",
+        )
+        talk = {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}]}
+        rows: Any = load(talk).rows
+        text = ChatRenderer(words(adds)).render(rows[0].messages)
+        assert text.startswith('user the cat <end> assistant  mat {"a": "b"} c </call> <end>')
+
+    def test_a_result_that_is_written_as_json_is_not_lost(self, load: Load) -> None:
+        talk = json.loads(json.dumps(TestTools.TALK))
+        talk["messages"][2]["content"] = '"a" dog'
+        escapes = WITH_TOOLS.replace(
+            "m['content'] or ''",
+            "(m['content'] | tojson) if m['role'] == 'tool' else m['content'] or ''",
+        )
+        rows: Any = load(talk).rows
+        assert not encode_chats(rows, words(escapes), 100).report.lost
+
+    def test_a_result_inside_of_an_answer_skips_the_row(self, load: Load) -> None:
+        joins = (
+            "{% for m in messages %}{% if m['role'] == 'tool' %}{% else %}{{ m['role'] }} "
+            "{% if loop.previtem and loop.previtem['role'] == 'tool' %}"
+            "{{ loop.previtem['content'] }} {% endif %}"
+            "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] }} {% endfor %}"
+            "{{ m['content'] or '' }} <end> {% endif %}{% endfor %}" + PROMPT
+        )
+        rows: Any = load(TestTools.TALK, {"messages": [USER, ANSWER]}).rows
+        report = encode_chats(rows, words(joins), 100).report
+        assert [(bad.position.number, bad.reason) for bad in report.skipped] == [
+            (1, "has a tool result that the chat template writes in an answer")
+        ]
+
+    def test_generation_blocks_are_given_tools_and_no_reasoning_that_is_dropped(
+        self, load: Load
+    ) -> None:
+        blocks = (
+            "{{ messages | length }} {% for t in tools or [] %}{{ t['function']['name'] }} "
+            "{% endfor %}{% for m in messages %}{{ m['role'] }} {% if m['role'] == 'assistant' %}"
+            "{% generation %}{{ m['content'] }} <end>{% endgeneration %}{% else %}"
+            "{{ m['content'] }}{% endif %} {% endfor %}"
+        )
+        row = {"tools": TOOLS, "messages": [USER, ANSWER | {"reasoning": "a b"}]}
+        for policy, expected in (
+            ("keep", "<think> a b </think> sat on <end>"),
+            ("drop", "sat on <end>"),
+        ):
+            rendering = Rendering(reasoning=policy)  # type: ignore[arg-type]
+            ((text, supervised),) = read(words(blocks), load(row), rendering)
+            assert text.split()[:3] == ["<unk>", "mat", "user"]
+            assert supervised == expected
+
+    @pytest.mark.parametrize("content", ["a b </think> sat on", "<think></think> sat on"])
+    def test_reasoning_whose_beginning_is_in_the_prompt_can_be_left_out(
+        self, load: Load, content: str
+    ) -> None:
+        found = load({"messages": [USER, ANSWER | {"content": content}]})
+        assert read(words(CHAT), found, Rendering(reasoning="drop"))[0][1] == "sat on <end>"
+
+    def test_an_answer_of_reasoning_alone_is_skipped_where_that_is_dropped(
+        self, load: Load
+    ) -> None:
+        thought = {"role": "assistant", "content": "<think> a </think>"}
+        rows: Any = load({"messages": [USER, ANSWER]}, {"messages": [USER, thought]}).rows
+        report = encode_chats(rows, words(CHAT), 100, rendering=Rendering(reasoning="drop")).report
+        assert [(bad.position.number, bad.reason) for bad in report.skipped] == [
+            (2, "has an answer of reasoning alone, which data.reasoning=drop removes")
+        ]
