@@ -45,6 +45,7 @@ class Fields:
         self._read: set[str] = set()
         self._inner: list[Fields] = []
         self._left_out: list[str] = []
+        self._said: dict[str, None] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
@@ -112,6 +113,14 @@ class Fields:
     def leave_out(self, what: str) -> None:
         """Note that something was read but not used."""
         self._left_out.append(f"{self._prefix}{what}")
+
+    def say(self, what: str) -> None:
+        """Note how something was used, which is told with the number of rows."""
+        self._said[what] = None
+
+    def said(self) -> tuple[str, ...]:
+        """Return what was noted, each once."""
+        return tuple(self._said)
 
     def unused(self) -> Iterator[str]:
         """Return the names of unread fields with a value, and of noted ones."""

@@ -1,15 +1,18 @@
-"""Rows, and their conversion from records of each data format.
+"""Rows, and which shape the records of a source have.
 
 - ``text``: ``{"text": ...}``, or a document of a plain text file;
-- ``prompt_response``: a prompt and a response with configurable or common names;
+- ``prompt_response``: a prompt and a response with configurable or common names, each text or
+  messages; several responses give several rows;
 - ``alpaca``: ``instruction``, ``input`` (may be empty or absent), ``output``; also Self-Instruct's
   ``instruction`` with ``instances``, a list of inputs with their outputs;
 - ``messages``: ``{"messages": [{"role": ..., "content": ...}]}``, or ShareGPT's
-  ``{"conversations": [{"from": ..., "value": ...}]}``.
+  ``{"conversations": [{"from": ..., "value": ...}]}``;
+- ``preference``: a prompt with a ``chosen`` and a ``rejected`` answer;
+- ``prompts``: prompts alone.
 
-A prompt and its response form a conversation, after the row's system prompt (``system``,
-``system_prompt``) and ``history``, so that everything after this module handles only texts and
-conversations. Fields that no converter reads are reported (`kdrun.data.fields`).
+All but texts become conversations, after the row's system prompt (``system``, ``system_prompt``)
+and with its ``tools``, so that everything after this module handles only texts and conversations.
+Fields that no shape reads are reported (`kdrun.data.fields`).
 """
 
 from __future__ import annotations
@@ -19,27 +22,38 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from kdrun.data import shapes
 from kdrun.data.fields import BadRowError, Fields
-from kdrun.data.messages import (
-    MESSAGES_NAMES,
-    Message,
-    complete,
-    conversation,
-    history,
-    read_messages,
-    system_prompt,
-    tools_of,
-)
+from kdrun.data.messages import MESSAGES_NAMES, Message, as_prompt, complete
 from kdrun.data.records import Position
+from kdrun.data.tools import tools_of
 from kdrun.errors import InputError
 
 DataFormat = Literal[
     "auto", "text", "prompt_response", "alpaca", "messages", "preference", "prompts"
 ]
 
-_PROMPT_NAMES = ("prompt", "question", "query", "instruction", "input", "source", "problem")
-_RESPONSE_NAMES = ("response", "answer", "completion", "output", "target", "solution", "answers")
+_PROMPT_NAMES = ("prompt", "question", "query", "problem", "instruction", "input", "source", "user")
+# A solution leads to its answer, and often stands beside it.
+_RESPONSE_NAMES = (
+    "response",
+    "generated_solution",
+    "solution",
+    "answer",
+    "completion",
+    "output",
+    "target",
+    "responses",
+    "solutions",
+    "answers",
+    "completions",
+    "outputs",
+    "expected_answer",
+    "assistant",
+)
 _CHOSEN, _REJECTED = "chosen", "rejected"
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+NO_ANSWERS = "prompts without answers, which the procedure writes"
 _ALPACA_INPUT_NAMES = ("input", "context")
 _ALPACA_OUTPUT_NAMES = ("output", "response")
 
@@ -54,7 +68,13 @@ class TextRow:
 
 @dataclass(frozen=True, slots=True)
 class ChatRow:
-    """A conversation that ends with an answer; only the assistant's answers are targets."""
+    """A conversation that ends with an answer; only the assistant's answers are targets.
+
+    Attributes:
+        messages: the turns. The answer to a prompt alone has no words.
+        position: where it comes from.
+        tools: what the assistant may call, in the form that chat templates take.
+    """
 
     messages: tuple[Message, ...]
     position: Position
@@ -104,22 +124,41 @@ def choose_converter(
             )
     chosen = data_format
     if data_format == "auto":
-        named = prompt_field is not None or response_field is not None
-        chosen = "prompt_response" if named else _detect(keys, any_text, source)
+        chosen = _detect(keys, any_text, prompt_field, response_field, source)
     if chosen == "prompts" and not prompts:
-        raise InputError(
-            f"{source}: the rows have prompts but no answers ({_found(keys)}); name the answers "
-            "with data.response_field, or use a procedure that writes every answer, such as "
-            "gkd:lambda=1 or seqkd"
-        )
-    return chosen, _converter(chosen, keys, any_text, prompt_field, response_field, source)
+        raise unanswered(source, f" ({_found(keys)})")
+    if chosen == "text":
+        if not any_text and "text" not in keys:
+            raise _unfit(source, chosen, "text", keys)
+        return chosen, _text_row
+    return chosen, _chats(_shape(chosen, keys, prompt_field, response_field, source), prompts)
 
 
-def _detect(keys: Sequence[str], any_text: bool, source: str) -> DataFormat:
-    if _first(MESSAGES_NAMES, keys):
-        return "messages"
+def unanswered(source: str, found: str = "") -> InputError:
+    """Return the error for a source of prompts, where answers are needed."""
+    return InputError(
+        f"{source}: the rows have prompts but no answers{found}; name the answers with "
+        "data.response_field, or use a procedure that writes every answer, such as gkd:lambda=1 "
+        "or seqkd"
+    )
+
+
+def _detect(
+    keys: Sequence[str],
+    any_text: bool,
+    prompt_field: str | None,
+    response_field: str | None,
+    source: str,
+) -> DataFormat:
+    if response_field is not None:
+        return "prompt_response"
     if _CHOSEN in keys and _REJECTED in keys:
         return "preference"
+    if prompt_field is not None:
+        others = [name for name in keys if name != prompt_field]
+        return "prompt_response" if _first(_RESPONSE_NAMES, others) else "prompts"
+    if _first(MESSAGES_NAMES, keys):
+        return "messages"
     if "instruction" in keys and (_first(_ALPACA_OUTPUT_NAMES, keys) or "instances" in keys):
         return "alpaca"
     if _first(_PROMPT_NAMES, keys) and _first(_RESPONSE_NAMES, keys):
@@ -131,51 +170,37 @@ def _detect(keys: Sequence[str], any_text: bool, source: str) -> DataFormat:
     raise _unrecognised(source, keys)
 
 
-def _converter(
+def _shape(
     data_format: DataFormat,
     keys: Sequence[str],
-    any_text: bool,
     prompt_field: str | None,
     response_field: str | None,
     source: str,
-) -> Converter:
-    if data_format == "text":
-        if not any_text and "text" not in keys:
-            raise _unfit(source, data_format, "text", keys)
-        return _text_row
+) -> shapes.Shape:
+    talk = _first(MESSAGES_NAMES, keys)
+    prompt = prompt_field or _first([n for n in _PROMPT_NAMES if n != response_field], keys)
+    response = response_field or _first([n for n in _RESPONSE_NAMES if n != prompt], keys)
+    extra = _first(_ALPACA_INPUT_NAMES, keys)
     if data_format == "messages":
-        field = _first(MESSAGES_NAMES, keys)
-        if field is None:
+        if talk is None:
             raise _unfit(source, data_format, "messages or conversations", keys)
-        return lambda fields, position: [
-            ChatRow(conversation(fields, field, position), position, tools_of(fields))
-        ]
-    if data_format == "prompts":
-        only = prompt_field or _first(_PROMPT_NAMES, keys)
-        if only is None:
-            raise _unfit(source, data_format, "a prompt", keys)
-        return lambda fields, position: [_prompt_alone(fields, position, only)]
+        return shapes.conversation(talk)
     if data_format == "preference":
         if _CHOSEN not in keys:
             raise _unfit(source, data_format, "chosen and rejected", keys)
-        asked = prompt_field or _first(_PROMPT_NAMES, keys)
-        return lambda fields, position: _preference(fields, position, asked)
+        return shapes.preference(prompt, talk)
     if data_format == "alpaca":
         output = _first(_ALPACA_OUTPUT_NAMES, keys)
         if "instruction" not in keys or (output is None and "instances" not in keys):
             raise _unfit(source, data_format, "instruction and output", keys)
-        extra = _first(_ALPACA_INPUT_NAMES, keys)
-        if output is None:
-            return _instances
-        return lambda fields, position: _alpaca(fields, position, extra, output)
-    prompt = prompt_field or _first([n for n in _PROMPT_NAMES if n != response_field], keys)
-    # A problem's solution leads to its answer.
-    first = ("solution",) if prompt == "problem" else ()
-    answers = [name for name in (*first, *_RESPONSE_NAMES) if name != prompt]
-    response = response_field or _first(answers, keys)
+        return shapes.instances if output is None else shapes.alpaca(extra, output)
+    if data_format == "prompts":
+        if prompt is None:
+            raise _unfit(source, data_format, "a prompt", keys)
+        return shapes.alpaca(extra, None) if prompt == "instruction" else shapes.prompt(prompt)
     if prompt is None or response is None:
         raise _unfit(source, data_format, "a prompt and a response", keys)
-    return lambda fields, position: _prompt_response(fields, position, prompt, response)
+    return shapes.prompt_response(prompt, response)
 
 
 def _first(names: Iterable[str], keys: Sequence[str]) -> str | None:
@@ -207,84 +232,26 @@ def _text_row(fields: Fields, position: Position) -> list[Row]:
     return [TextRow(fields.text("text"), position)]
 
 
-def _ask(fields: Fields, prompt: str, answer: str, position: Position) -> list[Row]:
-    """Build a conversation with one question, after the row's system prompt and history."""
-    messages = (*system_prompt(fields), *history(fields), Message("user", prompt))
-    return [ChatRow((*messages, Message("assistant", answer)), position, tools_of(fields))]
+def _chats(shape: shapes.Shape, prompts: bool) -> Converter:
+    """Return the converter to conversations.
 
+    Args:
+        shape: of the records.
+        prompts: whether conversations that end with a question are rows, too.
+    """
 
-def _prompt_response(fields: Fields, position: Position, prompt: str, response: str) -> list[Row]:
-    """Read a prompt and its answer, each text or messages; several answers are several rows."""
-    if isinstance(fields.peek(prompt), list) or _holds_messages(fields.peek(response)):
-        return _talk(fields, position, prompt, response)
-    answers = fields.peek(response)
-    if isinstance(answers, list):
-        fields.get(response)
-        if not answers or not all(isinstance(one, str) and one.strip() for one in answers):
-            raise BadRowError(f"has {response!r} as a list that is not of texts")
-        asked = fields.text(prompt)
-        return [row for one in answers for row in _ask(fields, asked, one, position)]
-    return _ask(fields, fields.text(prompt), fields.text(response), position)
+    def convert(fields: Fields, position: Position) -> list[Row]:
+        for name in _MEDIA:
+            if fields.has(name):
+                raise BadRowError(f"has {name!r}, which kdrun does not learn from")
+        tools = tools_of(fields)
+        rows: list[Row] = []
+        for messages in shape(fields, position):
+            if prompts and messages[-1].role != "assistant":
+                fields.say(NO_ANSWERS)
+                rows.append(ChatRow(as_prompt(fields, messages), position, tools))
+            else:
+                rows.append(ChatRow(complete(fields, messages), position, tools))
+        return rows
 
-
-def _holds_messages(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-
-
-def _talk(fields: Fields, position: Position, prompt: str, response: str) -> list[Row]:
-    """Join a prompt and an answer, of which one is messages."""
-    messages: list[Message] = []
-    for name, role in ((prompt, "user"), (response, "assistant")):
-        if isinstance(fields.peek(name), list):
-            messages += read_messages(fields, name, position)
-        else:
-            messages.append(Message(role, fields.text(name)))  # type: ignore[arg-type]
-    return [ChatRow(complete(fields, messages), position, tools_of(fields))]
-
-
-def _preference(fields: Fields, position: Position, prompt: str | None) -> list[Row]:
-    """Learn from the answer that was preferred."""
-    fields.get(_REJECTED)
-    if prompt is not None and fields.has(prompt):
-        chosen = fields.peek(_CHOSEN)
-        repeats = _holds_messages(chosen) and len(chosen) > 1
-        if not repeats:
-            return _prompt_response(fields, position, prompt, _CHOSEN)
-        fields.get(prompt)
-    if not _holds_messages(fields.peek(_CHOSEN)):
-        raise BadRowError("has an answer that was chosen, but no prompt")
-    return [ChatRow(conversation(fields, _CHOSEN, position), position, tools_of(fields))]
-
-
-def _prompt_alone(fields: Fields, position: Position, prompt: str) -> ChatRow:
-    """Read a prompt that a model will answer; the answer in the row has no words."""
-    messages = [*system_prompt(fields), *history(fields)]
-    if isinstance(fields.peek(prompt), list):
-        messages += read_messages(fields, prompt, position)
-    else:
-        messages.append(Message("user", fields.text(prompt)))
-    if messages[-1].role == "assistant":
-        raise BadRowError("has a prompt that ends with an answer")
-    return ChatRow((*messages, Message("assistant", "")), position, tools_of(fields))
-
-
-def _alpaca(fields: Fields, position: Position, extra: str | None, output: str) -> list[Row]:
-    question = _join(fields.text("instruction"), fields.optional_text(extra))
-    return _ask(fields, question, fields.text(output), position)
-
-
-def _instances(fields: Fields, position: Position) -> list[Row]:
-    """Read Self-Instruct's form: one instruction and a list of inputs with their outputs."""
-    instruction, instances = fields.text("instruction"), fields.get("instances")
-    if not isinstance(instances, list) or not instances:
-        raise BadRowError("has no list 'instances'")
-    rows: list[Row] = []
-    for instance in instances:
-        inner = fields.inner(instance, "instances")
-        question = _join(instruction, inner.optional_text("input"))
-        rows += _ask(fields, question, inner.text("output"), position)
-    return rows
-
-
-def _join(instruction: str, extra: str) -> str:
-    return f"{instruction}\n\n{extra}" if extra else instruction
+    return convert

@@ -10,14 +10,15 @@ from typing import Any, Literal
 
 from kdrun.data.fields import BadRowError, Fields, kind_of
 from kdrun.data.records import Position
+from kdrun.data.tools import calls_in, calls_of, parse_json
 from kdrun.errors import InputError
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 MESSAGES_NAMES = ("messages", "conversations", "conversation")
 SYSTEM_NAMES = ("system", "system_prompt", "system_message")
-TOOLS_NAMES = ("tools", "functions")
 INSTRUCTING = ("system", "developer")
+NO_ANSWER = "has no assistant answer to a user message"
 _ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "developer",
@@ -40,7 +41,6 @@ _ROLES: dict[str, Role] = {
 _CALLING_ROLES = ("function_call", "tool_call")
 """Roles of messages whose content is a tool call of the assistant, as JSON."""
 _UNUSABLE_ROLES = ("image", "audio", "video")
-_CALL_NAMES = ("tool_calls", "function_call")
 REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
 # Fields that mark targets in OpenAI's format and others, axolotl, ms-swift and verl.
 _LEARNED_NAMES = ("weight", "train", "training", "trainable", "loss", "loss_mask")
@@ -93,11 +93,9 @@ def read_messages(fields: Fields, field: str, position: Position) -> list[Messag
         BadRowError: it is no list of messages.
         InputError: an unknown role.
     """
-    turns = fields.get(field)
+    turns = _turns_in(fields.get(field))
     if isinstance(turns, str) and turns.strip():
-        turns = parse_json(turns)
-        if not isinstance(turns, list):
-            raise BadRowError(f"has the messages in {field!r} as text that is not a JSON list")
+        raise BadRowError(f"has the messages in {field!r} as text that is not a JSON list")
     if not isinstance(turns, list) or not turns:
         raise BadRowError(f"has no messages in {field!r}")
     return [_message(fields, turn, i, field, position) for i, turn in enumerate(turns, 1)]
@@ -109,47 +107,62 @@ def complete(fields: Fields, messages: list[Message]) -> tuple[Message, ...]:
     Raises:
         BadRowError: no answer, an empty message, or no target.
     """
-    if not any(message.role in INSTRUCTING and message.content for message in messages):
-        messages = [
-            *system_prompt(fields),
-            *(m for m in messages if m.content or m.role not in INSTRUCTING),
-        ]
-    kept = _between_first_question_and_last_answer(messages, fields)
-    for message in kept:
-        if not message.says_something and message.role not in (*INSTRUCTING, "tool"):
-            raise BadRowError(f"has an empty {message.role} message")
-    return check_answers(tuple(m for m in kept if m.says_something or m.role == "tool"))
+    kept = _between_first_question_and_last_answer(_with_system_prompt(fields, messages), fields)
+    _check_words(kept)
+    return check_answers(tuple(kept))
 
 
-def parse_json(text: str) -> Any:
-    """Return the value of JSON text; None if it is not JSON."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
-
-
-def tools_of(fields: Fields) -> list[dict[str, Any]] | None:
-    """Return the tools that a row offers, in the form that chat templates take.
+def as_prompt(fields: Fields, messages: list[Message]) -> tuple[Message, ...]:
+    """Return a conversation that a model will answer; the answer in the row has no words.
 
     Raises:
-        BadRowError: they have another form.
+        BadRowError: a message is empty, or there is no question.
     """
-    for name in TOOLS_NAMES:
-        if not fields.has(name):
-            continue
-        given = fields.get(name)
-        if isinstance(given, str):
-            given = parse_json(given)
-        if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
-            raise BadRowError(f"has {name!r} that are not a list of tools")
-        return [
-            tool if "function" in tool else {"type": "function", "function": tool} for tool in given
-        ]
-    return None
+    kept = _with_system_prompt(fields, messages)
+    head = [m for m in kept[:2] if m.role in INSTRUCTING]
+    if len(kept) == len(head):
+        raise BadRowError("has no question")
+    _check_words(kept)
+    return (*kept, Message("assistant", ""))
 
 
-def system_prompt(fields: Fields) -> list[Message]:
+def are_messages(value: Any) -> bool:
+    """Return whether a value contains messages rather than text or texts."""
+    turns = _turns_in(value)
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return isinstance(first, dict) and ("role" in first or "from" in first)
+
+
+def _turns_in(value: Any) -> Any:
+    """Return the list in a value that is a list of messages, one message, or JSON of these."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        parsed = parse_json(value)
+        value = parsed if isinstance(parsed, list | dict) else value
+    return [value] if isinstance(value, dict) else value
+
+
+def reasoning_of(fields: Fields) -> str:
+    """Return the reasoning in a field of its own, if any."""
+    for name in REASONING_NAMES:
+        if fields.has(name) and isinstance(fields.peek(name), str):
+            return fields.optional_text(name)
+    return ""
+
+
+def _with_system_prompt(fields: Fields, messages: list[Message]) -> list[Message]:
+    """Return messages after the row's system prompt, unless they have one with words."""
+    if not any(message.role in INSTRUCTING and message.content for message in messages):
+        messages = [*_system_prompt(fields), *messages]
+    return [m for m in messages if m.content or m.role not in INSTRUCTING]
+
+
+def _check_words(messages: list[Message]) -> None:
+    for message in messages:
+        if not message.says_something and message.role != "tool":
+            raise BadRowError(f"has an empty {message.role} message")
+
+
+def _system_prompt(fields: Fields) -> list[Message]:
     """Return the system prompt in its own field, if any."""
     for name in SYSTEM_NAMES:
         if fields.has(name):
@@ -183,7 +196,7 @@ def check_answers(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """
     answers = [message for message in messages if message.role == "assistant"]
     if not answers:
-        raise BadRowError("has no assistant answer to a user message")
+        raise BadRowError(NO_ANSWER)
     if not any(answer.learned for answer in answers):
         raise BadRowError("has no answer to learn: all are marked as not to be learned")
     return messages
@@ -193,7 +206,7 @@ def _between_first_question_and_last_answer(
     messages: list[Message], fields: Fields
 ) -> list[Message]:
     """Drop answers without a question at the start, and questions without an answer at the end."""
-    head = [m for m in messages[:1] if m.role in INSTRUCTING]
+    head = [m for m in messages[:2] if m.role in INSTRUCTING]
     rest = messages[len(head) :]
     while rest and rest[0].role == "assistant":
         fields.leave_out("an answer before the first question")
@@ -223,7 +236,7 @@ def _message(fields: Fields, turn: object, number: int, field: str, position: Po
     role = _ROLES.get(given)
     if role is None:
         close = difflib.get_close_matches(given, _ROLES, n=1)
-        cure = f"did you mean {close[0]}?" if close else "use system, user or assistant"
+        cure = f"did you mean {close[0]}?" if close else "use system, user, assistant or tool"
         raise InputError(
             f"{position}: unknown role {named!r} in message {number}; {cure} (other names: human, "
             "gpt, chatgpt, bot, model)"
@@ -231,8 +244,8 @@ def _message(fields: Fields, turn: object, number: int, field: str, position: Po
     content = inner.optional_text(_content_field(turn))
     learned = _is_learned(inner, role, number)
     if role == "assistant":
-        reasoning = next((inner.optional_text(n) for n in REASONING_NAMES if inner.has(n)), "")
-        return Message(role, content, learned, reasoning, _calls(inner, number))
+        reasoning = reasoning_of(inner) or _thoughts_in(turn)
+        return Message(role, content, learned, reasoning, calls_of(inner, number))
     if role == "tool":
         named_by = (inner.optional_text("name"), inner.optional_text("tool_call_id"))
         return Message(role, content, learned, "", (), *named_by)
@@ -246,35 +259,8 @@ def _content_field(turn: dict[str, Any]) -> str:
 def _calling(turn: Fields, given: dict[str, Any], number: int) -> Message:
     """Return an answer whose content is one tool call or a list of them, as JSON."""
     found = parse_json(turn.optional_text(_content_field(given)))
-    calls = found if isinstance(found, list) else [found]
-    return Message("assistant", "", True, "", [_call(call, number) for call in calls])
-
-
-def _calls(turn: Fields, number: int) -> Sequence[dict[str, Any]]:
-    """Return the tool calls of an answer."""
-    for name in _CALL_NAMES:
-        if turn.has(name):
-            given = turn.get(name)
-            if isinstance(given, str):
-                given = parse_json(given)
-            calls = given if isinstance(given, list) else [given]
-            return [_call(call, number) for call in calls]
-    return ()
-
-
-def _call(given: Any, number: int) -> dict[str, Any]:
-    """Return a tool call with its arguments as an object, as chat templates take it."""
-    inner = given.get("function", given) if isinstance(given, dict) else None
-    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-        raise BadRowError(f"has a tool call without a name in message {number}")
-    arguments = inner.get("arguments", inner.get("parameters", {}))
-    if isinstance(arguments, str):
-        parsed = parse_json(arguments)
-        arguments = parsed if isinstance(parsed, dict) else arguments
-    call = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
-    if isinstance(given, dict) and isinstance(given.get("id"), str):
-        call["id"] = given["id"]
-    return call
+    learned = _is_learned(turn, "assistant", number)
+    return Message("assistant", "", learned, "", calls_in(found, number))
 
 
 def _is_learned(turn: Fields, role: Role, number: int) -> bool:
@@ -313,8 +299,23 @@ def _joined_parts(turn: dict[str, Any]) -> dict[str, Any]:
             continue
         if not isinstance(parts, list):
             continue
-        texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
-        if not all(isinstance(text, str) for text in texts):
-            raise BadRowError("has a message with a part that is not text")
-        joined[field] = "".join(str(text) for text in texts)
+        parts = [part for part in parts if not _is_thought(part)]
+        for part in parts:
+            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, dict) else None
+                what = f"of the type {kind!r}" if isinstance(kind, str) else "that is not text"
+                raise BadRowError(f"has a message with a part {what}")
+        joined[field] = "".join(part["text"] for part in parts)
     return joined
+
+
+def _is_thought(part: object) -> bool:
+    return isinstance(part, dict) and isinstance(part.get("thinking"), str)
+
+
+def _thoughts_in(turn: dict[str, Any]) -> str:
+    """Return the reasoning among the parts of an answer."""
+    parts = turn.get("content")
+    return (
+        "".join(p["thinking"] for p in parts if _is_thought(p)) if isinstance(parts, list) else ""
+    )

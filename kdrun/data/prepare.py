@@ -87,14 +87,9 @@ def read_rows(config: DataConfig, prompts: bool = False) -> RawRows:
         )
         train, held_out = _documents(text.train), _documents(text.held_out)
     else:
-        found = _load(config.sources or config.train, config, config.streaming, prompts)
+        found = _load_training(config, prompts)
         notes += found.warnings()
         train = found.rows
-        if found.data_format == "prompts" and config.eval is None:
-            raise InputError(
-                f"{found.source}: rows without answers cannot be evaluated on; pass held-out rows "
-                "with answers (--eval-data)"
-            )
         if config.streaming:
             notes.append(
                 f"training rows: streamed; the checks see the first {len(train)}, and later rows "
@@ -125,6 +120,20 @@ def read_rows(config: DataConfig, prompts: bool = False) -> RawRows:
             "row, which flatters the student"
         )
     return RawRows(train, held_out, tuple(notes))
+
+
+def _load_training(config: DataConfig, prompts: bool) -> RowSet:
+    given = config.sources or config.train
+    found = _load(given, config, config.streaming, prompts)
+    if not found.unanswered or config.eval is not None:
+        return found
+    if found.unanswered == found.records - len(found.bad):
+        raise InputError(
+            f"{found.source}: rows without answers cannot be evaluated on; pass held-out rows "
+            "with answers (--eval-data)"
+        )
+    # Rows are held out by their content, so that all must be rows to evaluate on.
+    return _load(given, config, config.streaming)
 
 
 def _halve(held_out: Rows, config: DataConfig) -> tuple[Rows, Rows]:

@@ -13,15 +13,32 @@ from typing import Any
 
 from kdrun.data.arrow_store import open_store
 from kdrun.data.fields import BadRowError, Fields
-from kdrun.data.formats import ChatRow, DataFormat, Row, TextRow, choose_converter
-from kdrun.data.messages import Message
+from kdrun.data.formats import (
+    NO_ANSWERS,
+    ChatRow,
+    DataFormat,
+    Row,
+    TextRow,
+    choose_converter,
+    unanswered,
+)
+from kdrun.data.messages import NO_ANSWER, Message
 from kdrun.data.records import Position, Record
 from kdrun.data.row_store import Rows, RowWriter
 from kdrun.data.sources import Part, find_parts
 from kdrun.errors import InputError
 
 _MOST_UNUSED = 12
-_CODE = ("fields.py", "formats.py", "hashes.py", "messages.py", "records.py", "row_store.py")
+_CODE = (
+    "fields.py",
+    "formats.py",
+    "hashes.py",
+    "messages.py",
+    "records.py",
+    "row_store.py",
+    "shapes.py",
+    "tools.py",
+)
 """The source files that determine what becomes of a record."""
 LOOKED_AT = 1000
 """Records of a stream that are read first, to recognise its format and to check the run."""
@@ -61,6 +78,7 @@ class RowSet:
         bad: The rows that were skipped.
         unused: Fields that were not read, with the number of rows that have them.
         records: Number of objects in the source.
+        said: How something was used, with the number of objects.
     """
 
     rows: Rows
@@ -69,12 +87,20 @@ class RowSet:
     bad: tuple[BadRow, ...] = ()
     unused: Mapping[str, int] = field(default_factory=dict)
     records: int = 0
+    said: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def unanswered(self) -> int:
+        """How many rows are prompts alone."""
+        return self.said.get(NO_ANSWERS, 0)
 
     def warnings(self) -> list[str]:
-        """Return one line for each reason for skipping rows, and one for unused fields."""
+        """Return one line for each reason to skip rows, each use, and for unused fields."""
         lines = describe_bad_rows(self.bad, len(self.rows) + len(self.bad))
-        if self.data_format == "preference":
-            lines.append(f"{self.source}: preference rows: the chosen answers are learned")
+        lines += [
+            f"{self.source}: {count} of {self.records} rows: {what}"
+            for what, count in self.said.items()
+        ]
         if self.unused:
             shares = [
                 f"{name} ({_share(count, self.records)})"
@@ -202,6 +228,7 @@ class _Tally:
     formats: list[DataFormat] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
     unused: Counter[str] = field(default_factory=Counter)
+    said: Counter[str] = field(default_factory=Counter)
     records: int = 0
 
     def as_json(self) -> dict[str, Any]:
@@ -212,6 +239,7 @@ class _Tally:
             "bad": bad,
             "unused": dict(self.unused),
             "records": self.records,
+            "said": dict(self.said),
         }
 
 
@@ -219,12 +247,14 @@ def _row_set(rows: Rows, name: str, about: Mapping[str, Any]) -> RowSet:
     bad = tuple(
         BadRow(Position(file, number, unit), reason) for file, number, unit, reason in about["bad"]
     )
-    return RowSet(rows, about["format"], name, bad, about["unused"], about["records"])
+    return RowSet(
+        rows, about["format"], name, bad, about["unused"], about["records"], about["said"]
+    )
 
 
 def reader_of(
     source: SourceOf, parts: Sequence[Part], limit: int | None = None
-) -> tuple[DataFormat, Callable[[Record], tuple[list[Row], set[str]]]]:
+) -> tuple[DataFormat, Callable[[Record], tuple[list[Row], Fields]]]:
     """Return how the records of a source are read.
 
     Args:
@@ -233,8 +263,8 @@ def reader_of(
         limit: look only at so many records; None looks at all.
 
     Returns:
-        The format, never ``auto``, and a function that returns the rows of a record and the names
-        of its unused fields, or raises ``BadRowError``.
+        The format, never ``auto``, and a function that returns the rows of a record and its
+        fields, which know what was used, or raises ``BadRowError``.
 
     Raises:
         InputError: no format fits the fields.
@@ -246,11 +276,10 @@ def reader_of(
         keys, any_text, source.data_format, *fields_named, source.name, source.prompts
     )
 
-    def read(record: Record) -> tuple[list[Row], set[str]]:
+    def read(record: Record) -> tuple[list[Row], Fields]:
         value = {"text": record.value} if isinstance(record.value, str) else record.value
         fields = Fields(value)
-        rows = convert(fields, record.position)
-        return rows, set(fields.unused())
+        return convert(fields, record.position), fields
 
     return chosen, read
 
@@ -271,7 +300,7 @@ def _convert(
     for record in islice(records_of(source, parts), limit):
         tally.records += 1
         try:
-            rows, unused = read(record)
+            rows, fields = read(record)
         except BadRowError as error:
             if strict:
                 raise InputError(
@@ -282,8 +311,11 @@ def _convert(
             continue
         for row in rows:
             writer.add(row, number)
-        tally.unused.update(unused)
+        tally.unused.update(set(fields.unused()))
+        tally.said.update(fields.said())
     if writer.count == written:
+        if all(bad.reason == NO_ANSWER for bad in tally.bad[skipped:]):
+            raise unanswered(source.name)
         first = tally.bad[skipped]
         raise InputError(
             f"{source.name}: none of the {len(tally.bad) - skipped} rows can be used; "

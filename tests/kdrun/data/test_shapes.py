@@ -16,7 +16,8 @@ from kdrun.data.chat import ChatRenderer
 from kdrun.data.encode import encode_chats
 from kdrun.data.encoder import Encoder
 from kdrun.data.hashes import content_hash
-from kdrun.data.rows import ChatRow, RowSet, load_rows
+from kdrun.data.prepare import read_rows
+from kdrun.data.rows import ChatRow, RowSet, SourceOf, load_rows, load_sources
 from kdrun.data.templates import Rendering
 from kdrun.errors import InputError
 
@@ -146,6 +147,18 @@ class TestTools:
             '{"name": "mat", "arguments": {"a": "b"}}<eos>'
         )
 
+    def test_fields_that_tables_fill_with_null_are_absent(self, load: Load) -> None:
+        talk = json.loads(json.dumps(self.TALK))
+        talk["tools"][0]["function"]["parameters"] = {"a": {"type": "string", "enum": None}}
+        call = {"id": None, "function": {"name": "mat", "arguments": {"a": "b", "c": None}}}
+        talk["messages"][1]["tool_calls"] = [call]
+        (row,) = load(talk).rows
+        assert isinstance(row, ChatRow)
+        assert row.tools is not None
+        assert row.tools[0]["function"]["parameters"] == {"a": {"type": "string"}}
+        (found,) = row.messages[1].tool_calls
+        assert found == {"type": "function", "function": {"name": "mat", "arguments": {"a": "b"}}}
+
     def test_a_call_without_a_name_skips_the_row(self, load: Load) -> None:
         talk = json.loads(json.dumps(self.TALK))
         talk["messages"][1]["tool_calls"] = [{"function": {"arguments": "{}"}}]
@@ -182,9 +195,24 @@ class TestConversationalPrompts:
         assert roles == ["user", "assistant", "user", "assistant"]
         assert shown(found.rows[0])[-1] == ("assistant", "a b")
 
+    def test_both_as_json_text(self, load: Load) -> None:
+        found = load({"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])})
+        assert shown(found.rows[0]) == [("user", "the cat"), ("assistant", "sat on")]
+
+    def test_messages_with_several_texts(self, load: Load) -> None:
+        found = load({"prompt": [USER], "response": ["a", "b"]})
+        assert [shown(row)[1] for row in found.rows] == [("assistant", "a"), ("assistant", "b")]
+
+    def test_what_is_marked_as_bad_is_not_learned(self, load: Load) -> None:
+        good, bad = ({"prompt": "a", "completion": c, "label": c == "b"} for c in "bc")
+        found = load(good, bad)
+        assert [shown(row)[1] for row in found.rows] == [("assistant", "b")]
+        assert found.bad[0].reason == "has a completion that is marked as bad (label: false)"
+
 
 class TestPreferences:
     GOOD, BAD = {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
+    SYSTEM = {"role": "system", "content": "dog"}  # noqa: RUF012 - not changed
 
     @pytest.mark.parametrize(
         "row",
@@ -193,19 +221,89 @@ class TestPreferences:
             {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
             {"prompt": "the cat", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
             {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+            {"prompt": "the cat", "chosen": GOOD, "rejected": BAD},
+            {"prompt": "the cat", "chosen": "the cat a", "rejected": "the cat b"},
+            {
+                "conversations": [{"from": "human", "value": "the cat"}],
+                "chosen": {"from": "gpt", "value": "a"},
+                "rejected": {"from": "gpt", "value": "b"},
+            },
+            {
+                "prompt": "the cat",
+                "messages": [USER, GOOD],
+                "chosen": [USER, GOOD],
+                "rejected": [USER, BAD],
+            },
+            {
+                "chosen": "\n\nHuman: the cat\n\nAssistant: a",
+                "rejected": "\n\nHuman: the cat\n\nAssistant: b",
+            },
+        ],
+        ids=[
+            "texts",
+            "messages",
+            "repeated",
+            "whole",
+            "objects",
+            "texts repeated",
+            "ShareGPT",
+            "UltraFeedback",
+            "transcript",
         ],
     )
     def test_the_chosen_answer_is_learned(self, load: Load, row: dict[str, Any]) -> None:
-        found = load(row)
+        found = load(row, row)
         assert found.data_format == "preference"
         assert shown(found.rows[0]) == [("user", "the cat"), ("assistant", "a")]
         assert found.warnings() == [
-            f"{found.source}: preference rows: the chosen answers are learned"
+            f"{found.source}: 2 of 2 rows: preferences: 'chosen' is learned, 'rejected' is not"
         ]
+
+    def test_a_system_prompt_that_is_not_repeated_stays(self, load: Load) -> None:
+        rows = [USER, self.GOOD], [USER, self.BAD]
+        found = load({"prompt": [self.SYSTEM, USER], "chosen": rows[0], "rejected": rows[1]})
+        assert [role for role, _ in shown(found.rows[0])] == ["system", "user", "assistant"]
+
+    def test_a_chosen_answer_of_several_messages(self, load: Load) -> None:
+        calls = {"role": "assistant", "tool_calls": [CALL]}
+        chosen = [calls, {"role": "tool", "content": "c"}, self.GOOD]
+        found = load({"prompt": "the cat", "chosen": chosen, "rejected": [self.BAD]})
+        assert [role for role, _ in shown(found.rows[0])] == [
+            "user",
+            "assistant",
+            "tool",
+            "assistant",
+        ]
+
+    def test_an_answer_that_only_begins_as_the_prompt_stays_whole(self, load: Load) -> None:
+        found = load({"prompt": "the", "chosen": "the cat", "rejected": "a dog"})
+        assert shown(found.rows[0])[1] == ("assistant", "the cat")
 
     def test_no_prompt(self, load: Load) -> None:
         with pytest.raises(InputError, match="has an answer that was chosen, but no prompt"):
             load({"chosen": "a", "rejected": "b"})
+
+
+@pytest.mark.parametrize(
+    ("row", "answers"),
+    [
+        ({"prompt": "c", "response": ["a", "a", ""]}, ["a"]),
+        ({"prompt": "c", "responses": ["a", "b"]}, ["a", "b"]),
+        ({"prompt": "c", "completions": ["a", "b"]}, ["a", "b"]),
+        ({"instruction": "c", "input": "", "output": ["a", "b"]}, ["a", "b"]),
+    ],
+)
+def test_answers_as_lists(load: Load, row: dict[str, Any], answers: list[str]) -> None:
+    found = load(row)
+    assert [shown(one) for one in found.rows] == [
+        [("user", "c"), ("assistant", answer)] for answer in answers
+    ]
+    assert len(found.warnings()) == (len(answers) > 1)
+
+
+def test_a_list_of_something_else_skips_the_row(load: Load) -> None:
+    found = load({"prompt": "c", "response": "a"}, {"prompt": "c", "response": [4]})
+    assert [bad.reason for bad in found.bad] == ["has a number in the list 'response', not text"]
 
 
 def test_several_answers_are_several_rows(load: Load) -> None:
@@ -217,12 +315,109 @@ def test_several_answers_are_several_rows(load: Load) -> None:
         [("user", "the cat"), ("assistant", "b")],
         [("user", "c"), ("assistant", "d")],
     ]
+    (line,) = found.warnings()
+    assert line.endswith("1 of 2 rows: several answers in 'answers', each of which is a row")
 
 
-def test_a_problem_has_a_solution_whatever_else_there_is(load: Load) -> None:
-    found = load({"problem": "the cat", "solution": "a b", "answer": "b"})
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        ({"problem": "the cat", "solution": "a b", "answer": "b"}, "answer"),
+        ({"source": "c", "problem": "the cat", "solution": "a b"}, "source"),
+        ({"question": "the cat", "solution": "a b", "answer": "b"}, "answer"),
+        (
+            {"problem": "the cat", "generated_solution": "a b", "expected_answer": "b"},
+            "expected_an",
+        ),
+    ],
+)
+def test_a_problem_has_a_solution_whatever_else_there_is(
+    load: Load, row: dict[str, str], unused: str
+) -> None:
+    found = load(row)
     assert shown(found.rows[0]) == [("user", "the cat"), ("assistant", "a b")]
-    assert "not used: answer" in found.warnings()[0]
+    assert f"not used: {unused}" in found.warnings()[0]
+
+
+class TestSkipped:
+    GOOD = {"messages": [USER, ANSWER]}  # noqa: RUF012 - not changed
+
+    @pytest.mark.parametrize(
+        ("row", "reason"),
+        [
+            (
+                {"messages": [USER | {"content": [{"type": "image_url"}]}, ANSWER]},
+                "has a message with a part of the type 'image_url'",
+            ),
+            (
+                {"messages": [USER | {"content": ["a"]}, ANSWER]},
+                "has a message with a part that is",
+            ),
+            ({"messages": [USER, {"role": "audio", "content": "a"}, ANSWER]}, "the role 'audio'"),
+            (GOOD | {"images": ["a.png"]}, "has 'images', which kdrun does not learn from"),
+        ],
+    )
+    def test_pictures_and_sound(self, load: Load, row: dict[str, Any], reason: str) -> None:
+        found = load(self.GOOD, row)
+        assert len(found.rows) == 1
+        assert found.bad[0].position.number == 2
+        assert reason in found.bad[0].reason
+
+    def test_no_pictures_are_none(self, load: Load) -> None:
+        assert len(load(self.GOOD, self.GOOD | {"images": [], "audio": None}).rows) == 2
+
+
+class TestPrompts:
+    """For procedures that write every answer."""
+
+    def read(self, tmp_path: Path, *rows: Any) -> RowSet:
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return load_sources([SourceOf(str(file), prompts=True)])
+
+    @pytest.mark.parametrize(
+        "row",
+        [
+            {"prompt": "the cat"},
+            {"prompt": [USER]},
+            {"messages": [USER]},
+            {"messages": json.dumps([USER])},
+            {"instruction": "the", "input": "cat"},
+        ],
+    )
+    def test_shapes(self, tmp_path: Path, row: dict[str, Any]) -> None:
+        found = self.read(tmp_path, row | {"system": "dog"})
+        assert found.unanswered == 1
+        assert [role for role, _ in shown(found.rows[0])] == ["system", "user", "assistant"]
+        assert shown(found.rows[0])[1][1].split() == ["the", "cat"]
+        assert shown(found.rows[0])[2][1] == ""
+
+    def test_a_conversation_that_ends_with_a_question(self, tmp_path: Path) -> None:
+        found = self.read(
+            tmp_path, {"messages": [USER, ANSWER, USER]}, {"messages": [USER, ANSWER]}
+        )
+        assert [len(shown(row)) for row in found.rows] == [4, 2]
+        assert found.unanswered == 1
+
+    def test_what_is_held_out_has_answers(self, tmp_path: Path) -> None:
+        file, other = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
+        answered = [{"messages": [{**USER, "content": word}, ANSWER]} for word in "abcd"]
+        for path, rows in ((file, [{"messages": [USER]}, *answered]), (other, answered)):
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        data = DataConfig(train=str(file), cache_dir="none")
+        found = read_rows(data, prompts=True)
+        assert len(found.train) + len(found.held_out) == 4
+        assert "line 1: has no assistant answer" in found.notes[0]
+        found = read_rows(data.model_copy(update={"eval": str(other)}), prompts=True)
+        assert len(found.train) == 5
+        assert "1 of 5 rows: prompts without answers, which the procedure" in found.notes[0]
+
+    @pytest.mark.parametrize("row", [{"prompt": "the cat"}, {"messages": [USER]}])
+    def test_others_are_told_which_procedures_take_them(
+        self, load: Load, row: dict[str, Any]
+    ) -> None:
+        with pytest.raises(InputError, match=r"prompts but no answers.*gkd:lambda=1 or seqkd"):
+            load(row)
 
 
 class TestReasoning:
@@ -236,6 +431,16 @@ class TestReasoning:
                 "<think> a b </think> sat on <end>",
             )
         ]
+
+    def test_beside_a_prompt_and_its_answer(self, load: Load) -> None:
+        found = load({"question": "the cat", "answer": "sat on", "reasoning_content": "a b"})
+        assert not found.warnings()
+        assert read(words(THINKS), found)[0][1] == "<think> a b </think> sat on <end>"
+
+    def test_as_a_part_of_the_answer(self, load: Load) -> None:
+        parts = [{"type": "thinking", "thinking": "a b"}, {"type": "text", "text": "sat on"}]
+        found = load({"messages": [USER, {"role": "assistant", "content": parts}]})
+        assert read(words(THINKS), found)[0][1] == "<think> a b </think> sat on <end>"
 
     def test_it_stands_in_the_text_for_another(self, load: Load) -> None:
         found = load({"messages": [USER, ANSWER | {"reasoning": "a b"}]})
