@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kdrun.data.chat import ChatRenderer
 from kdrun.data.encode import LongRows, encode
 from kdrun.data.encode_report import report_on
-from kdrun.data.encoding import Example
+from kdrun.data.encoding import Encoding, Example
 from kdrun.data.given import has_reasoning
 from kdrun.data.origins import Origins
 from kdrun.data.parallel import run_in_order, usual_workers
@@ -143,7 +143,7 @@ class Encoder:
 
         check_end_of_text(self.tokenizer)
         tokens = self.texts(rows, part)
-        unknown = self._unknown(rows, tokens)
+        unknown = _unknown(rows, tokens.encoding())
         if not len(tokens):
             raise InputError(
                 f"{unknown[0].position}: no text can be used; this one {unknown[0].reason}"
@@ -175,11 +175,7 @@ class Encoder:
 
     def some(self, rows: Sequence[Row]) -> list[tuple[dict[str, Any], Position]]:
         """Return the examples of a few conversations, with their positions."""
-        given: Any = rows
-        found = encode(given, self.tokenizer, self.max_length, self.long_rows, self.rendering)
-        skipped = {number for number, _ in found.skipped}
-        numbers = [number for number in range(len(rows)) if number not in skipped]
-        kept, known, _ = _known(found.examples, numbers, self.left_out)
+        _, kept, known, _ = _encode_some(self, rows)
         pairs = zip(kept, known, strict=True)
         return [({**example}, rows[number].position) for example, number in pairs]
 
@@ -196,14 +192,15 @@ class Encoder:
 
     def _chats(self, rows: Rows, part: str) -> Encoded:
         tokens = self.chats(rows, part)
-        unknown = self._unknown(rows, tokens)
+        encoding = tokens.encoding()
+        unknown = _unknown(rows, encoding)
         if unknown and not len(tokens):
             raise InputError(
                 f"{unknown[0].position}: no row can be used; this one {unknown[0].reason}"
             )
         report = report_on(
             rows,  # type: ignore[arg-type]
-            tokens.encoding(),
+            encoding,
             self.max_length,
             self.rendering.rendered,
             self.strict,
@@ -213,20 +210,13 @@ class Encoder:
             f"{report.kept} of {report.rows} rows, {report.tokens} tokens, "
             f"{report.supervised_tokens} supervised"
         )
-        thoughts = len(tokens.encoding().reasoning)
+        thoughts = len(encoding.reasoning)
         if thoughts:
             fate = "learned" if self.rendering.reasoning == "keep" else "left out"
             summary += f"; {thoughts} of {len(rows)} rows have reasoning, which is {fate}"
         notes = [summary, *report.warnings(), *describe_bad_rows(unknown, len(rows))]
         examples: Any = tokens
         return Encoded(examples, notes, Origins(Places(rows, tokens.rows())))
-
-    def _unknown(self, rows: Rows, tokens: Tokens) -> list[BadRow]:
-        """Return the rows with a token that only one model knows."""
-        return [
-            BadRow(rows.position(number), _knows_not(token))
-            for number, token in tokens.encoding().unknown
-        ]
 
     def _encode(self, function: Callable[[_Job, int], Chunk], rows: Rows, part: str) -> Tokens:
         """Encode rows in worker processes, unless a store has them already."""
@@ -239,7 +229,8 @@ class Encoder:
         starts = range(0, len(rows), BATCH)
         job = _Job(replace(self, cache=TokenCache(None)), rows)
         chunks = run_in_order(function, job, starts, workers)
-        return store_tokens(place, _shown(chunks, rows, part) if workers > 1 else chunks)
+        worth_showing = len(rows) >= 2 * _ROWS_FOR_A_WORKER
+        return store_tokens(place, _shown(chunks, rows, part) if worth_showing else chunks)
 
     def _place(self, kind: str, rows: Rows) -> Any:
         day = None
@@ -249,6 +240,11 @@ class Encoder:
         key = token_key(self.tokenizer, [kind, rows.fingerprint(), settings])
         cache = self.cache if key is not None else TokenCache(None)
         return cache.place("tokens", lambda: key or uuid.uuid4().hex, rows.characters())
+
+
+def _unknown(rows: Rows, encoding: Encoding) -> list[BadRow]:
+    """Return the rows with a token that only one model knows."""
+    return [BadRow(rows.position(number), _knows_not(token)) for number, token in encoding.unknown]
 
 
 @dataclass(frozen=True)
@@ -263,20 +259,32 @@ def _encode_chats(job: _Job, start: int) -> Chunk:
     """Encode the conversations from a row on."""
     own = job.encoder
     rows: Any = job.rows[start : start + BATCH]
-    found = encode(rows, own.tokenizer, own.max_length, own.long_rows, own.rendering)
-    skipped = {number for number, _ in found.skipped}
-    numbers = [start + number for number in range(len(rows)) if number not in skipped]
-    kept, known, unknown = _known(found.examples, numbers, own.left_out)
+    found, kept, known, unknown = _encode_some(own, rows)
     left = {number for number, _ in unknown}
     notes: dict[str, list[Any]] = {
-        "skipped": [(start + number, reason) for number, reason in found.skipped],
-        "cut": [start + n for n in found.cut if start + n not in left],
+        "skipped": [(start + n, reason) for n, reason in found.skipped],
+        "cut": [start + n for n in found.cut if n not in left],
         "lost": [(start + n, kind) for n, kind in found.lost],
         "controls": [(start + n, token) for n, token in found.controls],
-        "unknown": unknown,
+        "unknown": [(start + n, token) for n, token in unknown],
         "reasoning": [start + n for n, row in enumerate(rows) if has_reasoning(row.messages)],
     }
-    return pack_chunk(kept, known, notes, found.shortest)
+    return pack_chunk(kept, [start + n for n in known], notes, found.shortest)
+
+
+def _encode_some(
+    own: Encoder, rows: Any
+) -> tuple[Encoding, list[Example], list[int], list[tuple[int, str]]]:
+    """Encode conversations.
+
+    Returns:
+        What became of them, the examples, the row of each, and the rows with a token that only one
+        model knows.
+    """
+    found = encode(rows, own.tokenizer, own.max_length, own.long_rows, own.rendering)
+    skipped = {number for number, _ in found.skipped}
+    numbers = [number for number in range(len(rows)) if number not in skipped]
+    return found, *_known(found.examples, numbers, own.left_out)
 
 
 def _encode_texts(job: _Job, start: int) -> Chunk:

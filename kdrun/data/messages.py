@@ -74,18 +74,6 @@ class Message:
         return bool(self.content or self.tool_calls or self.reasoning)
 
 
-def conversation(fields: Fields, field: str, position: Position) -> tuple[Message, ...]:
-    """Return the messages in a field of a row, from the first question to the last answer.
-
-    A system prompt in its own field comes first, unless the messages contain one.
-
-    Raises:
-        BadRowError: no answer, an empty message, no target, or a tool message.
-        InputError: an unknown role.
-    """
-    return complete(fields, read_messages(fields, field, position))
-
-
 def read_messages(fields: Fields, field: str, position: Position) -> list[Message]:
     """Return all messages in a field of a row, a list or JSON text of one.
 

@@ -50,7 +50,9 @@ class Rows(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
         """Return a row, or a list of rows."""
         if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
+            found = [self[number] for number in range(*index.indices(len(self)))]
+            self._stored.release()
+            return found
         batch, place = self._find(index)
         content, is_text = (batch.column(name)[place].as_py() for name in ("content", "is_text"))
         return _load(content, is_text, self.position(index))
@@ -77,7 +79,7 @@ class Rows(Sequence[Row]):
         import numpy as np
 
         parts = [
-            np.frombuffer(batch.column("source").buffers()[1], np.int8)[: len(batch)]
+            np.frombuffer(batch.column("source").buffers()[1], np.int32)[: len(batch)]
             for batch in self._stored.batches
         ]
         found = np.concatenate(parts)
@@ -167,7 +169,7 @@ class RowWriter:
                 ("file", pa.int32()),
                 ("number", pa.int64()),
                 ("unit", pa.int8()),
-                ("source", pa.int8()),
+                ("source", pa.int32()),
                 ("own", pa.binary(_DIGEST)),
                 ("prompt", pa.binary(_DIGEST)),
             ]
@@ -232,7 +234,7 @@ class RowWriter:
             numbers(file, "int32"),
             numbers(number, "int64"),
             numbers(unit, "int8"),
-            numbers(source, "int8"),
+            numbers(source, "int32"),
             digests(own),
             digests(prompt),
         ]

@@ -37,6 +37,8 @@ _CODE = (
     "records.py",
     "row_store.py",
     "shapes.py",
+    "streams.py",
+    "tables.py",
     "tools.py",
 )
 """The source files that determine what becomes of a record."""
@@ -303,10 +305,7 @@ def _convert(
             rows, fields = read(record)
         except BadRowError as error:
             if strict:
-                raise InputError(
-                    f"{record.position}: the row {error}; fix it, or skip such rows with "
-                    "data.strict=false"
-                ) from error
+                raise refusal(record.position, error) from error
             tally.bad.append(BadRow(record.position, str(error)))
             continue
         for row in rows:
@@ -321,6 +320,13 @@ def _convert(
             f"{source.name}: none of the {len(tally.bad) - skipped} rows can be used; "
             f"{first.position.unit} {first.position.number} {first.reason}"
         )
+
+
+def refusal(position: Position, error: BadRowError) -> InputError:
+    """Return the error for a row that cannot be used, with ``data.strict``."""
+    return InputError(
+        f"{position}: the row {error}; fix it, or skip such rows with data.strict=false"
+    )
 
 
 def records_of(source: SourceOf, parts: Sequence[Part]) -> Iterator[Record]:

@@ -54,11 +54,11 @@ def show_rows(
         console.print(f"{int(tokens.lengths().sum())} tokens of plain text, all supervised")
         return
     encoded = encoder(found.rows, 0, False, "")
-    tokens = encoder.chats(found.rows)
-    _show_first(tokens, found.rows, tokenizer, count, console)
+    examples: Any = encoded.examples
+    _show_first(examples, found.rows, tokenizer, count, console)
     for note in encoded.notes:
         console.print(note, markup=False)
-    _show_lengths(tokens, data.max_length, console)
+    _show_lengths(examples, console)
 
 
 def _show_first(
@@ -88,11 +88,12 @@ def _marked(example: Any, tokenizer: PreTrainedTokenizerBase, colours: bool) -> 
     return text
 
 
-def _show_lengths(tokens: Tokens, max_length: int, console: Console) -> None:
+def _show_lengths(tokens: Tokens, console: Console) -> None:
     """Show how many rows have how many tokens."""
     import numpy as np
 
-    counts, edges = np.histogram(tokens.lengths(), bins=_BARS, range=(0, max_length))
+    lengths = tokens.lengths()
+    counts, edges = np.histogram(lengths, bins=_BARS, range=(0, int(lengths.max())))
     console.print("\ntokens per row")
     for number, first, last in islice(zip(counts, edges, edges[1:], strict=False), _BARS):
         bar = "#" * round(_WIDTH * number / counts.max())

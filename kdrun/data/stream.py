@@ -14,7 +14,7 @@ from kdrun.data.collate import ROW
 from kdrun.data.fields import BadRowError
 from kdrun.data.formats import ChatRow, Row
 from kdrun.data.records import Position, Record
-from kdrun.data.rows import LOOKED_AT, SourceOf, reader_of, records_of
+from kdrun.data.rows import LOOKED_AT, SourceOf, reader_of, records_of, refusal
 from kdrun.data.sources import find_parts
 from kdrun.errors import InputError
 
@@ -82,9 +82,10 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
             for source, parts, read in opened:
                 rows = self._rows(records_of(source, parts), read)
                 while batch := list(islice(rows, _BATCH)):
-                    for example in self._encoder.some(batch):
-                        found += 1
-                        yield example
+                    examples = self._encoder.some(batch)
+                    self.skipped += len(batch) - len(examples)
+                    found += len(examples)
+                    yield from examples
             if not found:
                 raise InputError(f"{self._sources[0].name}: no row can be used")
 
@@ -92,7 +93,9 @@ class StreamedRows(IterableDataset[dict[str, Any]]):
         for record in records:
             try:
                 rows, _ = read(record)
-            except BadRowError:
+            except BadRowError as error:
+                if self._encoder.strict:
+                    raise refusal(record.position, error) from error
                 self.skipped += 1
                 continue
             for row in rows:

@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import library
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map
@@ -120,8 +121,8 @@ class _Constructors(TorchFunctionMode):
 
 
 _setup_privateuseone_for_python_backend("simulated", _Module())
-_library = torch.library.Library("_", "IMPL")
-_library.fallback(_run, "PrivateUse1")
+_fallbacks = library.Library("_", "IMPL")
+_fallbacks.fallback(_run, "PrivateUse1")
 
 
 @contextmanager
