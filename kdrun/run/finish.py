@@ -217,6 +217,9 @@ def _show(
     if session is not None:
         for line in session.remarks(written):
             start.say(f"procedure {built.config.procedure.spec}: {line}")
+    rows: Any = built.trainer.train_dataset
+    if passed_over := getattr(rows, "skipped", 0):
+        start.say(f"training rows: {passed_over} of the stream could not be used")
     start.say(f"student: {start.folder / STUDENT}")
 
 

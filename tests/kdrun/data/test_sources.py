@@ -7,7 +7,6 @@ import gzip
 import json
 import lzma
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from cut_runs import cut_back
 
 from kdrun.cli import cli
 from kdrun.config.load import load_config
@@ -252,12 +252,7 @@ class TestMixture:
         said: list[str] = []
         whole = distil(tmp_path / "whole", said, **given)
         assert any("one.jsonl: 33% of the training rows" in line for line in said)
-        cut = tmp_path / "cut"
-        shutil.copytree(whole, cut)
-        for step in (12, 14):
-            shutil.rmtree(cut / "checkpoints" / f"checkpoint-{step}", ignore_errors=True)
-        shutil.rmtree(cut / "student")
-        (cut / "summary.json").unlink()
+        cut = cut_back(whole, tmp_path / "cut")
         distil(cut, resume=True, **given)
         files = [folder / "student" / "model.safetensors" for folder in (whole, cut)]
         assert files[0].read_bytes() == files[1].read_bytes()

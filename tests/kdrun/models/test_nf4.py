@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import tiny_llama
+from cut_runs import cut_back
 from safetensors.torch import load_file
 
 from kdrun.cache.fingerprint import print_teacher
@@ -258,11 +258,7 @@ def test_ten_steps_equal_four_steps_and_six_after_a_kill(
     steps = {**QLORA, **given, "training__max_steps": 10, "training__save_steps": 4}
     whole = distil(tmp_path / "whole", training__save_total_limit=9, **steps)
     cut = tmp_path / "cut"
-    shutil.copytree(whole, cut)
-    for name in ("checkpoint-8", "checkpoint-10"):
-        shutil.rmtree(cut / "checkpoints" / name)
-    shutil.rmtree(cut / "student")
-    (cut / "summary.json").unlink()
+    cut_back(whole, cut, 2)
     said: list[str] = []
     distil(cut, said, resume=True, **{**steps, "training__save_total_limit": 9})
     assert digest(cut / "student") == digest(whole / "student")

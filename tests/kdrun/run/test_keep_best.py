@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from commands import kdrun_in_processes
+from cut_runs import cut_back
 from safetensors.torch import load_file
 
 from kdrun.cli import cli
@@ -85,11 +86,7 @@ def test_training_stops_early_and_a_resumed_run_stops_at_the_same_step(
     said: list[str] = []
     distil(whole, said, resume=True, **given)
     assert said[-1].endswith("is finished; nothing is left to do")
-    cut = tmp_path / "cut"
-    shutil.copytree(whole, cut)
-    shutil.rmtree(cut / "checkpoints" / f"checkpoint-{stopped}")
-    shutil.rmtree(cut / "student")
-    (cut / "summary.json").unlink()
+    cut = cut_back(whole, tmp_path / "cut")
     distil(cut, resume=True, **given)
     assert summary_of(cut)["steps"] == stopped
     assert summary_of(cut)["student_step"] == summary_of(whole)["student_step"]

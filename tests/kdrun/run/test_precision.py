@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from commands import kdrun_in_processes
+from cut_runs import cut_back
 from safetensors.torch import load_file
 
 from kdrun.cli import cli
@@ -114,11 +114,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 ) -> None:
     given = {"training__precision": "bf16", "training__save_steps": 2, **more}
     whole = distil(tmp_path / "whole", training__max_steps=4, **given)
-    cut = tmp_path / "cut"
-    shutil.copytree(whole, cut)
-    shutil.rmtree(cut / "checkpoints" / "checkpoint-4")
-    shutil.rmtree(cut / "student")
-    (cut / "summary.json").unlink()
+    cut = cut_back(whole, tmp_path / "cut")
     distil(cut, resume=True, training__max_steps=4, **given)
     names = [path.name for path in (whole / "student").glob("*.safetensors")]
     assert names

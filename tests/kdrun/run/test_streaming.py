@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from commands import kdrun_in_processes
+from cut_runs import cut_back
 from safetensors.torch import load_file
 
 from kdrun.data.encoder import Encoder
@@ -63,12 +64,7 @@ def test_a_run_resumes_bit_for_bit(
     said: list[str] = []
     whole = distil(tmp_path / "whole", said, **given)
     assert any("training rows: streamed; the checks see the first 40" in line for line in said)
-    cut = tmp_path / "cut"
-    shutil.copytree(whole, cut)
-    for step in (12, 14):
-        shutil.rmtree(cut / "checkpoints" / f"checkpoint-{step}", ignore_errors=True)
-    shutil.rmtree(cut / "student")
-    (cut / "summary.json").unlink()
+    cut = cut_back(whole, tmp_path / "cut")
     distil(cut, resume=True, **given)
     first, second = students(whole, cut)
     assert first == second
@@ -83,7 +79,23 @@ def test_compressed_rows_that_cannot_be_used_are_passed_over(
     rows[3:3] = [json.dumps({"prompt": "no answer", "response": ""})] * 3
     file = tmp_path / "rows.jsonl.gz"
     file.write_bytes(gzip.compress("\n".join(rows).encode()))
-    distil(tmp_path / "run", **streamed, data__train=str(file), training__max_steps=12)
+    given = streamed | {"data__train": str(file), "training__max_steps": 12}
+    said: list[str] = []
+    distil(tmp_path / "run", said, **given)
+    assert any(re.match(r"training rows: [36] of the stream could not be used", x) for x in said)
+    with pytest.raises(InputError, match=r"line 4: the row has the field 'response' empty"):
+        distil(tmp_path / "strict", **given, data__strict=True)
+
+
+def test_rows_behind_those_that_are_checked_first_are_refused_too(
+    tiny_pair: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    content = Path(tiny_pair.rows).read_text(encoding="utf-8") * 26  # 1,040 rows
+    file = tmp_path / "rows.jsonl"
+    file.write_text(content + json.dumps({"prompt": "no answer", "response": ""}) + "\n")
+    strict = StreamedRows([SourceOf(str(file))], Encoder(tiny_tokenizer, 64, strict=True), 1, 0)
+    with pytest.raises(InputError, match="line 1041: the row has the field 'response' empty"):
+        list(islice(iter(strict), 1041))
 
 
 @pytest.mark.parametrize(
