@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 
@@ -38,9 +40,17 @@ def generate(
 ) -> None:
     """Generate an answer to a prompt; STUDENT is a model folder, a run folder or a hub id."""
     from kdrun.models.generation import answer
+    from kdrun.run.folder import rendering_in
 
     for piece in answer(
-        student, prompt, max_new_tokens, sampling_temperature, seed, trust_remote_code, _say
+        student,
+        prompt,
+        max_new_tokens,
+        sampling_temperature,
+        seed,
+        trust_remote_code,
+        _say,
+        rendering_in(Path(student)),
     ):
         click.echo(piece, nl=False)
     click.echo()

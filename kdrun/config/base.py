@@ -22,3 +22,15 @@ class Section(BaseModel):
     """A section of a configuration: unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    def require(self, section: str, key: str) -> None:
+        """Refuse any other key of this section that is set while ``key`` is null.
+
+        Raises:
+            ValueError: one is set; names it.
+        """
+        if getattr(self, key) is not None:
+            return
+        for name, field in type(self).model_fields.items():
+            if getattr(self, name) != field.default:
+                raise ValueError(f"{section}.{name} has no effect without {section}.{key}")

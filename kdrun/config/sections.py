@@ -18,6 +18,27 @@ from kdrun.config.training_sections import (
 
 BUILT_IN = "builtin"
 KD_RATIO = "kd_ratio"
+_SET_FOR_TEMPLATES = frozenset(
+    {
+        "self",
+        "messages",
+        "conversation",
+        "tools",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "sanitize_control_tokens",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    }
+)
+"""Arguments of transformers' ``apply_chat_template`` that are no variables of a user's template."""
 SHORT_NAMES = {"model.dtype": ("model.student_dtype", "model.teacher_dtype")}
 """Keys that set several others, where those are not set themselves."""
 RowFormat = Literal[
@@ -228,6 +249,13 @@ class DataConfig(Section):
             raise ValueError("data.packing is not supported for sources that are mixed by weights")
         return self
 
+    @field_validator("template_arguments")
+    @classmethod
+    def _check_arguments(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in sorted(_SET_FOR_TEMPLATES & given.keys()):
+            raise ValueError(f"{name} is set for every row; remove it")
+        return given
+
     @field_validator("date")
     @classmethod
     def _check_date(cls, given: str | None) -> str | None:
@@ -311,10 +339,7 @@ class ProcedureConfig(Section):
 
     @model_validator(mode="after")
     def _need_a_spec(self) -> Self:
-        if self.spec is None:
-            for name, field in type(self).model_fields.items():
-                if getattr(self, name) != field.default:
-                    raise ValueError(f"procedure.{name} has no effect without procedure.spec")
+        self.require("procedure", "spec")
         return self
 
 

@@ -163,14 +163,7 @@ class LoraConfig(Section):
                 f"lora.quantization={self.quantization} needs lora.rank: weights in 4 bits cannot "
                 "be trained, only adapters above them"
             )
-        if self.rank is None and self.model_fields_set - {"rank"}:
-            changed = [
-                name
-                for name, field in type(self).model_fields.items()
-                if getattr(self, name) != field.default
-            ]
-            if changed:
-                raise ValueError(f"lora.{changed[0]} has no effect without lora.rank")
+        self.require("lora", "rank")
         return self
 
 

@@ -111,7 +111,9 @@ class Encoder:
             InputError: ``data.cache_dir`` cannot be written, or the template is broken.
         """
         if data.template is not None:
-            tokenizer.chat_template = read_template(data.template, tokenizer)
+            tokenizer.chat_template = read_template(
+                data.template, tokenizer, data.template_arguments
+            )
         return cls(
             tokenizer,
             data.max_length,

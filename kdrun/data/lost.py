@@ -66,12 +66,12 @@ def find_lost(messages: Sequence[Message], places: Sequence[Place]) -> tuple[str
         BadRowError: an answer that is a target is omitted completely, or contains a tool result.
     """
     found = {}
-    both = zip(messages, places, strict=True)
-    turns = [place for message, place in both if message.role == "assistant"]
-    for turn, (message, place) in enumerate(zip(messages, places, strict=True)):
+    both = list(zip(messages, places, strict=True))
+    answers = [place for message, place in both if message.role == "assistant"]
+    for number, (message, place) in enumerate(both, start=1):
         if message.reasoning and not _stands(message.reasoning, place):
             # Templates of reasoning models leave out that of earlier answers on purpose.
-            last = turn == len(messages) - 1
+            last = number == len(messages)
             found[_REASONING if last else _OF_EARLIER_ANSWERS] = True
         said = [str(call["function"]["name"]) in place.own for call in message.tool_calls]
         if not all(said):
@@ -81,13 +81,13 @@ def find_lost(messages: Sequence[Message], places: Sequence[Place]) -> tuple[str
         if message.role == "tool":
             if _stands(_escaped(message.content), place):
                 continue
-            if any(message.content in turn.own for turn in turns):
+            if any(message.content in answer.own for answer in answers):
                 raise BadRowError("has a tool result that the chat template writes in an answer")
         kind = _OF_ROLES.get(message.role)
         if kind is None:
             if message.learned and not any(said) and _nothing_left(message.content, place.own):
                 raise BadRowError("has an answer that the chat template omits")
-            kind = _OF_LAST_ANSWER if turn == len(messages) - 1 else _OF_EARLIER_ANSWERS
+            kind = _OF_LAST_ANSWER if number == len(messages) else _OF_EARLIER_ANSWERS
         found[kind] = True
     return tuple(found)
 

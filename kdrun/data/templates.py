@@ -95,8 +95,10 @@ def template_of(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> str
     return rendering.dated(tokenizer.get_chat_template())
 
 
-def read_template(file: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Read a chat template and try it on a question and its answer.
+def read_template(
+    file: str, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]
+) -> str:
+    """Read a chat template and try it, with its further variables, on a question and its answer.
 
     Raises:
         InputError: it cannot be read, or is broken; names its line.
@@ -110,7 +112,7 @@ def read_template(file: str, tokenizer: PreTrainedTokenizerBase) -> str:
         raise InputError(f"data.template={file}: cannot be read ({reason})") from error
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        tokenizer.apply_chat_template(talk, chat_template=text, tokenize=False)
+        tokenizer.apply_chat_template(talk, chat_template=text, tokenize=False, **arguments)
     except TemplateSyntaxError as error:
         raise InputError(f"data.template={file}, line {error.lineno}: {error.message}") from error
     except Exception as error:  # a template may raise whatever it likes

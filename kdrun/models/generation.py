@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kdrun.builtin import TEACHER_DIR
 from kdrun.config.sections import BUILT_IN
 from kdrun.data.chat import ChatRenderer
+from kdrun.data.fields import BadRowError
 from kdrun.data.messages import Message
 from kdrun.data.templates import USUAL_RENDERING, Rendering
 from kdrun.errors import InputError
@@ -110,6 +111,7 @@ def answer(
     seed: int,
     trust_remote_code: bool,
     say: Callable[[str], None] | None = None,
+    rendering: Rendering = USUAL_RENDERING,
 ) -> Iterator[str]:
     """Generate an answer, prompted exactly as chats are in training.
 
@@ -121,12 +123,13 @@ def answer(
         seed: seed of the sampling.
         trust_remote_code: run Python code that comes with the model.
         say: called with a line for each unused file of the model; None reports nothing.
+        rendering: settings of the rendering other than the chat template.
 
     Yields:
         The text, currently all at once.
 
     Raises:
-        InputError: no such model, or an empty prompt.
+        InputError: no such model, an empty prompt, or one that the chat template rejects.
     """
     import torch
 
@@ -135,7 +138,13 @@ def answer(
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         model = load_model(source, trust_remote_code=trust_remote_code, say=say)
         if tokenizer.chat_template:
-            ids = encode_prompt(tokenizer, [Message("user", prompt)])
+            try:
+                ids = encode_prompt(tokenizer, [Message("user", prompt)], rendering)
+            except BadRowError as error:
+                raise InputError(
+                    f"--prompt {error}; variables that a template needs are read from the "
+                    "folder of a run (data.template_arguments)"
+                ) from error
         else:
             ids = list(tokenizer(prompt)["input_ids"])
         if not ids:

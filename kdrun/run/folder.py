@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kdrun.config.load import stated_values, validate
+from kdrun.data.templates import USUAL_RENDERING, Rendering
 from kdrun.errors import InputError, Interrupted, UnwritableError, signal_of
 from kdrun.files import LOCK, remove
 from kdrun.models.locate import STUDENT
@@ -42,6 +44,19 @@ def choose_folder(given: str | None, loss: str) -> Path:
         count += 1
         folder = base.with_name(f"{base.name}-{count}")
     return folder
+
+
+def rendering_in(folder: Path) -> Rendering:
+    """Return how the run in a folder rendered its rows; the usual rendering if it has no run.
+
+    Only the section ``data`` is read: a student can be used without the plugins of its training.
+
+    Raises:
+        InputError: the configuration is not one of a run.
+    """
+    if not (folder / CONFIG).is_file():
+        return USUAL_RENDERING
+    return Rendering.of(validate({"data": stated_values(folder / CONFIG).get("data", {})}).data)
 
 
 def prepare_folder(folder: Path, resume: bool, overwrite: bool) -> None:

@@ -338,3 +338,25 @@ def test_generate_answers_from_a_run(finished: tuple[Path, str]) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_generate_renders_a_prompt_as_the_run_did(tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m['role'] + style.mark + m['content'] + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant' + style.mark }}{% endif %}"
+    )
+    rows, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows.write_text("".join(f'{{"prompt": "{n}?", "response": "{n}."}}\n' for n in range(40)))
+    done = kdrun(
+        *("--data", rows, "--max-steps", 1, "--output", run, "--set", f"data.template={template}"),
+        *("--set", "data.template_arguments={style: {mark: '> '}}"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert (run / "student" / "chat_template.jinja").read_text() == template.read_text()
+    ask = ("--prompt", "7?", "--max-new-tokens", 4)
+    assert kdrun("generate", run, *ask).returncode == 0
+    # The student alone does not know the variables of its template.
+    line = refused("generate", run / "student", *ask)
+    assert "--prompt is rejected by the chat template ('style' is undefined)" in line
+    assert "folder of a run" in line

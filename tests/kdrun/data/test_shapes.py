@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 from word_chats import words
 from words import CHAT, PROMPT
 
@@ -482,6 +484,26 @@ class TestTemplates:
         assert tokenizer.chat_template == "{{ word }} " + CHAT  # so that it is saved
         (found,) = read(tokenizer, load({"messages": [USER, ANSWER]}), encoder.rendering)
         assert found[0] == "dog user the cat <end> assistant sat on <end>"
+
+    def test_one_that_needs_its_variables_is_tried_with_them(self, tmp_path: Path) -> None:
+        file = tmp_path / "chat.jinja"
+        file.write_text("{{ style.tone }} " + CHAT)
+        Encoder.of(
+            DataConfig(template=str(file), template_arguments={"style": {"tone": "dog"}}),
+            words(CHAT),
+            {},
+        )
+        with pytest.raises(InputError, match=r"fails on a question with an answer .*'style'"):
+            Encoder.of(DataConfig(template=str(file)), words(CHAT), {})
+
+    def test_variables_do_not_replace_what_is_set_for_every_row(self) -> None:
+        named = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+        assert "documents" in named
+        assert "chat_template" in named
+        for name in {"messages", *named} - {"documents", "kwargs"}:
+            with pytest.raises(ValueError, match=f"{name} is set for every row; remove it"):
+                DataConfig(template_arguments={name: True})
+        assert DataConfig(template_arguments={"documents": []}).template_arguments
 
     @pytest.mark.parametrize(
         ("text", "line"),
