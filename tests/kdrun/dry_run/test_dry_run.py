@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pair_configs
 import pytest
 import torch
 import transformers
@@ -34,17 +36,7 @@ from kdrun.procedures import Session
 from kdrun.run.arguments import training_arguments
 from kdrun.run.distill import distill
 
-
-def config_of(pair: Any, **given: Any) -> RunConfig:
-    overrides = {
-        "model.teacher": str(pair.teacher),
-        "model.student": str(pair.student),
-        "data.train": str(pair.rows),
-        "data.max_length": 128,
-        "training.batch_size": 4,
-        **{key.replace("__", "."): value for key, value in given.items()},
-    }
-    return load_config(None, list(overrides.items()))
+config_of = partial(pair_configs.config_of, training__batch_size=4)
 
 
 def growth(profile: Any) -> tuple[int, int]:

@@ -12,14 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from conftest import tiny_llama
 from cut_runs import cut_back
+from pair_configs import config_of
 from safetensors.torch import load_file
 
 from kdrun.cache.fingerprint import print_teacher
-from kdrun.cli import cli
-from kdrun.config.load import load_config
 from kdrun.config.training_sections import LoraConfig
 from kdrun.dry_run.report import dry_run
 from kdrun.errors import InputError
@@ -29,7 +27,7 @@ from kdrun.models.load import load_model
 from kdrun.models.locate import locate_model
 from kdrun.models.nf4 import dequantize, is_nf4, nf4_bytes, to_nf4, weights_in
 from kdrun.models.pairs import describe_model, find_pair, load_teacher
-from kdrun.models.quantize import check_quantization, check_student_quantization
+from kdrun.models.quantize import check_student_quantization
 
 Distil = Callable[..., Path]
 needs_bitsandbytes = pytest.mark.skipif(
@@ -61,17 +59,6 @@ def distil(distil: Distil, wide_pair: Any) -> Distil:
         return distil(folder, said, resume, **{**named, **given})
 
     return run
-
-
-def config_of(pair: Any, **given: Any) -> Any:
-    overrides = {
-        "model.teacher": str(pair.teacher),
-        "model.student": str(pair.student),
-        "data.train": str(pair.rows),
-        "data.max_length": 128,
-        **{key.replace("__", "."): value for key, value in given.items()},
-    }
-    return load_config(None, list(overrides.items()))
 
 
 def bytes_of(model: Any) -> int:
@@ -344,39 +331,9 @@ def test_two_processes_train_as_one_does(torchrun: Any, wide_pair: Any, tmp_path
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"model__teacher": None, "loss__kd_ratio": 0}, "without a teacher"),
-        ({"model__teacher_cache": "somewhere"}, "remove one of the two"),
-        ({"training__fsdp": True}, "cannot be sharded"),
-    ],
-)
-def test_what_has_no_sense_is_refused(wide_pair: Any, given: dict[str, Any], said: str) -> None:
-    config = config_of(wide_pair, **NF4, **given)
-    with pytest.raises(InputError, match=said):
-        check_quantization(config.model, config.training.fsdp)
-
-
 def test_a_student_in_4_bits_needs_adapters_and_is_not_sharded(wide_pair: Any) -> None:
     with pytest.raises(InputError, match=r"lora\.quantization=nf4 needs lora\.rank"):
         config_of(wide_pair, lora__quantization="nf4")
     config = config_of(wide_pair, lora__rank=2, lora__quantization="nf4")
     with pytest.raises(InputError, match=r"lora\.quantization=nf4: .* cannot be sharded"):
         check_student_quantization(config.lora, fsdp=True)
-
-
-@pytest.mark.parametrize(
-    "settings", [["model.teacher_quantization=nf4"], ["lora.rank=2", "lora.quantization=nf4"]]
-)
-def test_without_bitsandbytes_it_is_refused_before_anything_loads(
-    wide_pair: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: list[str]
-) -> None:
-    monkeypatch.setattr("kdrun.models.quantize.find_spec", lambda name: None)
-    arguments = ["--teacher", str(wide_pair.teacher), "--student", str(wide_pair.student)]
-    arguments += ["--data", str(wide_pair.rows), "--output", str(tmp_path / "run")]
-    for setting in settings:
-        arguments += ["--set", setting]
-    with pytest.raises(InputError, match=r"nf4 needs bitsandbytes.*kdlosses\[quantize\]"):
-        CliRunner().invoke(cli, arguments, catch_exceptions=False)
-    assert not (tmp_path / "run").exists()

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from pair_configs import config_of
 
 from kdlosses import Logits, Projected
-from kdrun.config.load import load_config
 from kdrun.dry_run.report import dry_run
 from kdrun.errors import InputError
 from kdrun.models.heads import FrozenTeacher, HeadSplit, find_split
@@ -226,21 +226,10 @@ def test_a_teacher_beside_a_cache_is_moved_too(
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
-def settings(tiny_pair: Any, **given: Any) -> Any:
-    values = {
-        "model.teacher": str(tiny_pair.teacher),
-        "model.student": str(tiny_pair.student),
-        "data.train": str(tiny_pair.rows),
-        "data.max_length": 64,
-        **{key.replace("__", "."): value for key, value in given.items()},
-    }
-    return load_config(None, list(values.items()))
-
-
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 def test_the_dry_run_counts_the_copy_of_the_head(tiny_pair: Any, device: str) -> None:
-    found = dry_run(settings(tiny_pair, model__teacher_device=device), "h100")
-    plain = dry_run(settings(tiny_pair), "h100")
+    found = dry_run(config_of(tiny_pair, model__teacher_device=device), "h100")
+    plain = dry_run(config_of(tiny_pair), "h100")
     assert found.memory["weights of the teacher"] == 296 * 32 * 2
     assert plain.memory["weights of the teacher"] == plain.teacher.weights > 296 * 32 * 2
     place = "the CPU" if device == "cpu" else "other devices"
@@ -248,8 +237,8 @@ def test_the_dry_run_counts_the_copy_of_the_head(tiny_pair: Any, device: str) ->
 
 
 def test_on_a_cpu_the_teacher_stays_beside_the_student(tiny_pair: Any) -> None:
-    found = dry_run(settings(tiny_pair, model__teacher_device="cpu"), "cpu")
-    assert found.memory == dry_run(settings(tiny_pair), "cpu").memory
+    found = dry_run(config_of(tiny_pair, model__teacher_device="cpu"), "cpu")
+    assert found.memory == dry_run(config_of(tiny_pair), "cpu").memory
 
 
 @pytest.mark.parametrize(
@@ -261,7 +250,7 @@ def test_on_a_cpu_the_teacher_stays_beside_the_student(tiny_pair: Any) -> None:
 )
 def test_what_has_no_sense_is_refused(tiny_pair: Any, given: dict[str, Any], said: str) -> None:
     for device in ("auto", "cpu"):
-        config = settings(tiny_pair, model__teacher_device=device, **given)
+        config = config_of(tiny_pair, model__teacher_device=device, **given)
         with pytest.raises(InputError, match=f"model.teacher_device={device}.*{said}"):
             check(config)
         with pytest.raises(InputError, match=said):

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from pair_configs import config_of
 
 from kdrun.cli import cli
-from kdrun.config.load import load_config
 from kdrun.dry_run.report import dry_run
 from kdrun.errors import InputError
 from kdrun.models.heads import FrozenTeacher, find_split
@@ -26,17 +26,6 @@ needs_torchao = pytest.mark.skipif(
 )
 # What torchao asks of torch 2.13 while it is imported.
 pytestmark = pytest.mark.filterwarnings("default")
-
-
-def config_of(pair: Any, **given: Any) -> Any:
-    overrides = {
-        "model.teacher": str(pair.teacher),
-        "model.student": str(pair.student),
-        "data.train": str(pair.rows),
-        "data.max_length": 128,
-        **{key.replace("__", "."): value for key, value in given.items()},
-    }
-    return load_config(None, list(overrides.items()))
 
 
 INT8 = {"model__teacher_quantization": "int8"}
@@ -95,6 +84,7 @@ def test_the_dry_run_knows_its_bytes(tiny_pair: Any) -> None:
     assert taken < plain
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -103,19 +93,34 @@ def test_the_dry_run_knows_its_bytes(tiny_pair: Any) -> None:
         ({"training__fsdp": True}, "cannot be sharded"),
     ],
 )
-def test_what_has_no_sense_is_refused(tiny_pair: Any, given: dict[str, Any], said: str) -> None:
-    config = config_of(tiny_pair, **INT8, **given)
+def test_what_has_no_sense_is_refused(
+    tiny_pair: Any, given: dict[str, Any], said: str, kind: str
+) -> None:
+    config = config_of(tiny_pair, model__teacher_quantization=kind, **given)
     with pytest.raises(InputError, match=said):
         check_quantization(config.model, config.training.fsdp)
 
 
-def test_without_torchao_it_is_refused_before_anything_loads(
-    tiny_pair: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["model.teacher_quantization=int8"], "int8 needs torchao"),
+        (["model.teacher_quantization=nf4"], "nf4 needs bitsandbytes"),
+        (["lora.rank=2", "lora.quantization=nf4"], "nf4 needs bitsandbytes"),
+    ],
+)
+def test_without_its_package_it_is_refused_before_anything_loads(
+    tiny_pair: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    settings: list[str],
+    said: str,
 ) -> None:
     monkeypatch.setattr("kdrun.models.quantize.find_spec", lambda name: None)
     arguments = ["--teacher", str(tiny_pair.teacher), "--student", str(tiny_pair.student)]
     arguments += ["--data", str(tiny_pair.rows), "--output", str(tmp_path / "run")]
-    arguments += ["--set", "model.teacher_quantization=int8"]
-    with pytest.raises(InputError, match=r"kdlosses\[quantize\]"):
+    for setting in settings:
+        arguments += ["--set", setting]
+    with pytest.raises(InputError, match=said + r".*kdlosses\[quantize\]"):
         CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert not (tmp_path / "run").exists()
