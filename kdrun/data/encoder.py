@@ -13,6 +13,7 @@ from kdrun.data.encode import LongRows, encode
 from kdrun.data.encode_report import report_on
 from kdrun.data.encoding import Encoding, Example
 from kdrun.data.given import has_reasoning
+from kdrun.data.lazy import Lazy
 from kdrun.data.origins import Origins
 from kdrun.data.parallel import run_in_order, usual_workers
 from kdrun.data.records import Position
@@ -34,7 +35,7 @@ _ROWS_FOR_A_WORKER = 4 * BATCH
 """Fewer rows are encoded sooner than another process is started."""
 
 
-class Kept(Sequence[Any]):
+class Kept(Lazy[Any]):
     """Some rows of a data set.
 
     Args:
@@ -52,9 +53,9 @@ class Kept(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, index: Any) -> Any:
+    def element(self, number: int) -> Any:
         """Return one of them."""
-        return self.rows[self.numbers[index]]
+        return self.rows[self.numbers[number]]
 
 
 def _knows_not(token: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from kdrun.data.lazy import Lazy
 from kdrun.data.records import Position
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from kdrun.data.encoding import Example
 
 
-class Mixture(Sequence["Example"]):
+class Mixture(Lazy["Example"]):
     """Examples of several sources in given shares, as many in an epoch as there are.
 
     Which source a place draws from follows from seed and epoch. A source gives its examples in a
@@ -56,13 +57,13 @@ class Mixture(Sequence["Example"]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, index: Any) -> Any:
+    def element(self, number: int) -> Example:
         """Return an example of the current epoch."""
-        return self.examples[int(self._numbers[index])]
+        return self.examples[self.among_all(number)]
 
-    def number(self, index: int) -> int:
-        """Return the number of an example of the current epoch among all."""
-        return int(self._numbers[index])
+    def among_all(self, number: int) -> int:
+        """Return the number that an example of the current epoch has among all."""
+        return int(self._numbers[number])
 
     def _draw(self, epoch: int) -> np.ndarray:
         """Return the source of each place of an epoch."""
@@ -85,7 +86,7 @@ class Mixture(Sequence["Example"]):
         return np.concatenate(order)[start : start + count]
 
 
-class MixedPlaces(Sequence[Position]):
+class MixedPlaces(Lazy[Position]):
     """Positions of a mixture's examples in the current epoch.
 
     Args:
@@ -99,9 +100,9 @@ class MixedPlaces(Sequence[Position]):
     def __len__(self) -> int:
         return len(self._mixture)
 
-    def __getitem__(self, index: Any) -> Any:
+    def element(self, number: int) -> Position:
         """Return a position."""
-        return self._places[self._mixture.number(index)]
+        return self._places[self._mixture.among_all(number)]
 
 
 def mix(

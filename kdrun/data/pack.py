@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING
 
 from kdrun.data.collate import IGNORE_INDEX
 from kdrun.data.encoding import Example
+from kdrun.data.lazy import Lazy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +36,7 @@ def pack(examples: Sequence[Example], max_length: int) -> Packed:
     return Packed(examples, arrange(lengths, max_length))
 
 
-class Packed(Sequence[PackedExample]):
+class Packed(Lazy[PackedExample]):
     """Rows of several examples, joined when they are looked at.
 
     Args:
@@ -49,18 +50,12 @@ class Packed(Sequence[PackedExample]):
     def __len__(self) -> int:
         return len(self._members)
 
-    @overload
-    def __getitem__(self, index: int) -> PackedExample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[PackedExample]: ...
-    def __getitem__(self, index: int | slice) -> PackedExample | list[PackedExample]:
-        """Return one row, or a list of them."""
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        return join([self._examples[number] for number in self._members[index]])
+    def element(self, number: int) -> PackedExample:
+        """Return one row."""
+        return join([self._examples[member] for member in self._members[number]])
 
 
-class Members(Sequence[Sequence[int]]):
+class Members(Lazy[Sequence[int]]):
     """The numbers of each row's examples, in two arrays.
 
     Args:
@@ -78,9 +73,8 @@ class Members(Sequence[Sequence[int]]):
     def __len__(self) -> int:
         return len(self._stops) - 1
 
-    def __getitem__(self, index: Any) -> Any:
+    def element(self, number: int) -> list[int]:
         """Return the numbers of one row's examples."""
-        number = range(len(self))[index]
         found: list[int] = self._numbers[self._stops[number] : self._stops[number + 1]].tolist()
         return found
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self
 
 from kdrun.data.arrow_store import Stored, StoreWriter, digests, numbers, texts
 from kdrun.data.formats import ChatRow, Row, TextRow
 from kdrun.data.hashes import content_hash, prompt_hash
+from kdrun.data.lazy import Lazy
 from kdrun.data.messages import Message
 from kdrun.data.records import Position
 
@@ -28,7 +29,7 @@ _MESSAGE_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Message)}
 _OF_CHATS = [f.name for f in dataclasses.fields(ChatRow) if f.name not in ("messages", "position")]
 
 
-class Rows(Sequence[Row]):
+class Rows(Lazy[Row]):
     """Rows of a store, or some of them.
 
     Args:
@@ -43,36 +44,24 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return self._count if self._numbers is None else len(self._numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        """Return a row, or a list of rows."""
-        if isinstance(index, slice):
-            found = [self[number] for number in range(*index.indices(len(self)))]
+    def element(self, number: int) -> Row:
+        """Return a row."""
+        if number % BATCH == BATCH - 1:
             self._stored.release()
-            return found
-        batch, place = self._find(index)
+        batch, place = self._find(number)
         content, is_text = (batch.column(name)[place].as_py() for name in ("content", "is_text"))
-        return _load(content, is_text, self.position(index))
-
-    def __iter__(self) -> Iterator[Row]:
-        for index in range(len(self)):
-            yield self[index]
-            if index % BATCH == BATCH - 1:
-                self._stored.release()
+        return _load(content, is_text, self.position(number))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment]
 
-    def position(self, index: int) -> Position:
+    def position(self, number: int) -> Position:
         """Return where a row comes from, without reading it."""
-        batch, place = self._find(index)
-        file, number, unit = (batch.column(c)[place].as_py() for c in ("file", "number", "unit"))
-        return Position(self._stored.about["files"][file], number, _UNITS[unit])
+        batch, place = self._find(number)
+        file, line, unit = (batch.column(c)[place].as_py() for c in ("file", "number", "unit"))
+        return Position(self._stored.about["files"][file], line, _UNITS[unit])
 
     def sources(self) -> np.ndarray:
         """Return the number of the source of each row."""
@@ -114,14 +103,13 @@ class Rows(Sequence[Row]):
         which = b"" if self._numbers is None else self._numbers.astype("<i8").tobytes()
         return hashlib.sha256(self._stored.about["digest"].encode() + which).hexdigest()
 
-    def _find(self, index: int) -> tuple[Any, int]:
-        number = range(len(self))[index]
+    def _find(self, number: int) -> tuple[Any, int]:
         if self._numbers is not None:
             number = int(self._numbers[number])
         return self._stored.batches[number // BATCH], number % BATCH
 
 
-class Places(Sequence[Position]):
+class Places(Lazy[Position]):
     """Positions of some rows, read when they are needed.
 
     Args:
@@ -135,11 +123,9 @@ class Places(Sequence[Position]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, index: Any) -> Any:
-        """Return a position, or a list of them."""
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        return self._rows.position(int(self._numbers[index]))
+    def element(self, number: int) -> Position:
+        """Return a position."""
+        return self._rows.position(int(self._numbers[number]))
 
 
 def store_rows(rows: Sequence[Row]) -> Rows:

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from kdrun.data.arrow_store import Stored, StoreWriter, lists, numbers, open_store
 from kdrun.data.collate import IGNORE_INDEX
 from kdrun.data.encoding import Encoding, Example
+from kdrun.data.lazy import Lazy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,7 +125,7 @@ def _targets(chunk: Chunk) -> int:
     return int(chunk.supervised.sum()) - int(chunk.supervised[starts].sum() if starts else 0)
 
 
-class Tokens(Sequence[Example]):
+class Tokens(Lazy[Example]):
     """Tokenised rows of a store, converted to lists on access.
 
     Args:
@@ -145,18 +146,11 @@ class Tokens(Sequence[Example]):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Return one example, or a list of them."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def element(self, number: int) -> Example:
+        """Return one example."""
         self._read += 1
         if self._read % _RELEASED_EVERY == 0:
             self._stored.release()
-        number = range(len(self))[index]
         part = bisect_right(self._starts, number) - 1
         return self._parts[part].example(number - self._starts[part])
 
