@@ -45,6 +45,7 @@ def show(
     from kdrun.data.show import show_rows
     from kdrun.models.generation import find_model
     from kdrun.models.tokenizers import load_tokenizer
+    from kdrun.procedures.registry import takes_prompts
     from kdrun.quiet import quiet_libraries
 
     if tokenizer is not None and student is not None:
@@ -57,4 +58,5 @@ def show(
     with quiet_libraries():
         source = find_model(named)
         loaded = load_tokenizer(source, trust_remote_code=found.model.trust_remote_code)
-        show_rows(found.data, loaded, rows, Console(highlight=False, soft_wrap=True))
+        console = Console(highlight=False, soft_wrap=True)
+        show_rows(found.data, loaded, rows, console, takes_prompts(found))

@@ -26,7 +26,11 @@ _LEARNED = "bold green"
 
 
 def show_rows(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, count: int, console: Console
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    console: Console,
+    prompts: bool = False,
 ) -> None:
     """Show the training rows of a configuration.
 
@@ -35,11 +39,12 @@ def show_rows(
         tokenizer: encodes them.
         count: rows to show in full.
         console: where they are shown; without colour, brackets mark supervised tokens.
+        prompts: whether rows without answers will do.
 
     Raises:
         InputError: no row can be used.
     """
-    sources = sources_of(data.sources or data.train, data)
+    sources = sources_of(data.sources or data.train, data, prompts)
     found = load_sources(sources, strict=data.strict, limit=_LOOKED_AT)
     for note in found.warnings():
         console.print(note, markup=False)

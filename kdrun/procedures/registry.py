@@ -9,7 +9,7 @@ from kdlosses import PluginGroup, PluginRef
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
-    from kdrun.procedures.base import Procedure
+    from kdrun.procedures.base import Procedure, Settings
 
 
 class ProcedureRef(PluginRef):
@@ -86,3 +86,13 @@ def get_procedure(spec: str) -> Procedure:
     name, given = split_spec(spec)
     kind = load_procedure(name)
     return cast("Procedure", _GROUP.build(name, kind, kind.parameters(), given))
+
+
+def takes_prompts(config: Settings) -> bool:
+    """Return whether a run may train on prompts alone, because its procedure writes every answer.
+
+    Raises:
+        InputError: the procedure cannot be built.
+    """
+    spec = config.procedure.spec
+    return spec is not None and not get_procedure(spec).needs_answers(config)

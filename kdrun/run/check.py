@@ -19,7 +19,7 @@ from kdrun.models.pairs import locate_pair
 from kdrun.models.placement import check_teacher_device
 from kdrun.models.quantize import check_quantization, check_student_quantization
 from kdrun.paths import expand_home
-from kdrun.procedures.registry import get_procedure
+from kdrun.procedures.registry import get_procedure, takes_prompts
 from kdrun.run.arguments import check_optimizer
 from kdrun.run.precision import check_precision
 from kdrun.run.processes import check_deepspeed
@@ -46,7 +46,7 @@ def check(config: RunConfig) -> RawRows:
     """
     check_name(config.loss.spec)
     check_peft(config.lora)
-    procedure = procedure_of(config)
+    procedure_of(config)
     check_tracker(config.training.report_to)
     check_attention(config.model)
     check_teacher_device(config.model, config.training.fsdp)
@@ -58,8 +58,7 @@ def check(config: RunConfig) -> RawRows:
     _check_best(config)
     _check_streaming(config)
     locate_pair(config.model)
-    prompts = procedure is not None and not procedure.needs_answers(config)
-    rows = read_rows(config.data, prompts)
+    rows = read_rows(config.data, takes_prompts(config))
     check_cached_rows(config.model.teacher_cache, config.data.shift_windows, rows)
     check_packed_rows(config.data, rows)
     build_loss(config.loss, vocab_size=None)

@@ -117,6 +117,19 @@ class TestShow:
         assert "format text" in said
         assert "[[one document" in said
 
+    def test_prompts_alone_are_shown_where_the_procedure_writes_answers(
+        self, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "asks.jsonl"
+        file.write_text("".join(f'{{"prompt": "{n}?"}}\n' for n in range(3)))
+        said = self.show(file, "--set", "procedure.spec=seqkd")
+        assert "3 of 3 rows: prompts without answers, which the procedure writes" in said
+        for spec in ("null", "gkd:lambda=0.5"):
+            done = CliRunner().invoke(
+                cli, ["data", "show", str(file), "--set", f"procedure.spec={spec}"]
+            )
+            assert "prompts but no answers" in str(done.exception)
+
     @pytest.mark.parametrize(
         ("arguments", "line"),
         [
