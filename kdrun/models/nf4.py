@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kdrun.errors import InputError
@@ -49,13 +50,7 @@ def to_nf4(model: PreTrainedModel) -> None:
         InputError: it has no layer that could be stored so.
     """
     head = model.get_output_embeddings()
-    made: dict[int, Any] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if takes_nf4(module, head):
-            if id(module) not in made:
-                made[id(module)] = _quantized(module)
-            model.set_submodule(name, made[id(module)])
-    if not made:
+    if not _replace(model, lambda module: takes_nf4(module, head), _quantized):
         raise InputError(
             f"nf4: a {model.config.model_type} of these sizes has no linear layer whose input is a "
             f"multiple of {_BLOCK} wide, which 4-bit weights need; leave it unquantised"
@@ -84,14 +79,7 @@ def dequantize(model: PreTrainedModel) -> None:
     import bitsandbytes as bnb
     import torch
 
-    made: dict[int, Any] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, bnb.nn.Linear4bit):
-            if id(module) not in made:
-                weight = module.weight
-                values = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-                made[id(module)] = _linear(values, module.bias)
-            model.set_submodule(name, made[id(module)])
+    _replace(model, lambda module: isinstance(module, bnb.nn.Linear4bit), _dequantized)
     setattr(model, _FLAG, False)
     for parameter in model.parameters():
         assert parameter.dtype != torch.uint8, "every layer is plain again"
@@ -104,6 +92,19 @@ def weights_in(model: Any) -> int:
         for parameter in model.parameters()
         for state in [getattr(parameter, "quant_state", None)]
     )
+
+
+def _replace(
+    model: PreTrainedModel, chosen: Callable[[Any], bool], make: Callable[[Any], Any]
+) -> int:
+    """Replace the chosen modules of a model, one of several names once; return how many."""
+    made: dict[int, Any] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if chosen(module):
+            if id(module) not in made:
+                made[id(module)] = make(module)
+            model.set_submodule(name, made[id(module)])
+    return len(made)
 
 
 def _quantized(linear: torch.nn.Linear) -> Any:
@@ -127,10 +128,12 @@ def _quantized(linear: torch.nn.Linear) -> Any:
     return made.train(linear.training)
 
 
-def _linear(weight: torch.Tensor, bias: Any) -> torch.nn.Linear:
+def _dequantized(layer: Any) -> torch.nn.Linear:
+    import bitsandbytes as bnb
     import torch
 
-    made = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    made.weight = torch.nn.Parameter(weight)
-    made.bias = bias
+    values = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    made = torch.nn.Linear(values.shape[1], values.shape[0], bias=False, device="meta")
+    made.weight = torch.nn.Parameter(values)
+    made.bias = layer.bias
     return made
