@@ -13,6 +13,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside the tests
 
+from pair_configs import tiny_llama
+
 WORDS = "the user asks the assistant a question and the assistant gives an answer"
 
 
@@ -23,25 +25,6 @@ class TinyPair:
     teacher: Path
     student: Path
     rows: Path
-
-
-def tiny_llama(vocab_size: int, width: int, seed: int, **options: Any) -> Any:
-    import torch
-    import transformers
-
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-        **options,
-    )
-    return transformers.LlamaForCausalLM(config)
 
 
 @pytest.fixture(scope="session")

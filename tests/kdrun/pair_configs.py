@@ -1,4 +1,4 @@
-"""The configuration of a run with a small pair."""
+"""A small model, and the configuration of a run with a small pair."""
 
 from __future__ import annotations
 
@@ -18,3 +18,23 @@ def config_of(pair: Any, **given: Any) -> RunConfig:
         **{key.replace("__", "."): value for key, value in given.items()},
     }
     return load_config(None, list(overrides.items()))
+
+
+def tiny_llama(vocab_size: int, width: int, seed: int, **options: Any) -> Any:
+    """A Llama of two layers with random weights."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+        **options,
+    )
+    return transformers.LlamaForCausalLM(config)

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
 from cut_runs import cut_back
-from pair_configs import config_of
+from pair_configs import config_of, tiny_llama
 from safetensors.torch import load_file
 
 from kdrun.cache.fingerprint import print_teacher

@@ -40,7 +40,7 @@ class Hub:
 
 @pytest.fixture
 def hub(tiny_pair: Any, tiny_tokenizer: Any, tmp_path: Path) -> Hub:
-    from conftest import tiny_llama
+    from pair_configs import tiny_llama
 
     cache = tmp_path / "hub"
     for name, own, width, seed in (("teacher", "large", 32, 7), ("student", "small", 16, 8)):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import tiny_llama
+from pair_configs import tiny_llama
 from safetensors.torch import load_file
 from stored import say_quantised, to_bitsandbytes, to_compressed_tensors, to_fp8, to_mxfp4
 
