@@ -1,1 +1,1 @@
-"""From files to padded batches: rows, examples, the held-out split and the collator."""
+"""From files to padded batches: rows, tokens, held-out rows and the collator, around datasets."""

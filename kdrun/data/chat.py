@@ -1,4 +1,4 @@
-"""Rendering conversations as text, and locating the assistant's answers in it.
+"""Adds to transformers' chat templates: the text of a conversation, and where its answers stand.
 
 The tokenizer's chat template renders a conversation. Without one, `PLAIN_TEMPLATE` is used:
 every system or user message is followed by a line break, every answer by the end-of-text token.

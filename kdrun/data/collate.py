@@ -1,4 +1,4 @@
-"""Collate examples to a padded batch; the only place where labels are shifted."""
+"""Adds to transformers' collators: teacher columns and a mask; labels are shifted here alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encode conversations as token ids and labels.
+"""Adds to transformers' tokenizers: token ids of a conversation with the labels of its answers.
 
 Labels follow Hugging Face's convention: ``labels[i] == input_ids[i]`` where token i is a target,
 -100 elsewhere. Nothing is shifted here; `kdrun.data.collate` does that. Only the assistant's

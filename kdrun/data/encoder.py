@@ -1,4 +1,4 @@
-"""Encode texts and conversations as training or held-out examples, with notes on the rest."""
+"""Adds to datasets' map: rows as training or held-out examples, with notes on the others."""
 
 from __future__ import annotations
 

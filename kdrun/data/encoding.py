@@ -1,4 +1,4 @@
-"""Encoded rows: examples, and the reasons for rows without one."""
+"""Adds to datasets' map: examples beside the reasons for rows without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The named fields of a record, which track what was read: nothing is dropped silently."""
+"""Adds to datasets' columns: which were read, so that none is dropped in silence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows, and which shape the records of a source have.
+"""Adds to datasets' features: rows, and which shape the records of a source have.
 
 - ``text``: ``{"text": ...}``, or a document of a plain text file;
 - ``prompt_response``: a prompt and a response with configurable or common names, each text or

@@ -1,4 +1,4 @@
-"""Sequences whose elements are made when they are looked at."""
+"""Adds to datasets' lazy rows: sequences of anything made only when it is looked at."""
 
 from __future__ import annotations
 

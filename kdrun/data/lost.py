@@ -1,4 +1,4 @@
-"""Detection of parts of a conversation that a chat template omits.
+"""Adds to transformers' chat templates: which parts of a conversation one leaves out.
 
 Templates of reasoning models cut text before ``</think>``, some ignore system messages, and some
 write nothing if they expect a list of parts. The student then learns from different text than the

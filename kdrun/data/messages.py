@@ -1,4 +1,4 @@
-"""Conversations: the messages of a row, and which of the assistant's answers are targets."""
+"""Adds to datasets' rows of messages: which of the assistant's answers are targets."""
 
 from __future__ import annotations
 

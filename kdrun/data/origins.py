@@ -1,4 +1,4 @@
-"""Positions of training rows in the user's data, for messages."""
+"""Adds to datasets' row numbers: the file and line of a row, for messages."""
 
 from __future__ import annotations
 

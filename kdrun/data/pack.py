@@ -1,4 +1,4 @@
-"""Pack several examples into a row, so that short ones do not leave rows half empty.
+"""Adds to datasets' rows: several in one, so that short ones do not leave batches half empty.
 
 A packed row has ``position_ids`` that restart with each example. From them, transformers infers
 which tokens belong together and restricts attention to these; `kdrun.models.packing` checks that a

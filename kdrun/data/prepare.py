@@ -1,4 +1,4 @@
-"""Prepare training and held-out examples from a configuration."""
+"""Adds to datasets: training and held-out examples of a run from its section ``data``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading rows: texts and conversations from a file or a hub data set."""
+"""Adds to datasets' rows: texts and conversations, each with its place in the user's files."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from kdrun.data.formats import (
 )
 from kdrun.data.messages import NO_ANSWER, Message
 from kdrun.data.records import Position, Record
-from kdrun.data.row_store import Rows, RowWriter
+from kdrun.data.row_store import BATCH, Rows, RowWriter
 from kdrun.data.sources import Part, find_parts
 from kdrun.errors import InputError
+from kdrun.quiet import make_console, show_progress
 
 _MOST_UNUSED = 12
 _CODE = (
@@ -42,6 +43,7 @@ _CODE = (
     "tools.py",
 )
 """The source files that determine what becomes of a record."""
+_SHOWN = 50_000
 LOOKED_AT = 1000
 """Records of a stream that are read first, to recognise its format and to check the run."""
 Keep = Callable[[Callable[[], str], int], Path | None]
@@ -256,7 +258,7 @@ def _row_set(rows: Rows, name: str, about: Mapping[str, Any]) -> RowSet:
 
 def reader_of(
     source: SourceOf, parts: Sequence[Part], limit: int | None = None
-) -> tuple[DataFormat, Callable[[Record], tuple[list[Row], Fields]]]:
+) -> tuple[DataFormat, Callable[[Record], tuple[list[Row], Fields]], int]:
     """Return how the records of a source are read.
 
     Args:
@@ -265,14 +267,14 @@ def reader_of(
         limit: look only at so many records; None looks at all.
 
     Returns:
-        The format, never ``auto``, and a function that returns the rows of a record and its
-        fields, which know what was used, or raises ``BadRowError``.
+        The format, never ``auto``, a function that returns the rows of a record and its fields,
+        which know what was used, or raises ``BadRowError``, and the number of records.
 
     Raises:
         InputError: no format fits the fields.
     """
     as_text = source.data_format == "text"
-    keys, any_text = _fields_of(islice(_records(parts, as_text), limit), source.name)
+    keys, any_text, number = _fields_of(islice(_records(parts, as_text), limit), source.name)
     fields_named = (source.prompt_field, source.response_field)
     chosen, convert = choose_converter(
         keys, any_text, source.data_format, *fields_named, source.name, source.prompts
@@ -283,7 +285,7 @@ def reader_of(
         fields = Fields(value)
         return convert(fields, record.position), fields
 
-    return chosen, read
+    return chosen, read, number
 
 
 def _convert(
@@ -296,10 +298,10 @@ def _convert(
     limit: int | None,
 ) -> None:
     """Convert the records of one source."""
-    chosen, read = reader_of(source, parts, limit)
+    chosen, read, total = reader_of(source, parts, limit)
     tally.formats.append(chosen)
     written, skipped = writer.count, len(tally.bad)
-    for record in islice(records_of(source, parts), limit):
+    for record in _shown(islice(records_of(source, parts), limit), total):
         tally.records += 1
         try:
             rows, fields = read(record)
@@ -322,6 +324,18 @@ def _convert(
         )
 
 
+def _shown(records: Iterator[Record], total: int) -> Iterator[Record]:
+    """Show the progress of reading where it takes more than a moment."""
+    if total < _SHOWN:
+        yield from records
+        return
+    with show_progress(make_console(), "reading rows", "rows") as report:
+        for number, record in enumerate(records, 1):
+            yield record
+            if number % BATCH == 0:
+                report(number, total, number)
+
+
 def refusal(position: Position, error: BadRowError) -> InputError:
     """Return the error for a row that cannot be used, with ``data.strict``."""
     return InputError(
@@ -339,8 +353,8 @@ def _records(parts: Sequence[Part], as_text: bool) -> Iterator[Record]:
         yield from part.records(as_text)
 
 
-def _fields_of(records: Iterable[Record], name: str) -> tuple[list[str], bool]:
-    """Return the fields of all records, since some may lack one, and whether any is text."""
+def _fields_of(records: Iterable[Record], name: str) -> tuple[list[str], bool, int]:
+    """Return the fields that any record has, whether any record is text, and how many there are."""
     keys: dict[str, None] = {}
     any_text, number = False, 0
     for record in records:
@@ -350,7 +364,7 @@ def _fields_of(records: Iterable[Record], name: str) -> tuple[list[str], bool]:
         any_text = any_text or isinstance(record.value, str)
     if not number:
         raise InputError(f"{name}: the file contains no rows")
-    return list(keys), any_text
+    return list(keys), any_text, number
 
 
 def _size(parts: Sequence[Sequence[Part]]) -> int:

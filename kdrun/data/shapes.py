@@ -1,4 +1,4 @@
-"""The shapes of records: from the fields of a record to the messages of one or several rows."""
+"""Adds to datasets' columns: from the fields of a record to the messages of one or more rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run would learn from: rows with their supervised tokens, counts and lengths."""
+"""Adds to datasets: rows on screen with their supervised tokens marked, counts and lengths."""
 
 from __future__ import annotations
 

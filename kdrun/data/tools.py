@@ -1,4 +1,4 @@
-"""Tools: what the assistant may call, and its calls, in the form that chat templates take.
+"""Adds to transformers' chat templates: tools and calls, however a row writes them.
 
 Tables give every object the fields of all objects, with null for absent ones. Fields that are null
 are therefore left out, except in arguments that are given as text.

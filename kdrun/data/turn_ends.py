@@ -1,4 +1,4 @@
-"""The end of an answer in rendered text: a token of the template, or the end-of-text token."""
+"""Adds to transformers' chat templates: what ends an answer, a token or the end of the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Split plain text into fixed windows over one long list of tokens."""
+"""Adds to datasets' rows of text: fixed windows over one long list of tokens."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

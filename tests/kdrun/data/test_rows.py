@@ -476,3 +476,15 @@ def test_real_files(shared_data: Path, name: str, data_format: str, count: int) 
 
 def test_a_real_file_without_answers(shared_data: Path) -> None:
     assert "mc1_targets" in error_of(shared_data / "truthfulqa_mc.json")
+
+
+def test_reading_many_rows_shows_its_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("kdrun.data.rows._SHOWN", 3000)
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(f'{{"prompt": "{i}", "response": "a"}}\n' for i in range(3412)))
+    assert len(load_rows(path).rows) == 3412
+    said = capsys.readouterr().err
+    assert "reading rows 1000/3412" in said
+    assert "rows/s" in said
