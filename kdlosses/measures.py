@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdlosses.compressed import Compressed
+from kdlosses.compressed import Sampled, TopK
 from kdlosses.engine import Chunking, measure_rows
 from kdlosses.sources import Source, VocabParallel
 from kdlosses.token_loss import TokenLoss
@@ -27,10 +27,12 @@ class Measures:
             probability in each bin; and the number of tokens in each bin for which it is the label.
         kd: the distillation loss with its temperature; None without a teacher.
         kd_terms: ``[k]``, the terms of the loss before weighting; None without a teacher.
-        forward_kl: KL(teacher || student) at temperature 1; None without a teacher.
-        reverse_kl: KL(student || teacher) at temperature 1; None without a teacher.
+        forward_kl: KL(teacher || student) at temperature 1; None without a full teacher.
+        reverse_kl: KL(student || teacher) at temperature 1; None without a full teacher.
         top1_agreement: number of tokens for which both have the same most likely token; None
-            without a teacher.
+            without a full teacher.
+        events_forward_kl: against a :class:`TopK`, KL(teacher || student) over its k tokens and
+            all others as one event, at its temperature. It is at most the KL over all tokens.
     """
 
     num_tokens: Tensor
@@ -41,12 +43,13 @@ class Measures:
     forward_kl: Tensor | None = None
     reverse_kl: Tensor | None = None
     top1_agreement: Tensor | None = None
+    events_forward_kl: Tensor | None = None
 
 
 def measure(
     loss: TokenLoss,
     student: Tensor | Source,
-    teacher: Tensor | Source | None,
+    teacher: Tensor | Source | TopK | None,
     labels: Tensor,
     *,
     compiled: bool | None = None,
@@ -56,20 +59,19 @@ def measure(
     Args:
         loss: the loss, for the KD value, shared vocabulary, ignored label and chunk size.
         student: logits ``[..., V]`` or :class:`Projected`.
-        teacher: logits or :class:`Projected`, or None.
+        teacher: logits, :class:`Projected` or :class:`TopK`, or None.
         labels: labels aligned with the logits, ``[...]``.
         compiled: as in :func:`kdlosses.get_loss`.
 
     Raises:
-        ValueError: a compressed teacher, whose full distribution is unknown, or a head that is
-            sharded across processes.
+        ValueError: a :class:`Sampled` teacher, whose distribution is unknown, a loss that does not
+            support the :class:`TopK`, or a head that is sharded across processes.
     """
     if isinstance(student, VocabParallel):
         raise ValueError("student: measures need the whole head, got VocabParallel")
     batch = loss._batch(student, teacher, labels)
-    if isinstance(batch.teacher, Compressed):
-        kind = type(batch.teacher).__name__
-        raise ValueError(f"teacher: measures need the full distribution, got {kind}")
+    if isinstance(batch.teacher, Sampled):
+        raise ValueError("teacher: measures need its distribution, got Sampled")
     size = None if loss.chunking is None else loss.chunking.size
     # Sums over many tokens need float64, which Apple's GPUs do not support.
     exact = torch.float32 if labels.device.type == "mps" else torch.float64
@@ -81,14 +83,11 @@ def measure(
     if batch.teacher is None:
         return Measures(num_tokens, ce.sum(), calibration)
     kd = kd.sum(0)
-    return Measures(
-        num_tokens,
-        ce.sum(),
-        calibration,
-        (kd * loss._weighted_factors(batch)).sum(),
-        kd * loss._factors(batch),
-        *teacher_rows.sum(0).unbind(),
-    )
+    of_loss = (kd * loss._weighted_factors(batch)).sum(), kd * loss._factors(batch)
+    forward, reverse, agreement = teacher_rows.sum(0).unbind()
+    if isinstance(batch.teacher, TopK):
+        return Measures(num_tokens, ce.sum(), calibration, *of_loss, events_forward_kl=forward)
+    return Measures(num_tokens, ce.sum(), calibration, *of_loss, forward, reverse, agreement)
 
 
 def calibration_error(calibration: Tensor) -> Tensor:

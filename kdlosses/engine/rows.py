@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdlosses.divergence import Divergence, Loss, RowLoss
-from kdlosses.engine.views import LOGITS, Aligned, View
+from kdlosses.engine.views import LOGITS, Aligned, Buckets, View
 from kdlosses.numerics import finite_log_probs, kl_terms, log_softmax, restore_infinity
 from kdlosses.sources import IDENTITY, Postprocess
 from kdlosses.vocabulary import WHOLE, Vocabulary
@@ -130,13 +130,14 @@ def row_measures(
     labels: Tensor,
     scalars: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The measures of each row; arguments as in :func:`row_values`, with a full teacher.
+    """The measures of each row; arguments as in :func:`row_values`.
 
     Returns:
         KD ``[n, k]``; CE ``[n]``; for the student alone ``[n, 2]``: the probability of its most
         likely token, and 1 if that token is the label; ``[n, 3]``: forward KL, reverse KL, and 1 if
         both models have the same most likely token. The last five are at temperature 1; the last
-        three are 0 without a teacher.
+        three are 0 without a teacher. Against a :class:`kdlosses.TopK`, the two divergences are
+        over its events and at its temperature, and the last column has no meaning.
     """
     kd, ce = row_values(program, raw_student, teacher, labels, scalars)
     student_logits = program.student_post(raw_student)
@@ -145,11 +146,13 @@ def row_measures(
     alone = torch.stack([student.amax(-1).exp(), (top == labels).to(ce.dtype)], -1)
     if not teacher:
         return kd, ce, alone, ce.new_zeros(len(ce), 3)
+    if isinstance(program.view, Buckets) and program.softened:
+        student = finite_log_probs(log_softmax(student_logits / scalars[0]))
     rows = program.view.align(teacher, student, None)
     both = torch.stack(
         [
-            kl_terms(rows.teacher, student).sum(-1),
-            kl_terms(student, rows.teacher).sum(-1),
+            kl_terms(rows.teacher, rows.student).sum(-1),
+            kl_terms(rows.student, rows.teacher).sum(-1),
             (top == rows.teacher.argmax(-1)).to(ce.dtype),
         ],
         -1,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdlosses import Logits, Projected, Sampled, TopK
-from kdrun.cache.fingerprint import print_teacher, print_tokenizer, rows_of
+from kdrun.cache.fingerprint import print_teacher, print_tokenizer
 from kdrun.cache.manifest import HEAD, DType, Kind, Manifest, StoredFile
 from kdrun.cache.write import (
     SHARD_BYTES,
@@ -19,6 +19,7 @@ from kdrun.cache.write import (
     write_manifest,
     write_tensors,
 )
+from kdrun.data.batch_rows import rows_of
 from kdrun.data.collate import Collator
 from kdrun.errors import InputError
 

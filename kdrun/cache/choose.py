@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kdrun.data.prepare import Examples, RawRows
     from kdrun.models.heads import FrozenTeacher, Teacher
     from kdrun.models.pairs import Pair
+    from kdrun.served.teacher import ServedTeacher
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,31 @@ def choose_teacher(
     return _choose_cached(model, distilled, pair, examples, loss)
 
 
+def check_loss(teacher: CachedTeacher | ServedTeacher, loss: TokenLoss, name: str) -> None:
+    """Refuse a loss that a teacher does not support; an exact one supports every loss.
+
+    Args:
+        teacher: gives full distributions, or the most likely or drawn tokens.
+        loss: the loss, unchunked to avoid compilation.
+        name: of the teacher in the message.
+
+    Raises:
+        InputError: another temperature, or a loss that needs the teacher's full distribution.
+    """
+    import torch
+
+    if teacher.exact:
+        return
+    source = teacher.empty_source(torch.Size([1]))
+    device = source.tensors[0].device
+    student = torch.zeros(1, teacher.width, device=device)
+    labels = torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        loss(student, source, labels)
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
 def _choose_cached(
     model: ModelConfig, distilled: LossConfig, pair: Pair, examples: Examples, loss: TokenLoss
 ) -> ChosenTeacher:
@@ -198,7 +224,7 @@ def _check_training(
             f"{cached.cache.folder} was compressed at one temperature, but loss.schedules changes "
             "it; build a cache with --kind hidden, which works for every temperature"
         )
-    cached.check_loss(loss)
+    check_loss(cached, loss, str(cached.cache.folder))
     reason = cached.missing(examples_in(examples.train))
     if reason is not None:
         raise InputError(reason)

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kdlosses import Projected, Sampled, TopK
-from kdrun.cache.fingerprint import BatchRow, print_tokenizer, rows_of
+from kdrun.cache.fingerprint import print_tokenizer
 from kdrun.cache.read import Cache
+from kdrun.data.batch_rows import BatchRow, fill_columns, rows_of
 from kdrun.data.collate import Collator
 from kdrun.errors import InputError
 from kdrun.models.heads import HeadSplit
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from kdlosses import TokenLoss
 
 _SHOWN_TOKENS = 16
 
@@ -110,44 +110,18 @@ class CachedTeacher:
         Raises:
             InputError: a row is not in the cache.
         """
-        import torch
-
-        columns: list[Tensor] = []
+        found: list[tuple[BatchRow, list[Tensor]]] = []
         for row in rows_of(input_ids, attention_mask, shift_labels, position_ids):
             if row.key not in self.cache:
                 raise InputError(self._lacks(row))
             stored = self.cache.read(row.key)
-            if not columns:
-                columns = [
-                    torch.zeros(*input_ids.shape, *part.shape[1:], dtype=self._type_of(part))
-                    for part in stored
-                ]
-            for column, part in zip(columns, stored, strict=True):
-                column[row.number, row.positions] = part.to(column.dtype)
-        if not columns:  # no position is supervised
-            columns = self._nothing(input_ids.shape)
-        return self._source_of(columns)
+            found.append((row, [part.to(self._type_of(part)) for part in stored]))
+        columns = fill_columns(input_ids.shape, found)
+        return self._source_of(columns or self._nothing(input_ids.shape))
 
-    def check_loss(self, loss: TokenLoss) -> None:
-        """Refuse a loss that the cache does not support; an exact cache supports every loss.
-
-        Args:
-            loss: the loss, unchunked to avoid compilation.
-
-        Raises:
-            InputError: another temperature, or a loss that needs the teacher's full distribution.
-        """
-        import torch
-
-        if self.exact:
-            return
-        source = self._source_of(self._nothing(torch.Size([1])))
-        student = torch.zeros(1, self.width, device=self._device)
-        labels = torch.zeros(1, dtype=torch.int64, device=self._device)
-        try:
-            loss(student, source, labels)
-        except ValueError as error:
-            raise InputError(f"{self.cache.folder}: {error}") from error
+    def empty_source(self, shape: torch.Size) -> Projected | TopK | Sampled:
+        """Return a source without any row, which shows whether a loss supports such a teacher."""
+        return self._source_of(self._nothing(shape))
 
     def _source_of(self, columns: Sequence[Tensor]) -> Projected | TopK | Sampled:
         manifest = self.cache.manifest

@@ -12,7 +12,7 @@ from kdrun.errors import InputError
 
 # Flag, configuration key, placeholder, help text. Each flag is a short name for one key.
 FLAGS: tuple[tuple[str, str, str, str], ...] = (
-    ("--teacher", "model.teacher", "MODEL", "Folder, hub id or GGUF file of the teacher."),
+    ("--teacher", "model.teacher", "MODEL", "Folder, hub id, GGUF file or server of the teacher."),
     ("--teacher-cache", "model.teacher_cache", "DIR", "Folder written by 'kdrun cache-teacher'."),
     ("--student", "model.student", "MODEL", "Folder or hub id of the student."),
     (

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from kdlosses import Schedule
 from kdrun.config.base import DType, Section
+from kdrun.config.served_section import ServedConfig
 from kdrun.config.training_sections import (
     EvaluationConfig,
     LoraConfig,
@@ -50,7 +51,9 @@ class ModelConfig(Section):
     """The models."""
 
     teacher: str | None = Field(
-        None, description="folder, hub id or GGUF file; 'builtin'; null trains without a teacher"
+        None,
+        description="folder, hub id, GGUF file or address of a server (section served); 'builtin'; "
+        "null trains without a teacher",
     )
     teacher_cache: str | None = Field(
         None, description="folder written by 'kdrun cache-teacher'; used instead of the teacher"
@@ -358,6 +361,7 @@ class RunConfig(Section):
     """The configuration of one run."""
 
     model: ModelConfig = ModelConfig()
+    served: ServedConfig = ServedConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     procedure: ProcedureConfig = ProcedureConfig()

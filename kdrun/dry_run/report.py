@@ -95,9 +95,7 @@ def dry_run(
         )
     notes = notes_on_types(config)
     with quiet_libraries():
-        prepared = prepare(
-            config.model, config.data, config.procedure, rows, config.training.seed, notes.append
-        )
+        prepared = prepare(config, rows, notes.append)
         pair, examples = prepared.pair, prepared.examples
         if config.model.teacher_cache is not None:
             plain = build_loss(unchunked(config.loss), None)

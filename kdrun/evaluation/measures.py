@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _COMPILED_FROM = 16384
+EVENTS = "events_forward_kl"
+"""Measure against a teacher that gives its most likely tokens alone."""
 KEYS = (
     "ce",
     "forward_kl",
@@ -53,11 +55,12 @@ def prepare_measures(
         )
         compiled = False if eager else None
         found = measure(loss, student, source, labels, compiled=compiled)
+        events = found.events_forward_kl
         columns = (
             found.num_tokens,
             found.cross_entropy,
             found.kd,
-            found.forward_kl,
+            found.forward_kl if events is None else events,
             found.reverse_kl,
             found.top1_agreement,
         )
@@ -70,13 +73,17 @@ def prepare_measures(
     return consume, features
 
 
-def figures(sums: Tensor, objective: KDObjective, with_teacher: bool) -> dict[str, float | None]:
+def figures(
+    sums: Tensor, objective: KDObjective, teacher: Teacher | None
+) -> dict[str, float | None]:
     """Compute measures from their sums over all batches and processes.
 
     Args:
         sums: sums from the consumer of :func:`prepare_measures`.
         objective: the objective, for the ratio and the names of the terms.
-        with_teacher: whether a teacher was used; otherwise measures that need one are None.
+        teacher: the teacher that was used, or None. Without one, measures that need one are None;
+            with one that gives its most likely tokens alone, those that need all tokens are, and
+            ``events_forward_kl`` is over these tokens and the rest as one event.
 
     Raises:
         TrainingError: no row has a supervised token.
@@ -87,15 +94,17 @@ def figures(sums: Tensor, objective: KDObjective, with_teacher: bool) -> dict[st
     columns, calibration = sums.tensor_split([6 + len(objective.loss.terms)])
     ce, kd, forward_kl, reverse_kl, agreement, *terms = (columns[1:] / tokens).tolist()
     ratio = objective.kd_ratio
+    with_teacher, whole = teacher is not None, teacher is not None and teacher.exact
     loss = (1 - ratio) * ce + ratio * kd if ratio > 0 else ce
     return {
         "loss": loss if with_teacher or ratio == 0 else None,
         "ce": ce,
         "kd_loss": kd if with_teacher else None,
         **(named_terms(objective.loss, terms) if with_teacher else {}),
-        "forward_kl": forward_kl if with_teacher else None,
-        "reverse_kl": reverse_kl if with_teacher else None,
-        "top1_agreement": agreement if with_teacher else None,
+        "forward_kl": forward_kl if whole else None,
+        "reverse_kl": reverse_kl if whole else None,
+        "top1_agreement": agreement if whole else None,
+        **({EVENTS: forward_kl} if with_teacher and not whole else {}),
         "calibration_error": calibration_error(calibration.view(3, -1)).item(),
         "tokens": int(tokens),
     }
@@ -170,7 +179,7 @@ def measure_model(
         sums = _sum(model.eval(), teacher, loss, batches, device)
     finally:
         uninstall(model)
-    found = figures(sums, KDObjective(loss, 0.0), teacher is not None)
+    found = figures(sums, KDObjective(loss, 0.0), teacher)
     return {name: found[name] for name in KEYS}
 
 

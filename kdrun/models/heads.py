@@ -71,7 +71,7 @@ def find_split(model: nn.Module) -> HeadSplit:
     head = inner.get_output_embeddings()
     if type(head) is not torch.nn.Linear:
         return HeadSplit(reason=f"its output head is a {type(head).__name__}, not a linear layer")
-    split = HeadSplit(*_tabulated(inner.config.get_text_config()))
+    split = HeadSplit(*tabulated(inner.config.get_text_config()))
     training = inner.training
     inner.eval()
     try:
@@ -92,7 +92,7 @@ def _in_16_bits_where_needed(model: Any) -> Any:
     return torch.autocast(model.device.type, torch.bfloat16) if needed else nullcontext()
 
 
-def _tabulated(config: Any) -> tuple[float, float | None]:
+def tabulated(config: Any) -> tuple[float, float | None]:
     """Return scale and soft cap, by their names in configurations."""
     scale = 1.0
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -279,9 +279,13 @@ def call(
 
 
 class Teacher(Protocol):
-    """Source of the teacher's side of a batch: a live model or a cache."""
+    """Source of the teacher's side of a batch: a live model, a cache or a server."""
 
     split: HeadSplit
+
+    @property
+    def exact(self) -> bool:
+        """Whether it gives full distributions, which most measures need."""
 
     def to(self, device: torch.device) -> None:
         """Move to the batches' device."""
@@ -319,6 +323,7 @@ class FrozenTeacher:
         self.split = split
         self._devices = devices
         self._elsewhere: _Elsewhere | None = None
+        self.exact = True
         install(self.model, split)
 
     def to(self, device: torch.device) -> None:

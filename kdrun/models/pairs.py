@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kdrun.builtin import STUDENT_DIR, TEACHER_DIR
 from kdrun.config.sections import BUILT_IN, ModelConfig
 from kdrun.errors import InputError
+from kdrun.models.address import clean_address, is_address
 from kdrun.models.cast import cast_weights
 from kdrun.models.context import check_length, load_model_config
 from kdrun.models.failures import one_clear_line
@@ -39,7 +40,7 @@ class Pair:
         tokenizer: the student's, which encodes for both.
         vocab_size: number of tokens that both models share; heads are cut to it.
         left_out: tokens, with their ids, that only one model has; rows with them are skipped.
-        teacher: location of the teacher, or None.
+        teacher: location of the teacher; None without one, or if a server has it.
         student: location of the student.
         fresh_student: whether the student is a configuration without weights.
         notes: harmless differences, one line each.
@@ -61,13 +62,29 @@ def locate_pair(config: ModelConfig) -> tuple[ModelSource | None, ModelSource]:
         InputError: a model does not exist, or a revision has no effect.
     """
     teacher = None
-    if config.teacher is not None:
+    if is_address(config.teacher):
+        _check_served(config)
+    elif config.teacher is not None:
         found = _locate(config.teacher, TEACHER_DIR)
         teacher = at_revision(found, config.teacher_revision, "model.teacher_revision")
     elif config.teacher_revision is not None:
         raise InputError("model.teacher_revision has no effect without model.teacher; remove it")
     student = _locate(config.student, STUDENT_DIR)
     return teacher, at_revision(student, config.revision, "model.revision")
+
+
+def _check_served(config: ModelConfig) -> None:
+    """Refuse keys about the weights of a teacher that a server has.
+
+    Raises:
+        InputError: names the key.
+    """
+    clean_address(str(config.teacher), "model.teacher")
+    for name in ("teacher_cache", "teacher_quantization", "teacher_revision", "teacher_device"):
+        if getattr(config, name) is not None:
+            raise InputError(
+                f"model.{name} has no effect on a teacher that a server has; remove it"
+            )
 
 
 def find_pair(config: ModelConfig) -> Pair:

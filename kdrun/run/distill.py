@@ -91,9 +91,7 @@ def _run(config: RunConfig, rows: RawRows, start: Start) -> RunResult:
         from kdrun.run.train import train
 
         began = time.monotonic()
-        prepared = prepare(
-            config.model, config.data, config.procedure, rows, config.training.seed, start.say
-        )
+        prepared = prepare(config, rows, start.say)
         config = config.model_copy(update={"data": prepared.data})
         loaded = load(config, prepared, start)
         inputs, changes = check_unchanged(

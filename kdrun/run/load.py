@@ -13,6 +13,7 @@ from kdrun.data.templates import Rendering
 from kdrun.errors import InputError
 from kdrun.losses.build import build_loss, notes_on_names, unchunked
 from kdrun.models.adapters import add_adapters, describe_adapters
+from kdrun.models.address import is_address
 from kdrun.models.attention import check_trains
 from kdrun.models.base_print import print_weights
 from kdrun.models.context import context_limit
@@ -70,7 +71,12 @@ def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
     teacher_devices(config.model.teacher_device)
     pair = prepared.pair
     loss = build_loss(unchunked(config.loss), None)
-    teacher = choose_teacher(config.model, config.loss, pair, prepared.examples, loss)
+    if is_address(config.model.teacher):
+        from kdrun.run.served import choose_served
+
+        teacher = choose_served(config, prepared, loss, start)
+    else:
+        teacher = choose_teacher(config.model, config.loss, pair, prepared.examples, loss)
     student: Any = load_student(pair, config.model, config.training.seed, start.say)
     widths = {"student": student.get_output_embeddings().weight.shape[0], **teacher.widths}
     describe_cut(widths, pair.vocab_size, start.say)

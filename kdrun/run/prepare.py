@@ -16,13 +16,14 @@ from kdrun.data.prepare import (
     pack_training,
     stream_training,
 )
+from kdrun.models.address import is_address
 from kdrun.models.pairs import Pair, check_context, find_pair
 from kdrun.models.stored import check_plain
 from kdrun.run.procedure import leave_room, read_text
 from kdrun.run.processes import World
 
 if TYPE_CHECKING:
-    from kdrun.config.sections import DataConfig, ModelConfig, ProcedureConfig
+    from kdrun.config.sections import DataConfig, RunConfig
     from kdrun.procedures.sampling import Sampling
 
 
@@ -47,31 +48,27 @@ class Prepared:
     text: Any
 
 
-def prepare(
-    model: ModelConfig,
-    data: DataConfig,
-    procedure: ProcedureConfig,
-    rows: RawRows,
-    seed: int,
-    say: Callable[[str], None],
-) -> Prepared:
+def prepare(config: RunConfig, rows: RawRows, say: Callable[[str], None]) -> Prepared:
     """Compare the tokenizers and turn the rows into examples.
 
     Args:
-        model: names the pair.
-        data: how rows are tokenised.
-        procedure: how answers are sampled, if text is generated.
+        config: names the pair, and says how rows are tokenised and answers are sampled.
         rows: rows of the run.
-        seed: seed of the windows of plain text.
         say: called with lines about the pair's differences and the rows.
 
     Raises:
         InputError: the models are incompatible, the student cannot be trained, or no row can be
             used.
     """
+    model, data, procedure = config.model, config.data, config.procedure
+    seed = config.training.seed
     pair = find_pair(model)
     check_plain(pair.student, model.trust_remote_code)
     check_context(pair, data.max_length, model.trust_remote_code)
+    if is_address(model.teacher):  # before the rows are tokenised, which may take long
+        from kdrun.served.probe import greet
+
+        greet(model, config.served, data.max_length, say)
     data = settle_date(data, model.teacher_cache, pair.tokenizer)
     encoder = Encoder.of(data, pair.tokenizer, pair.left_out)
     with World().main_first():

@@ -22,6 +22,7 @@ from kdrun.files import write_bytes
 from kdrun.models.locate import commit_of
 from kdrun.run import folder as runs
 from kdrun.run.processes import World
+from kdrun.served.probe import differs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,6 +61,7 @@ class Sources(BaseModel):
         processes: number of processes of the run; None if an earlier version did not record it.
         teacher_commit: commit of a teacher on the hub; None of another one.
         student_commit: the same of the student.
+        served: log-probabilities of the probe, by which a served teacher is recognised.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -70,6 +72,7 @@ class Sources(BaseModel):
     processes: int | None = None
     teacher_commit: str | None = None
     student_commit: str | None = None
+    served: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ def record_of(
         processes=World().size,
         teacher_commit=None if pair.teacher is None else commit_of(pair.teacher),
         student_commit=commit_of(pair.student),
+        served=_probe_of(teacher),
     )
     examples = prepared.examples
     return Record(sources, _hashes(examples.train), _hashes(examples.held_out))
@@ -175,6 +179,8 @@ def _changes(before: Record, now: Record, examples: Examples, adapters: bool) ->
     elif None in (was.teacher, has.teacher) and _differ(was.teacher_commit, has.teacher_commit):
         was_at, is_at = was.teacher_commit, has.teacher_commit
         yield f"the teacher was at commit {was_at} when the run began and is at {is_at}"
+    if was.served is not None and has.served is not None and differs(was.served, has.served):
+        yield "the server has another teacher than when the run began"
     # Trained weights come from the checkpoint, not from the student's folder.
     if adapters and None not in (was.student, has.student) and was.student != has.student:
         yield "the student's base weights have changed since the run began"
@@ -210,6 +216,12 @@ def _print_teacher(config: RunConfig, chosen: ChosenTeacher) -> TeacherPrint | N
     if isinstance(teacher, FrozenTeacher) and config.model.teacher_quantization != "int8":
         return print_teacher(teacher.model)
     return None
+
+
+def _probe_of(chosen: ChosenTeacher) -> tuple[float, ...] | None:
+    from kdrun.served.teacher import ServedTeacher
+
+    return chosen.training.asked.probe if isinstance(chosen.training, ServedTeacher) else None
 
 
 def _hashes(examples: Any) -> np.ndarray:

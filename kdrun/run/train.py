@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrun.errors import STOPPING, InputError, Interrupted
-from kdrun.evaluation.measures import KEYS
+from kdrun.errors import STOPPING, InputError, Interrupted, TrainingError
+from kdrun.evaluation.measures import EVENTS, KEYS
 from kdrun.files import write_json
 from kdrun.run import folder as runs
+from kdrun.served.client import ServerError
 from kdrun.training.checkpoint import damage_of, refusing_pickles
 from kdrun.training.progress import StopOnRequest
 
@@ -71,7 +72,8 @@ def logged_measures(trainer: DistillTrainer, step: int) -> dict[str, Any] | None
 
 
 def _only_measures(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"eval_{name}": found[f"eval_{name}"] for name in KEYS}
+    names = [f"eval_{name}" for name in (*KEYS, EVENTS)]
+    return {name: found[name] for name in names if name in found}
 
 
 def _measures_before(trainer: DistillTrainer, start: Start) -> dict[str, Any]:
@@ -100,19 +102,37 @@ def _steps(trainer: DistillTrainer, start: Start) -> None:
         stop.signum = stop.signum or signum
 
     trainer.stops_evaluating = lambda: stop.signum is not None
+    if trainer.asking_ahead is not None:
+        trainer.asking_ahead.teacher.stopping = trainer.stops_evaluating
     checkpoint = None if start.checkpoint is None else str(start.checkpoint)
     with (
         _handlers(request),
         _telling_damage(start.checkpoint),
         refusing_pickles(start.checkpoint),
     ):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        lost = _train_until_lost(trainer, checkpoint)
+    if lost is not None and not trainer.save_after_failure():
+        raise lost
     if stop.signum is not None:
         raise Interrupted(
             f"interrupted and saved at step {trainer.state.global_step}; continue with "
             f"--resume --output {start.folder}",
             stop.signum,
         )
+    if lost is not None:
+        raise TrainingError(
+            f"{lost}; the run was saved at step {trainer.state.global_step}; continue with "
+            f"--resume --output {start.folder}"
+        ) from lost
+
+
+def _train_until_lost(trainer: DistillTrainer, checkpoint: str | None) -> ServerError | None:
+    """Train to the end, or until a server fails; return the failure."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except ServerError as error:
+        return error
+    return trainer.lost
 
 
 @contextmanager

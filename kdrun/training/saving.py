@@ -18,7 +18,9 @@ from kdrun.errors import InputError
 from kdrun.models.heads import causal_lm
 from kdrun.models.shard import gather_trained, load_shards, save_shards
 from kdrun.procedures.session import Session
+from kdrun.served.client import ServerError
 from kdrun.training.checkpoint import (
+    COMPLETE,
     SCHEDULER,
     SHARDS,
     checkpoint_at,
@@ -28,6 +30,7 @@ from kdrun.training.checkpoint import (
     save_objective,
 )
 from kdrun.training.guard import LossGuard
+from kdrun.training.served import RandomStates
 
 
 class EvaluationStopped(Exception):  # noqa: N818 - not an error: a signal requested it
@@ -41,11 +44,39 @@ class SavingTrainer(Trainer):
         objective: objective of training.
         guard: checks losses and gradients.
         session: session of the procedure, or None.
+        keeps_states: whether a step may fail at its start, as with a served teacher.
+        lost: the failure of a server that ended an evaluation.
     """
 
     objective: KDObjective
     guard: LossGuard
     session: Session | None
+    keeps_states = False
+    lost: ServerError | None = None
+    _after_step: RandomStates | None = None
+
+    def save_after_failure(self) -> bool:
+        """Save the last completed step of a run whose next one could not begin.
+
+        Returns:
+            Whether there is a checkpoint of it.
+        """
+        step = self.state.global_step
+        if step == 0:
+            return False
+        if (checkpoint_at(Path(self.args.output_dir), step) / COMPLETE).is_file():
+            return True
+        if self._after_step is None:
+            return False
+        self._after_step.restore()
+        self._save_checkpoint(self.model_wrapped, trial=None)
+        return True
+
+    def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
+        """Keep the random states after a step, which the next one may have changed at its start."""
+        super()._maybe_log_save_evaluate(*args, **options)
+        if self.keeps_states:
+            self._after_step = RandomStates.now()
 
     def load_objective(self, checkpoint: str | Path) -> None:
         """Load schedules and the states of loss and procedure from a checkpoint.
@@ -73,10 +104,11 @@ class SavingTrainer(Trainer):
         return norm
 
     def _evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """Save and stop if a signal interrupts an evaluation; the caller saves after it."""
+        """Save and stop if a signal or a server ends an evaluation; the caller saves after it."""
         try:
             metrics: dict[str, float] = super()._evaluate(*args, **options)
-        except EvaluationStopped:
+        except (EvaluationStopped, ServerError) as error:
+            self.lost = error if isinstance(error, ServerError) else None
             self.control.should_save = True
             self.control.should_training_stop = True
             return {}

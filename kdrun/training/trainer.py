@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -29,11 +30,13 @@ from kdrun.procedures.base import Origin, Procedure
 from kdrun.procedures.registry import get_procedure
 from kdrun.procedures.sampling import Sampling, tokens_by_origin
 from kdrun.procedures.session import Place, Session
+from kdrun.served.teacher import ServedTeacher
 from kdrun.training.callbacks import Advance, KeepSettings, MoveToEpoch, TellProcedure
 from kdrun.training.guard import LossGuard
 from kdrun.training.log import LossSums
 from kdrun.training.loss import StepTokens, prepare_loss
 from kdrun.training.saving import EvaluationStopped, SavingTrainer
+from kdrun.training.served import AskingAhead
 
 StepBatches = tuple[list[Any], Tensor | int | None]
 
@@ -66,6 +69,7 @@ class DistillTrainer(SavingTrainer):
             None; measures that need a teacher are then None. It must provide full
             distributions.
         session: session of the procedure; None without one.
+        asking_ahead: asks a served teacher for the next batches; None for another teacher.
         step_batches: the micro-batches of the current step, and its supervised tokens.
         guard: handles a loss that is not finite; by default training stops.
         balancing: the load-balancing loss of a student with experts, which training adds.
@@ -126,6 +130,10 @@ class DistillTrainer(SavingTrainer):
         if procedure is not None:
             self.session = _open_session(self, procedure, sampling or Sampling())
             self.add_callback(TellProcedure(self.session))
+        self.asking_ahead: AskingAhead | None = None
+        if isinstance(teacher, ServedTeacher):
+            self.asking_ahead = AskingAhead(teacher, self.accelerator)
+            self.keeps_states = True
         self.step_batches: StepBatches = ([], None)
         self.stops_evaluating: Callable[[], bool] = lambda: False
         self._loss_before_step: Tensor | None = None
@@ -149,12 +157,19 @@ class DistillTrainer(SavingTrainer):
 
         A procedure may replace the rows; tokens are counted on the rows used for training.
         """
+        asking, needed = self.asking_ahead, self.objective.kd_ratio > 0
+        if asking is not None and self.session is None:
+            steps = max(1, self.state.max_steps - self.state.global_step)
+            most = steps * self.args.gradient_accumulation_steps
+            epoch_iterator = asking.in_training(epoch_iterator, most, needed)
         if self.session is None:
             self.step_batches = super().get_batch_samples(epoch_iterator, num_batches, device)
         else:
             self.step_batches = self._written_batches(
                 self.session, list(islice(epoch_iterator, num_batches)), device
             )
+        if asking is not None and needed:
+            asking.settle(self.step_batches[0])
         return self.step_batches
 
     def _written_batches(
@@ -304,7 +319,7 @@ class DistillTrainer(SavingTrainer):
         sums: Tensor | None = None
         rows = 0
         try:
-            for number, batch in enumerate(dataloader):
+            for number, batch in enumerate(self._asked_ahead(dataloader)):
                 if self.is_in_train and self._may_stop and self.stops_evaluating():
                     raise EvaluationStopped
                 inputs = self._prepare_inputs(batch)
@@ -316,17 +331,25 @@ class DistillTrainer(SavingTrainer):
                     rank=self.accelerator.process_index,
                     world=self.accelerator.num_processes,
                 )
-                consume, features = prepare_measures(inputs, self.objective.loss, self.eval_teacher)
+                with self.asking_ahead.agreeing() if self.asking_ahead else nullcontext():
+                    consume, features = prepare_measures(
+                        inputs, self.objective.loss, self.eval_teacher
+                    )
                 with torch.no_grad(), self.accelerator.autocast():
                     found = call(model, self._apart(consume), **features)["sums"]
                 sums = found if sums is None else sums + found
         finally:
             model.train(was_training)
         assert sums is not None, "a data loader has a batch"
-        with_teacher = self.eval_teacher is not None
-        metrics = figures(self.accelerator.reduce(sums), self.objective, with_teacher)
+        metrics = figures(self.accelerator.reduce(sums), self.objective, self.eval_teacher)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=rows)
+
+    def _asked_ahead(self, loader: Any) -> Any:
+        """Return the batches of an evaluation, asked for ahead where a server has the teacher."""
+        if self.asking_ahead is None or self.eval_teacher is not self.asking_ahead.teacher:
+            return loader
+        return self.asking_ahead.in_evaluation(loader)
 
 
 def _refuse_without_effect(args: TrainingArguments | None, options: dict[str, Any]) -> None:

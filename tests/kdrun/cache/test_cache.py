@@ -19,10 +19,11 @@ from bare import bare_arguments
 import kdlosses
 from kdrun import DistillTrainer
 from kdrun.cache.build import Recipe, build_cache
-from kdrun.cache.fingerprint import print_teacher, print_tokenizer, rows_of
+from kdrun.cache.fingerprint import print_teacher, print_tokenizer
 from kdrun.cache.manifest import MANIFEST
 from kdrun.cache.read import Cache
 from kdrun.cache.teacher import CachedTeacher
+from kdrun.data.batch_rows import rows_of
 from kdrun.data.collate import Collator, shift_labels
 from kdrun.data.encode import encode_chats
 from kdrun.data.formats import ChatRow

@@ -1,0 +1,64 @@
+"""The teacher of a run where a server has it."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from kdrun.cache.choose import ChosenTeacher, check_loss
+from kdrun.data.prepare import examples_in
+from kdrun.errors import InputError
+from kdrun.served.probe import open_served
+
+if TYPE_CHECKING:
+    from kdlosses import TokenLoss
+    from kdrun.config.sections import RunConfig
+    from kdrun.run.prepare import Prepared
+    from kdrun.run.start import Start
+
+_SHOWN = 8
+"""Training rows that a server must tokenise as the student does."""
+
+
+def choose_served(
+    config: RunConfig, prepared: Prepared, loss: TokenLoss, start: Start
+) -> ChosenTeacher:
+    """Open the server of a run's teacher, and check that it suits the run.
+
+    Args:
+        config: of the run.
+        prepared: provides the pair and its examples.
+        loss: the loss of the run, unchunked.
+        start: provides the processes, and displays lines.
+
+    Raises:
+        InputError: the server does not have what the run needs.
+    """
+    pair, address = prepared.pair, str(config.model.teacher)
+    rows = islice(examples_in(prepared.examples.train), _SHOWN)
+    served = open_served(
+        config.model,
+        config.served,
+        pair.tokenizer,
+        pair.vocab_size,
+        [one["input_ids"] for one in rows],
+        config.data.max_length,
+        config.loss.temperature,
+        start.world.size,
+        start.say,
+    )
+    if not served.exact and "temperature" in config.loss.schedules:
+        raise InputError(
+            f"{address} gives log-probabilities at one temperature, but loss.schedules changes it; "
+            "use its hidden states (served.form=states)"
+        )
+    check_loss(served, loss, address)
+    asked = served.asked
+    what = "hidden states" if served.exact else f"the {asked.top_k} most likely tokens and a tail"
+    notes = [f"teacher: {asked.model} at {address}, {what}"]
+    if not served.exact:
+        notes.append(
+            "held-out rows are evaluated against these events alone (eval_events_forward_kl); "
+            "measures that need all of the teacher's tokens are null"
+        )
+    return ChosenTeacher(served, served, {"teacher": served.width}, tuple(notes))

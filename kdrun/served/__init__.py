@@ -1,0 +1,1 @@
+"""Teachers on an inference server: their states or log-probabilities, and text that they write."""

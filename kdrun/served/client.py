@@ -1,0 +1,243 @@
+"""Requests to a server that may be busy, away or wrong: retried where that can help.
+
+Every answer is checked by its reader before it is used. Redirects are not followed, since a key
+belongs to one host, and certificates are checked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import httpx2
+
+from kdrun.errors import TrainingError
+from kdrun.models.address import KEY
+
+T = TypeVar("T")
+_BUSY = (408, 425, 429, 500, 502, 503, 504)
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
+_ANSWERS = 3
+"""How often a question is asked whose answers are wrong."""
+_QUIET_S = 20.0
+"""A server that was not heard from for so long may be another one."""
+_SHOWN = 300
+
+
+class ServerError(TrainingError):
+    """A server is away for longer than it is waited for, refuses, or answers wrongly."""
+
+
+class BadAnswerError(Exception):
+    """An answer has the wrong form or impossible numbers; the message says what is wrong."""
+
+
+class Refusal(ServerError):  # noqa: N818 - what the server did
+    """A server refused a request, which another attempt would not change.
+
+    Args:
+        message: one line.
+        status: the status code.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Client:
+    """Asks one server, from any number of threads.
+
+    Args:
+        address: as :func:`kdrun.models.address.clean_address` returns it.
+        timeout: seconds for one answer.
+        patience: seconds that a server that does not answer is waited for.
+        say: called with a line when it begins to wait.
+
+    Attributes:
+        address: of the server.
+        has_key: whether a key is sent.
+        after_absence: called before anything else is asked of a server that was away.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        timeout: float,
+        patience: float,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.address = address
+        self.after_absence: Callable[[], None] = lambda: None
+        self._timeout, self._patience, self._say = timeout, patience, say
+        key = os.environ.get(KEY)
+        self._http = httpx2.Client(
+            base_url=address,
+            timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0)),
+            headers={} if not key else {"Authorization": f"Bearer {key}"},
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
+            follow_redirects=False,
+            trust_env=False,  # a proxy would learn the key
+        )
+        self.has_key = bool(key)
+        self._closed = threading.Event()
+        self._lock = threading.RLock()
+        self._heard = time.monotonic()
+        self._told = False
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        read: Callable[[Any], T] = lambda answer: answer,
+    ) -> T:
+        """Ask until there is a right answer, or waiting is in vain.
+
+        Args:
+            method: of HTTP.
+            path: below the address.
+            body: sent as JSON.
+            read: turns parsed JSON into the result, or raises :class:`BadAnswerError`.
+
+        Raises:
+            Refusal: the server refuses the request.
+            ServerError: it was away for longer than ``patience``, or its answers are wrong.
+        """
+        self._look_again()
+        gives_up: float | None = None
+        pause, wrong = _FIRST_PAUSE_S, 0
+        while True:
+            try:
+                answer = self._once(method, path, body)
+                result = read(answer)
+            except BadAnswerError as error:
+                wrong += 1
+                if wrong == _ANSWERS:
+                    raise ServerError(
+                        f"{self.address}{path}: {error}, {_ANSWERS} times; nothing was learned "
+                        "from it"
+                    ) from error
+                problem, wait = str(error), 0.0
+            except _AwayError as error:
+                problem, wait = str(error), error.wait
+            else:
+                self._heard, self._told = time.monotonic(), False
+                if gives_up is not None:
+                    self._check_again()
+                return result
+            now = time.monotonic()
+            gives_up = now + self._patience if gives_up is None else gives_up
+            pause = min(_LONGEST_PAUSE_S, 2 * pause)
+            until = now + max(wait, pause)
+            if until > gives_up:
+                raise ServerError(
+                    f"{self.address} {problem}; it was waited for {self._patience:g} s "
+                    "(served.patience)"
+                )
+            self._tell(problem)
+            if self._closed.wait(until - now):
+                raise ServerError(f"{self.address} {problem}")
+
+    def close(self) -> None:
+        """End every request: those that wait for the server give up."""
+        self._closed.set()
+        self._http.close()
+
+    def _once(self, method: str, path: str, body: Any) -> Any:
+        """Ask once.
+
+        Raises:
+            BadAnswerError: the answer is not JSON.
+            _AwayError: another attempt may succeed.
+            Refusal: none would.
+        """
+        try:
+            response = self._http.request(method, path, json=body)
+        except httpx2.TimeoutException as error:
+            raise _AwayError(
+                f"does not answer within {self._timeout:g} s (served.timeout)"
+            ) from error
+        except httpx2.TransportError as error:
+            if "certificate" in str(error).lower():
+                raise Refusal(f"{self.address}: {_reason(error)}", 0) from error
+            raise _AwayError(f"cannot be reached ({_reason(error)})") from error
+        status = response.status_code
+        if status in _BUSY:
+            raise _AwayError(
+                f"is not ready (status {status})", _seconds(response.headers.get("retry-after"))
+            )
+        if response.is_redirect:
+            target = response.headers.get("location", "nowhere")
+            raise Refusal(
+                f"{self.address}{path} redirects to {target}, which is not followed; give that "
+                "address instead",
+                status,
+            )
+        if not response.is_success:
+            raise Refusal(_refusal(f"{self.address}{path}", status, response.text), status)
+        try:
+            return json.loads(response.content) if response.content else None
+        except ValueError as error:
+            raise BadAnswerError("the answer is cut off or no JSON") from error
+
+    def _look_again(self) -> None:
+        if time.monotonic() - self._heard > _QUIET_S:
+            self._check_again()
+
+    def _check_again(self) -> None:
+        """Check, once for all threads, that the server is the one that it was."""
+        with self._lock:
+            self._heard = time.monotonic()  # what is asked in the check needs no check itself
+            self.after_absence()
+
+    def _tell(self, problem: str) -> None:
+        with self._lock:
+            if not self._told:
+                self._told = True
+                self._say(f"{self.address} {problem}; waiting for it (served.patience)")
+
+
+class _AwayError(Exception):
+    """A server did not answer, but may do so later.
+
+    Args:
+        message: what happened, to follow the address.
+        wait: seconds that it asks to wait.
+    """
+
+    def __init__(self, message: str, wait: float = 0.0) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
+def _seconds(value: str | None) -> float:
+    """Read a ``Retry-After`` in seconds; dates are rare and taken as none."""
+    try:
+        return max(0.0, float(value or 0))
+    except ValueError:
+        return 0.0
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _refusal(where: str, status: int, text: str) -> str:
+    hints = {
+        401: f"; set the environment variable {KEY} to the server's key",
+        403: f"; set the environment variable {KEY} to the server's key",
+        404: "; is it the address of a server with OpenAI's interface?",
+    }
+    try:
+        found = json.loads(text)
+        said = found.get("error", found)
+        said = said.get("message", said) if isinstance(said, dict) else said
+    except (ValueError, AttributeError):
+        said = text
+    shown = " ".join(str(said).split())[:_SHOWN]
+    return f"{where} refuses (status {status}): {shown or 'no reason given'}{hints.get(status, '')}"
