@@ -169,6 +169,7 @@ WINGS = (
     "losses",
     "data",
     "models",
+    "served",
     "cache",
     "evaluation",
     "procedures",

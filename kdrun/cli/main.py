@@ -18,6 +18,7 @@ from kdrun.cli.evaluate import evaluate
 from kdrun.cli.losses import losses
 from kdrun.cli.models import generate, init_student
 from kdrun.cli.procedures import procedures
+from kdrun.cli.served import served
 from kdrun.cli.train import cli as cli
 from kdrun.errors import (
     STOPPING,
@@ -41,6 +42,7 @@ for command in (
     generate,
     init_student,
     cache_teacher,
+    served,
 ):
     cli.add_command(command)
 

@@ -231,10 +231,32 @@ def test_a_compressed_teacher_over_more_tokens_than_are_shared_is_refused():
         torch.testing.assert_close(loss(student, kept, labels), loss(cut, kept, labels))
 
 
-def test_measures_need_the_full_distribution():
+def test_measures_need_a_distribution():
     student, teacher, labels = problem()
-    with pytest.raises(ValueError, match="need the full distribution, got TopK"):
-        measure(get_loss("forward_kl"), student, TopK.from_logits(teacher, 3), labels)
+    with pytest.raises(ValueError, match="need its distribution, got Sampled"):
+        measure(get_loss("forward_kl"), student, Sampled.from_logits(teacher, 3), labels)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("how", ["plain", "chunked"])
+def test_measures_of_most_likely_tokens_are_over_these_and_the_rest(how, temperature):
+    student, teacher, labels = problem()
+    loss = make("reverse_kl", how, temperature=temperature)
+    found = measure(loss, student, TopK.from_logits(teacher, 3, temperature), labels)
+    assert found.forward_kl is found.reverse_kl is found.top1_agreement is None
+    logits = student.hidden.double() @ student.weight.double().T
+    p = (teacher.double() / temperature).softmax(-1)
+    q = (logits[..., : p.shape[-1]] / temperature).softmax(-1)
+    kept = p.topk(3, -1).indices
+    p, q = (
+        torch.cat([x.gather(-1, kept), 1 - x.gather(-1, kept).sum(-1, keepdim=True)], -1)
+        for x in (p, q)
+    )
+    supervised = labels != -100
+    expected = (p * (p / q).log()).sum(-1)[supervised].sum()
+    torch.testing.assert_close(found.events_forward_kl.double(), expected, rtol=1e-4, atol=1e-5)
+    reverse = (q * (q / p).log()).sum(-1)[supervised].sum() * temperature**2
+    torch.testing.assert_close(found.kd.double(), reverse, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
