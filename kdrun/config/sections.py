@@ -340,9 +340,35 @@ class ProcedureConfig(Section):
         "training rows",
     )
 
+    teacher_writer: str | None = Field(
+        None,
+        description="address of a server that writes the teacher's answers; null takes the "
+        "teacher, which may itself be on a server",
+    )
+    writer: str | None = Field(
+        None,
+        description="address of a server that writes the student's answers, with weights that it "
+        "takes in; null lets the run write them",
+    )
+    sync_steps: int = Field(
+        1, ge=1, description="with writer: steps after which it takes in the student's weights"
+    )
+    sync_folder: str | None = Field(
+        None,
+        description="with writer: folder for these weights, which both see; null is in the run's "
+        "folder",
+    )
+
     @model_validator(mode="after")
     def _need_a_spec(self) -> Self:
         self.require("procedure", "spec")
+        if self.writer is None and (self.sync_steps != 1 or self.sync_folder is not None):
+            key = "sync_steps" if self.sync_steps != 1 else "sync_folder"
+            raise ValueError(f"procedure.{key} has no effect without procedure.writer")
+        for key in ("writer", "teacher_writer"):
+            given = getattr(self, key)
+            if given is not None and not given.startswith(("http://", "https://")):
+                raise ValueError(f"procedure.{key}: not an address; write http://HOST:PORT")
         return self
 
 

@@ -90,3 +90,16 @@ YARDSTICKS = (
         asks=True,
     ),
 )
+
+
+SHOWN = (
+    *YARDSTICKS,
+    Yardstick(
+        name="events_forward_kl",
+        title="forward KL over the teacher's k tokens and the rest",
+        unit="nats per token",
+        lower_is_better=True,
+        difference=0.02,
+    ),
+)
+"""Those that a run shows: also the one against a teacher that gives its most likely tokens alone."""

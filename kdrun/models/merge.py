@@ -110,6 +110,35 @@ def merge_trained(
     return cast_weights(merged, wanted)
 
 
+def merged_weights(model: Any) -> dict[str, Any]:
+    """Return a model's weights with its adapters added, without changing the model.
+
+    Args:
+        model: a causal language model, perhaps with active adapters of LoRA in its layers.
+
+    Returns:
+        Tensors by the names that the model has without adapters.
+    """
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:
+        return dict(model.state_dict())
+    found = dict(model.state_dict())
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        own = {key: value for key, value in found.items() if key.startswith(f"{name}.")}
+        for key in own:
+            del found[key]
+        base = f"{name}.base_layer."
+        plain = {key.removeprefix(base): value for key, value in own.items() if base in key}
+        for adapter in layer.active_adapters:
+            delta = layer.get_delta_weight(adapter)
+            plain["weight"] = (plain["weight"].float() + delta.float()).to(plain["weight"].dtype)
+        found |= {f"{name}.{key}": value for key, value in plain.items()}
+    return found
+
+
 @contextmanager
 def _one_line(folder: str) -> Iterator[None]:
     """Turn errors of a broken adapter, in peft or below it, into one line."""

@@ -68,6 +68,10 @@ class Settings(Protocol):
         """The objective."""
 
     @property
+    def lora(self) -> Any:
+        """The adapters."""
+
+    @property
     def procedure(self) -> Any:
         """The procedure and its sampling."""
 
@@ -144,6 +148,9 @@ class SessionProtocol(Protocol):
     ) -> list[Any]:
         """Continue prompts, in batches."""
 
+    def teacher_print(self) -> Any:
+        """What identifies the model that writes the teacher's answers, as JSON values."""
+
     def is_empty(self, answer: Sequence[int]) -> bool:
         """Whether an answer is empty or only an end token."""
 
@@ -163,6 +170,7 @@ class Procedure(BaseModel):
         defaults: by ``"section.key"``, values for keys that the user does not set.
         on_policy: whether the student generates text during training.
         takes_text: whether it also trains on plain text (``procedure.text``).
+        mixes_models: whether two models together draw each token, so that no server can.
     """
 
     model_config = ConfigDict(
@@ -172,6 +180,7 @@ class Procedure(BaseModel):
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     on_policy: ClassVar[bool] = True
     takes_text: ClassVar[bool] = False
+    mixes_models: ClassVar[bool] = False
 
     @classmethod
     def parameters(cls) -> dict[str, str]:
@@ -204,6 +213,7 @@ class Procedure(BaseModel):
             )
         if config.model.teacher is None:
             raise InputError(f"{name}: needs a --teacher")
+        self._check_servers(name, config)
         if config.data.packing:
             raise InputError(f"{name}: cannot be used with data.packing=true; remove it")
         if config.training.fsdp:
@@ -217,6 +227,24 @@ class Procedure(BaseModel):
         if self.on_policy and config.loss.kd_ratio == 0 and not ratio_moves:
             raise InputError(
                 f"{name}: with --kd-ratio 0 the student's own text has no effect; raise it"
+            )
+
+    def _check_servers(self, name: str, config: Settings) -> None:
+        """Refuse servers that cannot write the text."""
+        given = config.procedure
+        served = str(config.model.teacher).startswith(("http://", "https://"))
+        if self.mixes_models and (given.writer or given.teacher_writer or served):
+            what = "procedure.writer" if given.writer else "procedure.teacher_writer"
+            raise InputError(
+                f"{name}: mixes teacher and student at each token, which a server with one of them "
+                f"cannot; {'pass a local --teacher' if served else f'remove {what}'}"
+            )
+        if given.writer and not self.on_policy:
+            raise InputError(f"{name}: the student writes nothing; remove procedure.writer")
+        if given.writer and config.lora.quantization is not None:
+            raise InputError(
+                "procedure.writer: weights of a quantised student cannot be handed over; remove "
+                "lora.quantization"
             )
 
     def cost(self, config: Settings) -> Cost:

@@ -43,6 +43,7 @@ class MiniLLM(Procedure):
 
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({"loss.spec": "reverse_kl_chunked"})
     takes_text: ClassVar[bool] = True
+    mixes_models: ClassVar[bool] = True
 
     teacher_mix: float = Field(
         0.2, ge=0, lt=1, description="the teacher's share of the sampling distribution"

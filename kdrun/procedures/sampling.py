@@ -178,6 +178,11 @@ def uniforms(seed: int, step: int, rows: Sequence[int], count: int, what: str) -
     return found
 
 
+def request_seed(seed: int, step: int, what: str, row: int) -> int:
+    """Return the seed of a server's request for a row, from what its :func:`uniforms` follow."""
+    return _hash(seed, step, what, row) % 2**31
+
+
 def draw(seed: int, step: int, *what: object) -> float:
     """A random number in [0, 1), the same on every process."""
     return (_hash(seed, step, *what) >> 9) / 2**53

@@ -14,11 +14,15 @@ from kdrun.procedures import sampling
 from kdrun.procedures.base import ROLLOUT, MicroBatch, Origin, Procedure
 from kdrun.procedures.decode import Draw, Writer, Written, decode
 from kdrun.procedures.sampling import Sample, Sampling, collate
+from kdrun.served.client import ServerError
+from kdrun.served.engine import Drawing
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kdrun.served.writer import ServedWriter, StudentWriter
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class Session:
         place: position of this process.
         answers_folder: folder that keeps the teacher's answers for other runs; None keeps none.
         text: windows of plain text, for procedures that use it.
+        served: by author, servers that write instead of the models here.
+        hands_over: hands the student's weights to the server that writes its answers.
         say: prints a line for the user.
         state: state of the procedure.
         step: number of finished optimiser steps.
@@ -85,6 +91,8 @@ class Session:
     place: Place = field(default_factory=Place)
     answers_folder: Path | None = None
     text: Sequence[Example] | None = None
+    served: Mapping[Origin, ServedWriter] = field(default_factory=dict)
+    hands_over: StudentWriter | None = None
     say: Callable[[str], None] = lambda line: None
     state: dict[str, Any] = field(default_factory=dict)
     step: int = 0
@@ -170,6 +178,8 @@ class Session:
         """
         writers = writers or {Origin.STUDENT: 1.0}
         origin = Origin.TEACHER if set(writers) == {Origin.TEACHER} else Origin.STUDENT
+        if origin == Origin.STUDENT:
+            self.hand_over()
         prompts = [self.settings.prompt_of(example) for example in examples]
         first = self.place.first_row(number)
         asked = [place for place, prompt in enumerate(prompts) if prompt]
@@ -212,6 +222,71 @@ class Session:
             TrainingError: probabilities became NaN; the message names the step.
         """
         started = time.perf_counter()
+        (origin, *others) = writers
+        if not others and origin in self.served:
+            found = self._from_server(origin, prompts, rows, with_log_probs, what)
+        else:
+            found = self._from_models(prompts, rows, writers, with_log_probs, what)
+        self.counts.seconds += time.perf_counter() - started
+        self.counts.generated_tokens += sum(len(text.tokens) for text in found)
+        self.counts.answers += len(found)
+        self.counts.empty_generations += sum(self.is_empty(text.tokens) for text in found)
+        return found
+
+    def hand_over(self) -> None:
+        """Hand the student's weights over if they are due; every process must call it.
+
+        Raises:
+            ServerError: the server fails.
+        """
+        if self.hands_over is None or not self.hands_over.is_due(self.step):
+            return
+        failure: list[str] = []
+        if self.place.rank == 0:
+            try:
+                self.hands_over.hand_over(self.student)
+            except TrainingError as error:
+                failure = [str(error)]
+        # The others write with the new weights too, and must not do so before they are there.
+        if failed := self.gather(failure):
+            raise ServerError(failed[0])
+        self.hands_over.written_at = self.step
+
+    def _from_server(
+        self,
+        origin: Origin,
+        prompts: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        with_log_probs: bool,
+        what: str,
+    ) -> list[Written]:
+        settings = self.settings
+        if with_log_probs and (settings.temperature, settings.top_p, settings.top_k) != (1, 1, 0):
+            raise TrainingError(
+                "procedure.writer: a server gives log-probabilities of the tokens that it drew at "
+                "temperature 1 alone; set procedure.sampling_temperature=1, top_p=1 and top_k=0"
+            )
+        drawing = Drawing(
+            settings.max_new_tokens,
+            settings.temperature,
+            settings.top_p,
+            settings.top_k,
+            tuple(sorted(self.stops)),
+        )
+        seeds = [sampling.request_seed(self.seed, self.step, what, row) for row in rows]
+        answers = self.served[origin].continuations(prompts, seeds, drawing)
+        if not with_log_probs:
+            return [Written(answer.tokens) for answer in answers]
+        return [Written(one.tokens, one.log_probs, (one.log_probs,)) for one in answers]
+
+    def _from_models(
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        writers: Mapping[Origin, float],
+        with_log_probs: bool,
+        what: str,
+    ) -> list[Written]:
         settings = self.settings
         models = {Origin.STUDENT: self.student, Origin.TEACHER: self.teacher}
         voices = [Writer(models[origin], share) for origin, share in writers.items()]
@@ -233,11 +308,19 @@ class Session:
                 )
         except TrainingError as error:
             raise TrainingError(f"step {self.step + 1}: {error}") from error
-        self.counts.seconds += time.perf_counter() - started
-        self.counts.generated_tokens += sum(len(text.tokens) for text in found)
-        self.counts.answers += len(found)
-        self.counts.empty_generations += sum(self.is_empty(text.tokens) for text in found)
         return found
+
+    def teacher_print(self) -> Any:
+        """What identifies the model that writes the teacher's answers, as JSON values.
+
+        A server's is recognised by its name and by what it answers greedily to a probe, since its
+        log-probabilities differ by rounding each time.
+        """
+        from kdrun.cache.fingerprint import print_teacher
+
+        if Origin.TEACHER in self.served:
+            return self.served[Origin.TEACHER].identity(self.tokenizer)
+        return print_teacher(self.teacher).model_dump() if self.teacher is not None else None
 
     def is_empty(self, answer: Sequence[int]) -> bool:
         """Whether an answer is empty or only an end token."""
@@ -265,8 +348,18 @@ class Session:
             "generation_seconds": round(max(counts["seconds"] for counts in every), 3),
             "student_share": round(total["student_rows"] / max(1, total["rows"]), 6),
             "empty_generations": total["empty_generations"],
+            **self._age(),
             **self.procedure.figures(self.state),
         }
+
+    def _age(self) -> dict[str, int]:
+        """Return how many steps old the weights are that wrote the last answers."""
+        own = self.hands_over
+        return (
+            {}
+            if own is None or own.written_at is None
+            else {"writer_age": self.step - own.written_at}
+        )
 
     def remarks(self, figures: Mapping[str, float]) -> list[str]:
         """Lines to print after training."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 """Version of the answers, increased when the same prompts would get different answers."""
+_AT_ONCE = 256
+"""Prompts answered before their answers are written down."""
 
 
 def teacher_rows(rows: Sequence[Any], session: SessionProtocol) -> list[Example]:
@@ -45,7 +48,7 @@ def teacher_rows(rows: Sequence[Any], session: SessionProtocol) -> list[Example]
     # All processes must take the same branch, even if their disks differ.
     if not all(session.gather([answers is not None])):
         session.say(f"procedure: the teacher answers {len(prompts)} prompts once")
-        answers = _write_all(prompts, session)
+        answers = _write_all(prompts, session, file)
         if file is not None and session.place.rank == 0:
             _save(file, answers)
     else:
@@ -69,27 +72,75 @@ def teacher_rows(rows: Sequence[Any], session: SessionProtocol) -> list[Example]
     return kept
 
 
-def _write_all(prompts: Sequence[list[int]], session: SessionProtocol) -> list[list[int]]:
+def _write_all(
+    prompts: Sequence[list[int]], session: SessionProtocol, file: Path | None
+) -> list[list[int]]:
+    """Have every process write a part of the answers, and go on where an earlier run stopped.
+
+    What is written is appended to a file of the process, so that days of a large teacher's work
+    are not lost with one process. Answers depend on the prompt's number, not on the process.
+    """
+    from kdrun.quiet import make_console, show_progress
+
     rank, size = session.place.rank, session.place.size
+    found: dict[int, list[int]] = {}
+    for part in [] if file is None else sorted(file.parent.glob(f"{file.stem}.part-*")):
+        found |= _read_part(part, len(prompts), session.vocab_size)
+    if found:
+        session.say(f"procedure: {len(found)} of the answers are there already; going on")
     # Prompts of similar length are batched together, to reduce padding.
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))[rank::size]
-    chosen = [prompts[number] for number in order]
-    texts = session.continuations(chosen, order, {Origin.TEACHER: 1.0}, what="teacher")
-    pairs = zip(order, (text.tokens for text in texts), strict=True)
-    found: dict[int, list[int]] = dict(session.gather(list(pairs)))
-    return [found[number] for number in range(len(prompts))]
+    missing = [number for number in order if number not in found]
+    own = None if file is None else file.with_name(f"{file.stem}.part-{rank}")
+    tokens = 0
+    with show_progress(make_console(), "answer", "tokens") as report:
+        for start in range(0, len(missing), _AT_ONCE):
+            numbers = missing[start : start + _AT_ONCE]
+            chosen = [prompts[number] for number in numbers]
+            texts = session.continuations(chosen, numbers, {Origin.TEACHER: 1.0}, what="teacher")
+            new = {number: text.tokens for number, text in zip(numbers, texts, strict=True)}
+            found |= new
+            _append(own, new)
+            tokens += sum(len(answer) for answer in new.values())
+            if rank == 0 and len(missing) > _AT_ONCE:
+                report(start + len(numbers), len(missing), tokens)
+    pairs = [(number, found[number]) for number in order]
+    every: dict[int, list[int]] = dict(session.gather(pairs))
+    return [every[number] for number in range(len(prompts))]
+
+
+def _append(file: Path | None, answers: Mapping[int, list[int]]) -> None:
+    """Append answers to a file; without space or permission, they are not kept."""
+    if file is None:
+        return
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a", encoding="utf-8") as stream:
+            stream.writelines(f"{json.dumps([n, answer])}\n" for n, answer in answers.items())
+
+
+def _read_part(file: Path, count: int, vocab_size: int) -> dict[int, list[int]]:
+    """Read the answers that a run wrote before it ended; a line that is cut off is none."""
+    number = Annotated[int, Field(ge=0, lt=count)]
+    token = Annotated[int, Field(ge=0, lt=vocab_size)]
+    line = TypeAdapter(tuple[number, list[token]])
+    found: dict[int, list[int]] = {}
+    with suppress(OSError, UnicodeDecodeError):
+        for text in file.read_text(encoding="utf-8").splitlines():
+            with suppress(ValidationError):
+                place, answer = line.validate_json(text)
+                found[place] = answer
+    return found
 
 
 def _file(prompts: Sequence[list[int]], session: SessionProtocol) -> Path | None:
     if session.answers_folder is None:
         return None
-    from kdrun.cache.fingerprint import print_teacher
-
     settings = session.settings
     sampled = settings.temperature > 0
     content = [
         _FORMAT,
-        print_teacher(session.teacher).model_dump(),
+        session.teacher_print(),
         [settings.max_new_tokens, settings.temperature],
         [settings.top_p, settings.top_k, session.seed] if sampled else [],
         [sorted(session.stops), session.vocab_size],
@@ -111,10 +162,10 @@ def _read(file: Path, count: int, vocab_size: int) -> list[list[int]] | None:
 
 def _save(file: Path, answers: Sequence[list[int]]) -> None:
     """Write a file atomically; without space or permission, nothing is kept."""
-    from contextlib import suppress
-
     from kdrun.files import write_text
 
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(answers))
+        for part in file.parent.glob(f"{file.stem}.part-*"):
+            part.unlink()

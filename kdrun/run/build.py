@@ -11,7 +11,7 @@ from kdrun.files import write_text
 from kdrun.losses.build import build_loss
 from kdrun.run import folder as runs
 from kdrun.run.arguments import settle, training_arguments
-from kdrun.run.check import procedure_of
+from kdrun.run.check import names_writer, procedure_of
 from kdrun.run.precision import autocast_type
 from kdrun.run.publish import reporting_hub
 from kdrun.run.trackers import place_logs
@@ -19,7 +19,7 @@ from kdrun.run.trackers import place_logs
 if TYPE_CHECKING:
     import torch
 
-    from kdrun.config.sections import DataConfig, RunConfig
+    from kdrun.config.sections import RunConfig
     from kdrun.config.training_sections import TrainingConfig
     from kdrun.run.load import Loaded
     from kdrun.run.prepare import Prepared
@@ -89,7 +89,7 @@ def build(config: RunConfig, prepared: Prepared, loaded: Loaded, start: Start) -
     trainer.eval_teacher = evaluation = loaded.teacher.evaluation
     if evaluation is not None and evaluation is not trainer.teacher:
         evaluation.to(arguments.device)
-    _begin_procedure(trainer, config.data, prepared, start)
+    _begin_procedure(trainer, config, prepared, start)
     _guard(trainer, config.training, prepared, start)
     _tell(trainer, start)
     _tell_padding(config, prepared, start)
@@ -108,7 +108,7 @@ def _shard(loaded: Loaded, computed_in: torch.dtype | None) -> None:
 
 
 def _begin_procedure(
-    trainer: DistillTrainer, data: DataConfig, prepared: Prepared, start: Start
+    trainer: DistillTrainer, config: RunConfig, prepared: Prepared, start: Start
 ) -> None:
     """Pass a procedure its inputs besides the trainer's models, and let it prepare the rows."""
     from kdrun.data.token_cache import TokenCache
@@ -116,10 +116,14 @@ def _begin_procedure(
     session = trainer.session
     if session is None:
         return
-    cache = TokenCache.at(data.cache_dir)
+    cache = TokenCache.at(config.data.cache_dir)
     session.answers_folder = None if cache is None else cache.folder
     session.text = prepared.text
     session.say = start.say
+    if names_writer(config):
+        from kdrun.run.served import open_writers
+
+        open_writers(session, config, prepared, start)
     trainer.train_dataset = session.procedure.prepare(trainer.train_dataset, session)
 
 

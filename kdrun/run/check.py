@@ -14,6 +14,7 @@ from kdrun.data.prepare import RawRows, check_packed_rows, read_rows
 from kdrun.errors import InputError
 from kdrun.losses.build import build_loss, check_name
 from kdrun.models.adapters import check_peft
+from kdrun.models.address import is_address
 from kdrun.models.attention import check_attention
 from kdrun.models.pairs import locate_pair
 from kdrun.models.placement import check_teacher_device
@@ -109,6 +110,12 @@ def _check_streaming(config: RunConfig) -> None:
             "trainer.dataloader_num_workers: data.streaming=true reads in the training process; "
             "remove it"
         )
+
+
+def names_writer(config: RunConfig) -> bool:
+    """Return whether a server writes answers of a procedure."""
+    given = config.procedure
+    return bool(given.writer or given.teacher_writer or is_address(config.model.teacher))
 
 
 def procedure_of(config: RunConfig) -> Procedure | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from kdrun.errors import without_passwords
-from kdrun.evaluation.yardsticks import YARDSTICKS
+from kdrun.evaluation.yardsticks import SHOWN
 from kdrun.files import list_files, remove, write_json, write_lines
 from kdrun.models.base_print import keep_base_print
 from kdrun.models.locate import STUDENT
@@ -75,6 +75,7 @@ def finish(
         **({"accepted_changes": list(changes)} if changes else {}),
         "skipped_steps": trainer.guard.skipped,
         "supervised_tokens_per_second": round(built.rate.rate * trainer.args.world_size, 1),
+        **_waited(trainer),
         "training_seconds": round(built.rate.seconds, 2),
         "total_seconds": round(time.monotonic() - began, 2),
         "peak_memory_mib": _peak_memory_mib(),
@@ -88,7 +89,21 @@ def finish(
         write_json(start.folder / runs.SUMMARY, summary)
     _show(built, summary, written, start)
     publish(trainer, start)
+    _close_servers(trainer)
     return summary
+
+
+def _waited(trainer: DistillTrainer) -> dict[str, float]:
+    asking = trainer.asking_ahead
+    return {} if asking is None else {"seconds_waited_for_teacher": round(asking.teacher.waited, 2)}
+
+
+def _close_servers(trainer: DistillTrainer) -> None:
+    """End requests on their way, and remove weights that were handed over."""
+    if trainer.asking_ahead is not None:
+        trainer.asking_ahead.teacher.close()
+    if trainer.session is not None and trainer.session.hands_over is not None:
+        trainer.session.hands_over.close()
 
 
 def _take_best(
@@ -242,7 +257,7 @@ def before_after(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
     table = Table(title="held-out rows", title_justify="left")
     for heading in ("measure", "before", "after", ""):
         table.add_column(heading, justify="right" if heading in ("before", "after") else "left")
-    for yardstick in YARDSTICKS:
+    for yardstick in SHOWN:
         key = f"eval_{yardstick.name}"
         values = [_figure(measures.get(key)) for measures in (before, after)]
         if key in after:

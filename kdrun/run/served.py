@@ -8,11 +8,18 @@ from typing import TYPE_CHECKING
 from kdrun.cache.choose import ChosenTeacher, check_loss
 from kdrun.data.prepare import examples_in
 from kdrun.errors import InputError
-from kdrun.served.probe import open_served
+from kdrun.models.address import is_address
+from kdrun.paths import expand_home, make_output_folder
+from kdrun.procedures.base import Origin
+from kdrun.run import folder as runs
+from kdrun.served.client import ServerError
+from kdrun.served.probe import open_served, open_writer
+from kdrun.served.writer import PROBE, ServedWriter, StudentWriter
 
 if TYPE_CHECKING:
     from kdlosses import TokenLoss
     from kdrun.config.sections import RunConfig
+    from kdrun.procedures.session import Session
     from kdrun.run.prepare import Prepared
     from kdrun.run.start import Start
 
@@ -62,3 +69,49 @@ def choose_served(
             "measures that need all of the teacher's tokens are null"
         )
     return ChosenTeacher(served, served, {"teacher": served.width}, tuple(notes))
+
+
+def open_writers(session: Session, config: RunConfig, prepared: Prepared, start: Start) -> None:
+    """Give a procedure the servers that write its text.
+
+    The student's weights are handed over once, so that a server that cannot take them in is found
+    out before the first step.
+
+    Args:
+        session: of the procedure.
+        config: names the servers.
+        prepared: provides the tokenizer.
+        start: provides folder and processes.
+
+    Raises:
+        InputError: a server does not answer, or does not take the weights in.
+    """
+    given, address = config.procedure, config.model.teacher
+    session.served = {}
+    if given.teacher_writer or is_address(address):
+        named = ("procedure.teacher_writer", given.teacher_writer)
+        key, at = named if given.teacher_writer else ("model.teacher", address)
+        session.served[Origin.TEACHER] = _open(str(at), key, session, config, start)
+    if given.writer is None:
+        return
+    writer = _open(given.writer, "procedure.writer", session, config, start)
+    session.served[Origin.STUDENT] = writer
+    place = start.folder / runs.CHECKPOINTS / runs.WEIGHTS
+    if given.sync_folder is not None:
+        place = expand_home(given.sync_folder)
+    make_output_folder(place)
+    session.hands_over = StudentWriter(writer, place.resolve(), given.sync_steps)
+    try:
+        session.hand_over()
+        if start.world.is_main:
+            ids = prepared.pair.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+            session.hands_over.check(session.student, ids)
+    except ServerError as error:
+        raise InputError(str(error)) from error
+    start.say(f"procedure: {given.writer} writes the student's answers")
+
+
+def _open(at: str, key: str, session: Session, config: RunConfig, start: Start) -> ServedWriter:
+    size, processes = session.vocab_size, start.world.size
+    length = config.data.max_length
+    return open_writer(at, key, config.served, length, size, processes, start.say)

@@ -182,6 +182,11 @@ class VLLM:
             "temperature": drawing.temperature,
             "top_p": drawing.top_p,
             "top_k": drawing.top_k or -1,
+            # Not those of the model's own generation settings, which the server would take.
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "stop_token_ids": list(drawing.stops),
             "seed": seed,
             "logprobs": 0,

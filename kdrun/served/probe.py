@@ -17,6 +17,7 @@ from kdrun.served.engine import VLLM, Engine, Offer
 from kdrun.served.head import Head, load_head
 from kdrun.served.states import FOLDER
 from kdrun.served.teacher import Asked, ServedTeacher
+from kdrun.served.writer import PROBE, ServedWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
     from kdrun.config.sections import ModelConfig
     from kdrun.config.served_section import ServedConfig
 
-_PROBE = (
-    "Distillation trains a small model on the distributions of a large one: 12 + 30 = 42, "
-    "and the capital of France is Paris."
-)
 _PROBED = 5
 _AGREE = {"torch.float32": 1e-3}
 _AGREE_16_BITS = 0.15
@@ -52,7 +49,7 @@ def greet(model: ModelConfig, served: ServedConfig, max_length: int, say: Say) -
     Raises:
         InputError: what is wrong, in one line.
     """
-    engine = _connect(model, served, say)
+    engine = _connect(str(model.teacher), "model.teacher", served, say)
     try:
         with _at_the_start():
             _choose(engine, served.model, max_length)
@@ -87,12 +84,12 @@ def open_served(
     Raises:
         InputError: what is wrong, in one line.
     """
-    engine = _connect(model, served, say)
+    engine = _connect(str(model.teacher), "model.teacher", served, say)
     try:
         with _at_the_start():
             offer = _choose(engine, served.model, max_length)
             _compare_tokenizers(engine, served, tokenizer, rows, model.trust_remote_code)
-            ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+            ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
             scored = _scores(engine, offer, ids, _PROBED, vocab_size)
             concurrency = max(1, served.concurrency // processes)
             common: dict[str, Any] = {
@@ -117,6 +114,36 @@ def open_served(
         raise
     engine.client.after_absence = lambda: check_same(asked, ids)
     return ServedTeacher(asked)
+
+
+def open_writer(
+    address: str,
+    key: str,
+    served: ServedConfig,
+    max_length: int,
+    vocab_size: int,
+    processes: int,
+    say: Say,
+) -> ServedWriter:
+    """Return a server that writes text, once it is known to answer.
+
+    Args:
+        address: of the server.
+        key: key of the configuration that gives it.
+        served: section of the server.
+        max_length: tokens of prompt and answer.
+        vocab_size: tokens that the run knows.
+        processes: of the run, which share ``served.concurrency``.
+        say: called with lines to print.
+
+    Raises:
+        InputError: what is wrong, in one line.
+    """
+    engine = _connect(address, key, served, say)
+    named = served.model if key == "model.teacher" else None
+    with _at_the_start():
+        offer = _choose(engine, named, max_length)
+    return ServedWriter(engine, offer.name, max(1, served.concurrency // processes), vocab_size)
 
 
 def check_same(asked: Asked, ids: Sequence[int]) -> None:
@@ -147,9 +174,8 @@ def differs(before: Sequence[float], now: Sequence[float]) -> bool:
 Say = Callable[[str], None]
 
 
-def _connect(model: ModelConfig, served: ServedConfig, say: Say) -> Engine:
-    assert model.teacher is not None
-    address = clean_address(model.teacher, "model.teacher")
+def _connect(given: str, key: str, served: ServedConfig, say: Say) -> Engine:
+    address = clean_address(given, key)
     client = Client(address, served.timeout, served.patience, say)
     if client.has_key and address.startswith("http:") and not is_loopback(address):
         say(f"{KEY} is sent to {address} unencrypted; use https, or a tunnel")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from kdrun.data.collate import split_inputs
 from kdrun.models.heads import HeadSplit
 from kdrun.served.client import ServerError
 from kdrun.served.states import Space
+from kdrun.served.workers import Workers
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +97,7 @@ class ServedTeacher:
         self.waited = 0.0
         self.tokens = 0
         self._space = Space(asked.space)
-        self._workers = ThreadPoolExecutor(asked.concurrency, "kdrun-served")
+        self._workers = Workers(asked.concurrency, "kdrun-served")
         self._expected: dict[bytes, _Expected] = {}
         self._settled: dict[bytes, tuple[Tensor, ...]] = {}
         self._device = torch.device("cpu")
@@ -121,7 +122,8 @@ class ServedTeacher:
     def close(self) -> None:
         """End requests on their way."""
         self.asked.engine.client.close()
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        for expected in self._expected.values():
+            expected.answer.cancel()
 
     def expect(self, batch: Mapping[str, Any]) -> int:
         """Ask for the rows of a batch that is needed soon.

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from kdrun.evaluation.yardsticks import YARDSTICKS
+from kdrun.evaluation.yardsticks import SHOWN
 from kdrun.files import write_text
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class ShowProgress(TrainerCallback):
         elif "eval_ce" in logs:
             shown = [
                 f"{yardstick.title} {value:.4f}"
-                for yardstick in YARDSTICKS
+                for yardstick in SHOWN
                 if (value := logs.get(f"eval_{yardstick.name}")) is not None
             ]
             self._console.print(f"step {state.global_step}  held out: {', '.join(shown)}")

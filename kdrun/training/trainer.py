@@ -373,21 +373,26 @@ def _refuse_without_effect(args: TrainingArguments | None, options: dict[str, An
 def _open_session(
     trainer: DistillTrainer, procedure: Procedure | str, sampling: Sampling
 ) -> Session:
-    teacher = trainer.teacher.model if isinstance(trainer.teacher, FrozenTeacher) else None
-    if teacher is None:
-        raise ValueError("procedure: needs a live teacher, got none")
+    given = trainer.teacher
+    if not isinstance(given, FrozenTeacher | ServedTeacher):
+        raise ValueError("procedure: needs a live or a served teacher, got neither")
+    teacher = given.model if isinstance(given, FrozenTeacher) else None
     if trainer.processing_class is None:
         raise ValueError("procedure: needs the tokenizer as processing_class, got None")
     student = causal_lm(trainer.model)
-    heads = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
-    given = trainer.objective.loss.vocab_size
+    heads = [student.get_output_embeddings().weight.shape[0]]
+    if isinstance(given, ServedTeacher):
+        heads.append(given.width)
+    else:
+        heads.append(given.model.get_output_embeddings().weight.shape[0])
+    shared = trainer.objective.loss.vocab_size
     return Session(
         procedure=get_procedure(procedure) if isinstance(procedure, str) else procedure,
         settings=sampling,
         student=student,
         teacher=teacher,
         tokenizer=trainer.processing_class,
-        vocab_size=min([*heads, *([] if given is None else [given])]),
+        vocab_size=min([*heads, *([] if shared is None else [shared])]),
         seed=trainer.args.seed,
         place=Place(
             trainer.accelerator.process_index,
