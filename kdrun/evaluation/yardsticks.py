@@ -102,4 +102,4 @@ SHOWN = (
         difference=0.02,
     ),
 )
-"""Those that a run shows: also the one against a teacher that gives its most likely tokens alone."""
+"""Those that a run shows: also the one against the teacher's most likely tokens alone."""

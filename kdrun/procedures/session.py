@@ -244,7 +244,7 @@ class Session:
         failure: list[str] = []
         if self.place.rank == 0:
             try:
-                self.hands_over.hand_over(self.student)
+                self.hands_over.hand_over(self.student, self.tokenizer)
             except TrainingError as error:
                 failure = [str(error)]
         # The others write with the new weights too, and must not do so before they are there.

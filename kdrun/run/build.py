@@ -123,7 +123,7 @@ def _begin_procedure(
     if names_writer(config):
         from kdrun.run.served import open_writers
 
-        open_writers(session, config, prepared, start)
+        open_writers(session, config, start)
     trainer.train_dataset = session.procedure.prepare(trainer.train_dataset, session)
 
 

@@ -14,7 +14,7 @@ from kdrun.procedures.base import Origin
 from kdrun.run import folder as runs
 from kdrun.served.client import ServerError
 from kdrun.served.probe import open_served, open_writer
-from kdrun.served.writer import PROBE, ServedWriter, StudentWriter
+from kdrun.served.writer import ServedWriter, StudentWriter
 
 if TYPE_CHECKING:
     from kdlosses import TokenLoss
@@ -71,7 +71,7 @@ def choose_served(
     return ChosenTeacher(served, served, {"teacher": served.width}, tuple(notes))
 
 
-def open_writers(session: Session, config: RunConfig, prepared: Prepared, start: Start) -> None:
+def open_writers(session: Session, config: RunConfig, start: Start) -> None:
     """Give a procedure the servers that write its text.
 
     The student's weights are handed over once, so that a server that cannot take them in is found
@@ -80,7 +80,6 @@ def open_writers(session: Session, config: RunConfig, prepared: Prepared, start:
     Args:
         session: of the procedure.
         config: names the servers.
-        prepared: provides the tokenizer.
         start: provides folder and processes.
 
     Raises:
@@ -103,9 +102,6 @@ def open_writers(session: Session, config: RunConfig, prepared: Prepared, start:
     session.hands_over = StudentWriter(writer, place.resolve(), given.sync_steps)
     try:
         session.hand_over()
-        if start.world.is_main:
-            ids = prepared.pair.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-            session.hands_over.check(session.student, ids)
     except ServerError as error:
         raise InputError(str(error)) from error
     start.say(f"procedure: {given.writer} writes the student's answers")

@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import httpx2
@@ -95,6 +95,7 @@ class Client:
         path: str,
         body: Any = None,
         read: Callable[[Any], T] = lambda answer: answer,
+        final: Sequence[int] = (),
     ) -> T:
         """Ask until there is a right answer, or waiting is in vain.
 
@@ -103,6 +104,7 @@ class Client:
             path: below the address.
             body: sent as JSON.
             read: turns parsed JSON into the result, or raises :class:`BadAnswerError`.
+            final: status codes that another attempt would not change, besides the usual ones.
 
         Raises:
             Refusal: the server refuses the request.
@@ -113,7 +115,7 @@ class Client:
         pause, wrong = _FIRST_PAUSE_S, 0
         while True:
             try:
-                answer = self._once(method, path, body)
+                answer = self._once(method, path, body, final)
                 result = read(answer)
             except BadAnswerError as error:
                 wrong += 1
@@ -148,7 +150,7 @@ class Client:
         self._closed.set()
         self._http.close()
 
-    def _once(self, method: str, path: str, body: Any) -> Any:
+    def _once(self, method: str, path: str, body: Any, final: Sequence[int]) -> Any:
         """Ask once.
 
         Raises:
@@ -167,7 +169,7 @@ class Client:
                 raise Refusal(f"{self.address}: {_reason(error)}", 0) from error
             raise _AwayError(f"cannot be reached ({_reason(error)})") from error
         status = response.status_code
-        if status in _BUSY:
+        if status in _BUSY and status not in final:
             raise _AwayError(
                 f"is not ready (status {status})", _seconds(response.headers.get("retry-after"))
             )

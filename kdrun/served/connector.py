@@ -30,38 +30,50 @@ def write_connector(folder: Path) -> Path:
 
 
 def start_line(
-    model: str, module_folder: Path, states_folder: str | None, trust_remote_code: bool
+    model: str,
+    module_folder: Path,
+    states_folder: str | None,
+    writes_student: bool,
+    trust_remote_code: bool,
 ) -> str:
-    """Return the command that starts a server whose last hidden states kdrun reads.
+    """Return the command that starts a server for kdrun.
 
     Args:
         model: folder or hub id.
-        module_folder: where the connector is.
+        module_folder: where the module is.
         states_folder: for the states; None is in memory.
+        writes_student: whether the server writes the student's answers, with weights that it takes
+            in, rather than giving a teacher's states.
         trust_remote_code: run the code that comes with the model, to read its configuration.
 
     Raises:
         InputError: there is no such model.
     """
     source = locate_model(model)
-    config = load_model_config(source, trust_remote_code).get_text_config()
-    hidden = {"hf_config": {"eagle_aux_hidden_state_layer_ids": [config.num_hidden_layers]}}
+    given = str(Path(source.path).resolve()) if source.is_local else source.path
+    words = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", given]
+    words += ["--host", "127.0.0.1", "--port", "8000"]
+    words += ["--worker-extension-cls", f"{MODULE}.KdrunWorker"]
+    before = f"PYTHONPATH={shlex.quote(str(module_folder.resolve()))}"
+    if writes_student:
+        before += " VLLM_SERVER_DEV_MODE=1"  # lets it take weights in
+    else:
+        config = load_model_config(source, trust_remote_code).get_text_config()
+        words += _gives_states(config.num_hidden_layers, states_folder or FOLDER)
+    return f"{before} {shlex.join(words)}"
+
+
+def _gives_states(layers: int, folder: str) -> list[str]:
     speculative = {
         "method": "extract_hidden_states",
         "num_speculative_tokens": 1,
-        "draft_model_config": hidden,
+        "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": [layers]}},
     }
     transfer = {
         "kv_connector": _CLASS,
         "kv_connector_module_path": MODULE,
         "kv_role": "kv_producer",
-        "kv_connector_extra_config": {"shared_storage_path": states_folder or FOLDER},
+        "kv_connector_extra_config": {"shared_storage_path": folder},
     }
-    given = str(Path(source.path).resolve()) if source.is_local else source.path
-    words = [
-        *("python", "-m", "vllm.entrypoints.openai.api_server", "--model", given),
-        *("--host", "127.0.0.1", "--port", "8000", "--no-enable-prefix-caching"),
-        *("--speculative-config", json.dumps(speculative)),
-        *("--kv-transfer-config", json.dumps(transfer)),
-    ]
-    return f"PYTHONPATH={shlex.quote(str(module_folder.resolve()))} {shlex.join(words)}"
+    options = ["--no-enable-prefix-caching", "--speculative-config", json.dumps(speculative)]
+    return [*options, "--kv-transfer-config", json.dumps(transfer)]

@@ -17,7 +17,7 @@ from kdrun.served.states import read_states
 if TYPE_CHECKING:
     from torch import Tensor
 
-_COMPLETIONS = "/v1/completions"
+_COMPLETIONS, _CALL = "/v1/completions", "/collective_rpc"
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class VLLM:
 
     def __init__(self, client: Client) -> None:
         self.client = client
+        self._has_extension = True
 
     def offers(self) -> list[Offer]:
         """Return the models that the server has."""
@@ -196,9 +197,21 @@ class VLLM:
         return self.client.ask("POST", _COMPLETIONS, body, _read_answer)
 
     def take_in(self, folder: Path) -> None:
-        """Load the weights of a folder, and forget answers of the former ones."""
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        self.client.ask("POST", "/collective_rpc", body)
+        """Load the weights of a folder, and forget answers of the former ones.
+
+        By kdrun's extension of the workers where the server has it, else by vLLM's own method.
+        """
+        own = {"method": "kdrun_take_in", "kwargs": {"folder": str(folder)}}
+        plain = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        if self._has_extension:
+            try:
+                self.client.ask("POST", _CALL, own, final=(500,))
+            except Refusal as error:
+                if "has no attribute" not in str(error):
+                    raise
+                self._has_extension = False
+        if not self._has_extension:
+            self.client.ask("POST", _CALL, plain, final=(500,))
         self.client.ask("POST", "/reset_prefix_cache", {})
 
 

@@ -1,4 +1,4 @@
-"""A connector for vLLM that hands the hidden states of prompts to kdrun through a folder.
+"""For vLLM: hands the hidden states of prompts to kdrun through a folder, and takes weights in.
 
 This file belongs into the server's environment: it imports vLLM and nothing of kdrun. ``kdrun
 served connector`` writes it, and prints how a server is started with it.
@@ -25,6 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connecto
     PendingSave,
     extract_from_kv_cache,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 KEPT_S = 600
@@ -82,6 +83,21 @@ class KdrunStates(ExampleHiddenStatesConnector):
         tensors = {"states": states.contiguous(), "token_ids": pending.token_ids}
         self._req_copy_events[pending.req_id] = _Copied()
         self._writers.submit(_write, tensors, pending.filename)
+
+
+class KdrunWorker:
+    """An extension of vLLM's workers: takes in weights, those of a tied head included.
+
+    On a CPU vLLM keeps a packed copy of the head, which its own reloading leaves as it is where the
+    head has the weights of the embeddings.
+    """
+
+    def kdrun_take_in(self, folder: str) -> None:
+        """Load the weights of a folder in place."""
+        self.reload_weights(weights_path=folder)  # type: ignore[attr-defined]
+        for layer in self.model_runner.model.modules():  # type: ignore[attr-defined]
+            if isinstance(layer, ParallelLMHead) and hasattr(layer, "cpu_linear"):
+                layer.quant_method.process_weights_after_loading(layer)
 
 
 def _write(tensors: dict[str, torch.Tensor], filename: str) -> None:

@@ -99,14 +99,15 @@ class StudentWriter:
         """Return whether the server needs other weights before it writes in a step."""
         return self.written_at is None or (step != self.written_at and step % self.every == 0)
 
-    def hand_over(self, student: Any) -> None:
-        """Save the student's weights, and have the server take them in.
+    def hand_over(self, student: Any, tokenizer: Any) -> None:
+        """Save the student's weights, have the server take them in, and check that it has.
 
         Args:
             student: a causal language model, perhaps with adapters, which are merged in the copy.
+            tokenizer: encodes the probe.
 
         Raises:
-            ServerError: the server fails.
+            ServerError: the server fails, or still has other weights.
             TrainingError: the disk does.
         """
         place, partial = self.folder / "weights", self.folder / "weights.partial"
@@ -122,6 +123,7 @@ class StudentWriter:
             ) from error
         self.writer.engine.client.after_absence = self._again
         self._again()
+        self.check(student, tokenizer(PROBE, add_special_tokens=False)["input_ids"])
 
     def _again(self) -> None:
         """Have the server take in the present weights; after an absence it has its own again."""
@@ -155,8 +157,8 @@ class StudentWriter:
         if not off <= _AGREE:
             raise ServerError(
                 f"procedure.writer: {writer.engine.client.address} does not have the student's "
-                f"weights after taking them in: its log-probabilities differ by {off:.2g}; it "
-                "must see procedure.sync_folder, and have a model of the student's shape"
+                f"weights after taking them in: its log-probabilities differ by {off:.2g}; start "
+                "it as 'kdrun served connector --writer' says, with a model of the student's shape"
             )
 
     def close(self) -> None:

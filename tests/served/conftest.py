@@ -69,14 +69,14 @@ class Server:
 @pytest.fixture(scope="session")
 def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 as a folder in float32, which both vLLM and transformers read."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from kdrun.models.load import load_model
+    from kdrun.models.locate import locate_model
+    from kdrun.models.tokenizers import load_tokenizer
 
     folder = tmp_path_factory.mktemp("smollm2") / "model"
-    given = {"gguf_file": smollm2_gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(smollm2_gguf.parent, dtype="float32", **given)
-    tokenizer: Any = AutoTokenizer.from_pretrained(smollm2_gguf.parent, **given)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    source = locate_model(smollm2_gguf)
+    load_model(source, "float32").save_pretrained(folder)
+    load_tokenizer(source).save_pretrained(folder)
     return folder
 
 
@@ -89,9 +89,10 @@ def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("vllm")
     memory = Path("/dev/shm")
     states = (memory if memory.is_dir() else folder) / f"kdrun-states-{os.getpid()}"
+    command = ["served", "connector", "--output", str(folder)]
+    command += ["--model", str(smollm2), "--states", str(states)]
     printed = subprocess.run(
-        [sys.executable, "-m", "kdrun", "served", "connector", "--output", str(folder)]
-        + ["--model", str(smollm2), "--states", str(states)],
+        [sys.executable, "-m", "kdrun", *command],
         check=True,
         capture_output=True,
         text=True,

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from kdlosses import Projected, TopK, get_loss, list_losses
+from kdlosses import Projected, TopK, available_losses, get_loss
 
 pytestmark = pytest.mark.slow
 
-NAMES = [entry.name for entry in list_losses()]
+NAMES = [entry.name for entry in available_losses()]
 K = 64
 
 
@@ -103,9 +103,10 @@ def test_every_loss_from_states_is_that_of_the_live_teacher(
     labels = batch["shift_labels"]
     expected = value_and_gradient(loss, Projected(hidden, live.lm_head.weight), labels, narrow)
     found = value_and_gradient(loss, source, labels, narrow)
-    for ours, theirs in zip(found, expected, strict=True):
-        scale = float(theirs.abs().max())
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * scale)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-3, atol=0)
+    off = float((found[1] - expected[1]).norm() / expected[1].norm())
+    # The gradient of the absolute difference jumps where both have nearly the same probability.
+    assert off <= (2e-2 if name == "total_variation" else 1e-3)
 
 
 def test_most_likely_tokens_are_those_of_the_live_teacher(
@@ -129,9 +130,8 @@ def test_most_likely_tokens_are_those_of_the_live_teacher(
     both = torch.isfinite(dense[0]) & torch.isfinite(dense[1])
     assert both.sum() >= 0.99 * K * int(kept.sum())  # ranks of nearly equal tokens may change
     torch.testing.assert_close(dense[0][both], dense[1][both], rtol=0, atol=1e-3)
-    torch.testing.assert_close(
-        source.tail_log_prob[kept], expected.tail_log_prob, rtol=0, atol=5e-3
-    )
+    tails = source.tail_log_prob[kept].exp(), expected.tail_log_prob.exp()
+    torch.testing.assert_close(*tails, rtol=0, atol=2e-5)  # 1 less 64 rounded probabilities
 
 
 def test_another_temperature_of_most_likely_tokens_is_refused(opened: Any) -> None:
@@ -220,25 +220,27 @@ def test_the_server_takes_the_students_weights_in(server: Any, tmp_path: Path) -
     from kdrun.served.engine import VLLM
     from kdrun.served.writer import PROBE, ServedWriter, StudentWriter
 
-    engine = VLLM(Client(server.address, 120, 30))
+    client = Client(server.address, 120, 30)
+    engine = VLLM(client)
     student = AutoModelForCausalLM.from_pretrained(server.model, dtype="float32").eval()
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
     writer = StudentWriter(ServedWriter(engine, "smol", 4, 49152), tmp_path, 1)
-    ids = load_tokenizer(server.model)(PROBE)["input_ids"]
+    tokenizer = load_tokenizer(server.model)
+    ids = tokenizer(PROBE)["input_ids"]
     before = engine.score("smol", ids, range(len(ids) - 1), 5, 49152)[0]
     try:
-        writer.hand_over(student)
+        writer.hand_over(student, tokenizer)
         log_probs, indices, _ = engine.score("smol", ids, range(len(ids) - 1), 5, 49152)
         with torch.no_grad():
             own = student(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
         torch.testing.assert_close(log_probs, own.gather(-1, indices), rtol=0, atol=1e-3)
         assert (log_probs - before).abs().max() > 0.1
-        writer.check(student, ids)
     finally:
         engine.take_in(server.model)
-    again = engine.score("smol", ids, range(len(ids) - 1), 5, 49152)[0]
+        again = engine.score("smol", ids, range(len(ids) - 1), 5, 49152)[0]
+        client.close()
     torch.testing.assert_close(again, before, rtol=0, atol=1e-3)
 
 
@@ -255,7 +257,9 @@ def test_gkd_with_answers_of_the_server(server: Any, options: list[str], tmp_pat
         procedure = ("--procedure", "gkd:lambda=1", "--output", str(folder))
         run("--teacher", str(server.model), *own, *more, *procedure)
     finally:
-        VLLM(Client(server.address, 120, 30)).take_in(server.model)
+        client = Client(server.address, 120, 30)
+        VLLM(client).take_in(server.model)
+        client.close()
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ages = [json.loads(line)["writer_age"] for line in lines if "writer_age" in line]
     assert ages == [0, 0, 0, 0]
@@ -289,6 +293,7 @@ def test_a_server_that_is_killed_and_started_again(
         server.wait()
     assert process.wait(300) == 0, said
     reader.join()
+    process.stderr.close()
     found = summary(folder)["after"]
     for name, value in by_live["after"].items():
         assert found[name] == pytest.approx(value, rel=2e-3, abs=2e-3), name
