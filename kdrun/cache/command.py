@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdrun.cache.choose import settle_date
 from kdrun.cache.manifest import MANIFEST, Kind
+from kdrun.cache.resume import read_plan
 from kdrun.cache.write import make_folder, prepare_folder
 from kdrun.data.encoder import Encoder
 from kdrun.data.prepare import encode_rows, examples_in, read_rows
-from kdrun.errors import InputError
+from kdrun.errors import InputError, Interrupted, Stopped, signal_of
 from kdrun.files import hold_folder
 from kdrun.models.attention import check_attention
 from kdrun.models.device import find_device
@@ -45,8 +48,10 @@ def cache_teacher(
         entries: k, or the number of draws.
 
     Raises:
-        InputError: wrong input; no cache is written.
-        TrainingError: the disk fails.
+        InputError: wrong input, or the folder of the unfinished build of another cache; nothing is
+            written or removed.
+        TrainingError: the disk fails; the finished rows are kept.
+        Interrupted: a signal stopped the build; the finished rows are kept.
     """
     _check(model)
     locate_pair(model)
@@ -58,9 +63,13 @@ def cache_teacher(
         import torch
 
         from kdrun.cache.build import Recipe, build_cache
+        from kdrun.cache.outputs import local_outputs
 
+        begun = read_plan(folder)
         pair = find_pair(model)
         check_context(pair, data.max_length, model.trust_remote_code)
+        if begun is not None and data.date is None:  # it may have begun on another day
+            data = data.model_copy(update={"date": begun.date})
         data = settle_date(data, None, pair.tokenizer)
         encoder = Encoder.of(data, pair.tokenizer, pair.left_out)
         examples = encode_rows(rows, encoder, seed, shift_windows=False)
@@ -81,10 +90,22 @@ def cache_teacher(
             date=data.date,
         )
         every = (*examples_in(examples.train), *examples_in(examples.held_out))
-        started = time.monotonic()
-        with show_progress(console, "row", "tokens") as report:
+        tokens, started = 0, time.monotonic()
+        with show_progress(console, "row", "tokens") as show, _told_how_to_go_on(folder):
+
+            def report(rows: int, total: int, computed: int) -> None:
+                nonlocal tokens
+                tokens = computed
+                show(rows, total, computed)
+
             manifest = build_cache(
-                folder, teacher, _name(model), pair.tokenizer, every, recipe, report
+                folder,
+                local_outputs(teacher, _name(model)),
+                pair.tokenizer,
+                every,
+                recipe,
+                report,
+                lambda line: console.print(line, markup=False),
             )
     seconds = time.monotonic() - started
     size = sum(file.bytes for file in manifest.files) + (folder / MANIFEST).stat().st_size
@@ -94,10 +115,23 @@ def cache_teacher(
             f"probability at temperature {manifest.temperature:g}, on average"
         )
     console.print(
-        f"{manifest.rows} different rows, {manifest.tokens} supervised tokens in {seconds:.0f} s "
-        f"({manifest.tokens / seconds:.0f} tokens/s), {size / 1e6:.1f} MB on disk"
+        f"{manifest.rows} different rows, {manifest.tokens} supervised tokens, {size / 1e6:.1f} MB "
+        f"on disk; {tokens} tokens computed in {seconds:.0f} s ({tokens / seconds:.0f} tokens/s)"
     )
     console.print(f"cache: {folder}", markup=False)
+
+
+@contextmanager
+def _told_how_to_go_on(folder: Path) -> Iterator[None]:
+    """Say how to continue a build that a signal stops."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        said = error if isinstance(error, Stopped) else "interrupted"
+        raise Interrupted(
+            f"{said}; the finished rows are kept in {folder}: give the same command again to go on",
+            signal_of(error),
+        ) from error
 
 
 def _check(model: ModelConfig) -> None:
