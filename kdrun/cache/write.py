@@ -38,7 +38,7 @@ TENSORS: Mapping[Kind, tuple[str, ...]] = {
     "top_k": ("log_probs", "indices", "tail"),
     "sampled": ("log_probs", "indices"),
 }
-"""Names of the other tensors in a shard; their first axis is the supervised positions of its rows."""
+"""Names of the other tensors in a shard; their first axis is the supervised positions in it."""
 
 
 class DiskError(TrainingError):
