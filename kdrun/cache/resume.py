@@ -114,6 +114,10 @@ def find_shards(
 
     Returns:
         The shards in the order of their rows, which do not overlap.
+
+    Raises:
+        InputError: a shard cannot be read at the moment.
+        OSError: likewise.
     """
     numbers = {key: number for number, key in enumerate(keys)}
     paths = shard_files(folder)
@@ -147,7 +151,10 @@ def gaps(shards: Sequence[Shard], rows: int) -> list[range]:
 def _read_shard(
     path: Path, kind: Kind, numbers: Mapping[bytes, int], supervised: Sequence[int]
 ) -> Shard | None:
-    """A shard, if it can be opened and contains consecutive rows with all their tensors."""
+    """A shard, if it is whole and contains consecutive rows with all their tensors.
+
+    Errors of the file system do not count as damage, because the file may be whole.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -156,8 +163,11 @@ def _read_shard(
             stops = [0, *opened.get_tensor(STOPS).tolist()]
             lengths = {opened.get_slice(name).get_shape()[0] for name in TENSORS[kind]}
             masses = opened.get_tensor(MASS).tolist() if kind == "top_k" else []
-    except (SafetensorError, OSError):
+    except SafetensorError:
         return None
+    except RuntimeError as error:  # torch's, which opens the file once more
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be read ({reason}); give the command again") from error
     first = numbers.get(found[0]) if found else None
     if first is None:
         return None

@@ -172,7 +172,7 @@ def kinds(tiny_pair: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 def build_of(pair: Any, kind: str) -> tuple[object, ...]:
     given = ("cache-teacher", "--teacher", pair.teacher, "--data", pair.rows, "--kind", kind)
-    return (*given, "--batch-size", 3, "--set", "data.cache_dir=none")
+    return (*given, "--batch-size", 3, "--max-length", 128, "--set", "data.cache_dir=none")
 
 
 def stop_build(pair: Any, kind: str, folder: Path, signum: int) -> tuple[int, str]:
