@@ -56,7 +56,7 @@ def read_plan(folder: Path) -> Plan | None:
         return None
     try:
         return Plan.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError, OSError) as error:
+    except (ValidationError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path} is unreadable, so the build in its folder cannot be continued; choose another "
             f"folder, or remove {folder}"

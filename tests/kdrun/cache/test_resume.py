@@ -16,9 +16,10 @@ from torch import Tensor
 
 import kdlosses
 from kdrun.cache.build import Recipe, build_cache
-from kdrun.cache.manifest import MANIFEST, PLAN, Manifest, read_manifest
+from kdrun.cache.manifest import MANIFEST, PLAN, Manifest, Plan, read_manifest
 from kdrun.cache.outputs import Batch, Outputs, TeacherOutputs, local_outputs
 from kdrun.cache.read import Cache
+from kdrun.cache.resume import _CALLED
 from kdrun.errors import InputError, TrainingError
 from kdrun.models.heads import FrozenTeacher, find_split
 
@@ -274,6 +275,10 @@ def test_another_teacher_is_refused_and_another_name_is_not(build: Build, tmp_pa
     assert files(tmp_path) == before
     moved = replace(build.teacher, name="elsewhere/tiny")
     assert build(tmp_path, RECIPES["hidden"], teacher=moved).teacher_name == "elsewhere/tiny"
+
+
+def test_every_field_of_a_plan_is_compared_but_the_name_of_the_teacher() -> None:
+    assert {*_CALLED, "teacher_name"} == set(Plan.model_fields)
 
 
 def test_rows_without_a_plan_are_kept_and_refused(build: Build, tmp_path: Path) -> None:
