@@ -3,8 +3,8 @@
     python docs/benchmarks/served.py ADDRESS MODEL ROWS [--states DIR]
 
 ADDRESS is a server of vLLM with MODEL, started as 'kdrun served connector' prints, ROWS a JSON
-Lines file of prompts and answers. Prints bytes and tokens a second of both forms, and the rate of answers
-beside that of kdrun's own loop. ``vllm_offline.py`` gives vLLM's rate without a server.
+Lines file of prompts and answers. Prints bytes and tokens a second of both forms, and the rate of
+answers beside that of kdrun's own loop. ``vllm_offline.py`` gives vLLM's rate without a server.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ _NOT_THE_MODEL = frozenset(
     }
 )
 
+_SERVED = "served:"
+
 
 class TokenizerPrint(BaseModel):
     """A tokenizer's fingerprint.
@@ -46,6 +48,8 @@ class TeacherPrint(BaseModel):
         config: hash of the configuration.
         head: hash of the weight of the output head.
         parameters: hash of names, types, shapes and contents of all parameters and buffers.
+
+    A server's weights cannot be read: all three then are a hash of how its model is recognised.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,6 +78,17 @@ def print_teacher(model: PreTrainedModel) -> TeacherPrint:
         head=hashlib.sha256(_content(model.get_output_embeddings().weight)).hexdigest(),
         parameters=everything.hexdigest(),
     )
+
+
+def print_served(identity: list[Any]) -> TeacherPrint:
+    """The fingerprint of a teacher on a server, from what it is recognised by."""
+    found = f"{_SERVED}{_hash_json(identity)}"
+    return TeacherPrint(config=found, head=found, parameters=found)
+
+
+def is_served(given: TeacherPrint) -> bool:
+    """Whether a fingerprint is that of a teacher on a server."""
+    return given.parameters.startswith(_SERVED)
 
 
 def _content(tensor: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""The manifest of a cache, and the check that the cache is complete."""
+"""The plan and the manifest of a cache, and the check that the cache is complete."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kdrun.files import LOCK
 from kdrun.paths import did_you_mean
 
 MANIFEST = "manifest.json"
+PLAN = "plan.json"
 HEAD = "head.safetensors"
 FORMAT = 1
 
@@ -38,8 +39,8 @@ class StoredFile(_Data):
     rows: int = 0
 
 
-class Manifest(_Data):
-    """The content of a cache. It is written last, so a cache without a manifest is incomplete.
+class Content(_Data):
+    """What a cache contains, known before the teacher runs.
 
     Attributes:
         format: version of the layout.
@@ -47,22 +48,19 @@ class Manifest(_Data):
         teacher_name: name of the teacher as given by the user, for messages.
         teacher: fingerprint of the teacher.
         tokenizer: fingerprint of the tokenizer that encoded the rows.
-        dtype: data type of the teacher and of the stored hidden states and head;
-            log-probabilities are always float32.
+        dtype: data type of the teacher and of the stored hidden states and head. Log-probabilities
+            have the type that their file says.
         logit_scale: factor on the logits (``hidden``).
         softcap: bound of the logits, or None (``hidden``).
         vocab_size: number of tokens that teacher and tokenizer share; compressed kinds are cut to
             it.
         entries: stored entries per token: width of the hidden states, k, or number of draws.
         temperature: temperature of the log-probabilities (compressed kinds).
-        kept_mass: mean share of the teacher's probability that the k tokens cover (``top_k``).
         seed: seed of the draws (``sampled``).
         max_length: maximum length of the rows.
         date: the date in the rows, if the chat template includes one.
         rows: number of distinct rows.
         tokens: number of supervised positions.
-        head: file of the output head (``hidden``).
-        shards: files of the rows.
     """
 
     format: int = FORMAT
@@ -76,12 +74,35 @@ class Manifest(_Data):
     vocab_size: int
     entries: int
     temperature: float | None = None
-    kept_mass: float | None = None
     seed: int | None = None
     max_length: int
     date: str | None = None
     rows: int
     tokens: int
+
+
+class Plan(Content):
+    """What a build will write. It is stored first, so that an interrupted build can be continued.
+
+    Attributes:
+        batch_size: rows per batch of the teacher, whose rounding depends on it.
+        keys: hash of the keys of all rows, in order.
+    """
+
+    batch_size: int
+    keys: str
+
+
+class Manifest(Content):
+    """The content of a cache. It is written last, so a cache without a manifest is incomplete.
+
+    Attributes:
+        kept_mass: mean share of the teacher's probability that the k tokens cover (``top_k``).
+        head: file of the output head (``hidden``).
+        shards: files of the rows.
+    """
+
+    kept_mass: float | None = None
     head: StoredFile | None = None
     shards: tuple[StoredFile, ...]
 
@@ -106,9 +127,14 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such cache{did_you_mean(folder)}")
     if not path.is_file():
-        found = "is incomplete" if is_unfinished(folder) else "is not a teacher cache"
+        if is_unfinished(folder):
+            raise InputError(
+                f"{folder} is incomplete (it has no {MANIFEST}); give the kdrun cache-teacher "
+                "command of its build again, which continues it"
+            )
         raise InputError(
-            f"{folder} {found} (it has no {MANIFEST}); build one with kdrun cache-teacher"
+            f"{folder} is not a teacher cache (it has no {MANIFEST}); build one with kdrun "
+            "cache-teacher"
         )
     try:
         manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
@@ -138,9 +164,14 @@ def shard_name(number: int) -> str:
     return f"rows-{number:05d}.safetensors"
 
 
+def shard_files(folder: Path) -> list[Path]:
+    """The complete files of rows in a folder, in the order of their numbers."""
+    return sorted(folder.glob("rows-*.safetensors"))
+
+
 def _is_ours(name: str) -> bool:
     plain = name.removeprefix(".").removesuffix(".partial")
-    return plain in (MANIFEST, HEAD) or (
+    return plain in (MANIFEST, PLAN, HEAD) or (
         plain.startswith("rows-") and plain.endswith(".safetensors")
     )
 

@@ -5,20 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrun.cache.fingerprint import TeacherPrint, TokenizerPrint
+from kdrun.cache.fingerprint import TeacherPrint, TokenizerPrint, is_served
 from kdrun.cache.manifest import HEAD, Manifest, StoredFile, read_manifest
-from kdrun.cache.write import KEYS, STOPS
+from kdrun.cache.rounding import restore_top_k
+from kdrun.cache.write import KEYS, STOPS, TENSORS
 from kdrun.errors import InputError
 from kdrun.paths import expand_home
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_TENSORS = {
-    "hidden": ("hidden",),
-    "top_k": ("log_probs", "indices", "tail"),
-    "sampled": ("log_probs", "indices"),
-}
 
 
 class Cache:
@@ -55,11 +50,17 @@ class Cache:
         """Read the tensors of a row; the first axis is its supervised positions.
 
         Returns:
-            Hidden states; or log-probabilities, indices and, for ``top_k``, the tail.
+            Hidden states; or log-probabilities, indices and, for ``top_k``, the tail. Probabilities
+            of ``top_k`` and its tail have a sum of 1, in float32.
         """
         number, start, stop = self._places[key]
-        shard = self._shards[number]
-        return tuple(shard.get_slice(name)[start:stop] for name in _TENSORS[self.manifest.kind])
+        shard, kind = self._shards[number], self.manifest.kind
+        stored = tuple(shard.get_slice(name)[start:stop] for name in TENSORS[kind])
+        if kind != "top_k":
+            return stored
+        log_probs, indices, tail = stored
+        log_probs, tail = restore_top_k(log_probs, tail)
+        return log_probs, indices, tail
 
     def head(self) -> dict[str, Tensor]:
         """``weight`` and, if present, ``bias`` of the head; only for a cache of hidden states."""
@@ -87,6 +88,8 @@ class Cache:
             InputError: configuration or weights differ.
         """
         kept = self.manifest.teacher
+        if is_served(kept):  # its weights were never seen
+            return
         for part, what in (
             ("config", "configuration differs"),
             ("head", "output head differs"),

@@ -7,11 +7,16 @@ from pathlib import Path
 import click
 
 from kdrun.cli.options import config_options, overrides_of
+from kdrun.models.address import is_address
 from kdrun.paths import expand_home
 
 
 @click.command("cache-teacher")
-@click.option("--teacher", metavar="MODEL", help="Teacher; by default the built-in one.")
+@click.option(
+    "--teacher",
+    metavar="MODEL",
+    help="Teacher, or a server's address; by default the built-in.",
+)
 @click.option(
     "--student", metavar="MODEL", help="Student whose tokenizer is used; by default TEACHER."
 )
@@ -81,12 +86,13 @@ def cache_teacher(
     }
     given = [
         ("model.teacher", teacher),
-        ("model.student", student or teacher),
+        ("model.student", student or (None if is_address(teacher) else teacher)),
         *((keys[name], value) for name, value in flags.items()),
     ]
     run_config = settle_precision(load_config(config, overrides_of(settings, given)))
     run(
         run_config.model,
+        run_config.served,
         run_config.data,
         run_config.loss.temperature,
         run_config.training.seed,

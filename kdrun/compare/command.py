@@ -39,6 +39,7 @@ from kdrun.config.sections import BUILT_IN, KD_RATIO, ProcedureConfig, RunConfig
 from kdrun.data.prepare import read_rows
 from kdrun.data.rows import TextRow
 from kdrun.errors import InputError, Interrupted, signal_of
+from kdrun.models.address import is_address
 from kdrun.paths import expand_home
 from kdrun.procedures.registry import get_procedure
 from kdrun.run.precision import settle_precision
@@ -138,6 +139,13 @@ def comparison_of(options: Options) -> Comparison:
         )
     if base.model.teacher is None:
         raise InputError("compare-losses needs a --teacher")
+    for named in (*options.teachers, base.model.teacher):
+        if is_address(named):
+            raise InputError(
+                f"--teacher {named}: a comparison also measures the teacher, whose weights a "
+                "server does not give; pass the model, and build its cache from the server with "
+                f"'kdrun cache-teacher --teacher {named}' (model.teacher_cache)"
+            )
     precision = settle_precision(base).training.precision  # one for all, wherever they run
     # An interrupted trial starts again.
     training: dict[str, Any] = {"save_steps": _NEVER, "precision": precision}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrun.cache.choose import check_cache, settle_date
-from kdrun.cache.manifest import Manifest, read_manifest
+from kdrun.cache.manifest import MANIFEST, Manifest, read_manifest
 from kdrun.compare.ledger import Ledger
 from kdrun.compare.plan import Part
 from kdrun.compare.record import Pair, Trial
@@ -41,7 +41,7 @@ def cache_teachers(
 
     A cache is stored in the comparison's folder under a name derived from the teacher, the
     tokenizer and the rows, so it is found again even if the folder was moved. Processes that start
-    together build it once. A killed build leaves no manifest and starts again.
+    together build it once. An interrupted build is continued.
 
     Args:
         comparison: the comparison.
@@ -118,7 +118,7 @@ def _find_or_build(
     name = _name(base, models, parts)
     folder = ledger.folder / CACHES / name
     with ledger.hold(f"{CACHES}-{name}"):
-        manifest = _whole(folder, console) or _build(folder, base, models, parts, console)
+        manifest = _complete(folder, console) or _build(folder, base, models, parts, console)
     if manifest is None:
         return None
     size = sum(file.bytes for file in manifest.files)
@@ -148,15 +148,15 @@ def _name(base: RunConfig, models: Models, parts: Sequence[Part]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _whole(folder: Path, console: Console) -> Manifest | None:
-    """The manifest of a complete cache; an incomplete one is removed."""
+def _complete(folder: Path, console: Console) -> Manifest | None:
+    """The manifest of a complete cache; a damaged one loses its manifest, so that it is built."""
     if not folder.is_dir():
         return None
     try:
         return read_manifest(folder)
     except InputError as error:
-        console.print(f"{str(error).partition(';')[0]}; rebuilding it", markup=False)
-        shutil.rmtree(folder)
+        console.print(f"{str(error).partition(';')[0]}; building what is missing", markup=False)
+        (folder / MANIFEST).unlink(missing_ok=True)
         return None
 
 
@@ -167,6 +167,7 @@ def _build(
     import torch
 
     from kdrun.cache.build import Recipe, SpaceError, build_cache
+    from kdrun.cache.outputs import local_outputs
     from kdrun.quiet import show_progress
 
     teacher = open_teacher(models, base.model)
@@ -190,16 +191,17 @@ def _build(
             with show_progress(console, "row", "tokens") as report:
                 return build_cache(
                     folder,
-                    teacher,
-                    name,
+                    local_outputs(teacher, name),
                     models.tokenizer,
                     every,
                     recipe,
                     report,
+                    lambda line: console.print(line, markup=False),
                     spare_bytes=SPARE_BYTES,
                 )
         except SpaceError as error:
-            shutil.rmtree(folder)
+            with suppress(OSError):  # it stays if an interrupted build left rows in it
+                folder.rmdir()
             reason = f"{error.shortage}, and {SPARE_BYTES / 1e6:.0f} MB are reserved for the trials"
         finally:
             if torch.cuda.is_available():

@@ -311,15 +311,13 @@ class Session:
         return found
 
     def teacher_print(self) -> Any:
-        """What identifies the model that writes the teacher's answers, as JSON values.
-
-        A server's is recognised by its name and by what it answers greedily to a probe, since its
-        log-probabilities differ by rounding each time.
-        """
+        """What identifies the model that writes the teacher's answers, as JSON values."""
         from kdrun.cache.fingerprint import print_teacher
+        from kdrun.served.writer import identity
 
-        if Origin.TEACHER in self.served:
-            return self.served[Origin.TEACHER].identity(self.tokenizer)
+        writer = self.served.get(Origin.TEACHER)
+        if writer is not None:
+            return identity(writer.engine, writer.model, self.tokenizer)
         return print_teacher(self.teacher).model_dump() if self.teacher is not None else None
 
     def is_empty(self, answer: Sequence[int]) -> bool:

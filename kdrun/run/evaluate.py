@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -21,6 +21,7 @@ from kdrun.evaluation.judge import judge
 from kdrun.evaluation.tasks import TaskChoice, Tasks, TaskScore
 from kdrun.evaluation.yardsticks import YARDSTICKS
 from kdrun.files import write_json
+from kdrun.models.address import is_address
 from kdrun.models.attention import check_attention
 from kdrun.models.context import context_of
 from kdrun.models.pairs import (
@@ -204,8 +205,10 @@ def _measure_all(
         progress.print(line, markup=False)
 
     model = load_teacher(pairs[0], first, say)
-    teacher = None
-    if model is not None:
+    teacher: Any = None
+    if is_address(first.teacher) and rows:
+        teacher = _served(configs[0], pairs[0], say)
+    elif model is not None:
         name, asked = str(first.teacher), questions[-1]
         found.append(measure(name, "teacher", model, None, pairs[0], configs[0], asked))
         teacher = FrozenTeacher(model, find_split(model)) if rows else None
@@ -221,6 +224,18 @@ def _measure_all(
             attention=config.model.attention,
         )
         found.append(measure(name, "student", student, teacher, pair, config, asked))
+    return found
+
+
+def _served(config: RunConfig, pair: Pair, say: Callable[[str], None]) -> Any:
+    """Open the server of a teacher, which is not measured itself."""
+    from kdrun.served.probe import open_served
+
+    longest = config.data.max_length
+    found = open_served(
+        config.model, config.served, pair.tokenizer, pair.vocab_size, [], longest, 1.0, 1, say
+    )
+    say(f"teacher: {found.asked.model} at {config.model.teacher}, not measured itself")
     return found
 
 

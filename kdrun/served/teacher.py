@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from kdrun.served.head import Head
 
 _LOOKS_EVERY_S = 0.2
+_ROWS_PER_REQUEST = 4
+"""Rows asked for ahead, for each request at a time."""
 Stopping = Callable[[], bool]
 
 
@@ -265,17 +268,18 @@ class Ahead:
     Args:
         batches: the iterator.
         teacher: is asked.
-        rows: keep about so many rows asked for.
-        most: number of batches that will be needed at most.
+        most: number of batches that will be needed at most; None for all.
 
     Attributes:
         batches: the iterator.
         asks: whether rows are asked for, rather than only passed on.
     """
 
-    def __init__(self, batches: Any, teacher: ServedTeacher, rows: int, most: int) -> None:
+    def __init__(self, batches: Any, teacher: ServedTeacher, most: int | None = None) -> None:
         self.batches, self.asks = batches, True
-        self._teacher, self._rows, self._left = teacher, rows, most
+        self._teacher = teacher
+        self._rows = _ROWS_PER_REQUEST * teacher.asked.concurrency
+        self._left = sys.maxsize if most is None else most
         self._seen: deque[tuple[Any, int]] = deque()
         self._waiting = 0
 

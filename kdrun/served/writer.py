@@ -68,15 +68,23 @@ class ServedWriter:
             )
         return answers
 
-    def identity(self, tokenizer: Any) -> list[Any]:
-        """Return what identifies the model: its name, and what it writes greedily.
 
-        Args:
-            tokenizer: encodes the probe.
-        """
-        ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-        greedy = Drawing(_PROBED_TOKENS, 0.0, 1.0, 0, ())
-        return [self.model, self.engine.write(self.model, ids, greedy, 0).tokens]
+def identity(engine: Engine, model: str, tokenizer: Any) -> list[Any]:
+    """Return what identifies a model on a server: its name, and what it writes greedily.
+
+    Its log-probabilities would differ by rounding each time.
+
+    Args:
+        engine: the server.
+        model: name of the model on it.
+        tokenizer: encodes the probe.
+
+    Raises:
+        ServerError: the server fails.
+    """
+    ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    greedy = Drawing(_PROBED_TOKENS, 0.0, 1.0, 0, ())
+    return [model, engine.write(model, ids, greedy, 0).tokens]
 
 
 @dataclass

@@ -16,9 +16,6 @@ from kdrun.served.teacher import Ahead, ServedTeacher
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_ROWS_PER_REQUEST = 4
-"""Rows asked for ahead, for each request at a time."""
-
 
 class AskingAhead:
     """Asks a served teacher for the batches after the present one.
@@ -53,8 +50,7 @@ class AskingAhead:
         return self._over(iter(loader), len(loader))
 
     def _over(self, batches: Iterator[Any], most: int) -> Ahead:
-        rows = _ROWS_PER_REQUEST * self.teacher.asked.concurrency
-        return Ahead(batches, self.teacher, rows, most)
+        return Ahead(batches, self.teacher, most)
 
     def settle(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """Wait for the answers of a step, before anything of it is computed.

@@ -2,11 +2,12 @@
 
     python tests/faults/campaign.py SCENARIO MODE [--every K] [--first N] [--report FILE]
 
-A scenario is a small command (train, resume, merge, cache, compare, evaluate), a mode what happens
-at the n-th operation below its folder: ``kill`` ends the process, ``full`` is a disk that is full
-from then on, ``read-only`` a folder that is, ``vanish`` a file that is gone when it is opened,
-``no-locks`` a file system without locks. ``moments`` kills at random times instead. After each, the
-command is given again: it must end as it does undisturbed, byte for byte.
+A scenario is a small command (train, resume, merge, cache, cache-resume, cache-top-k, compare,
+evaluate), a mode what happens at the n-th operation below its folder: ``kill`` ends the process,
+``full`` is a disk that is full from then on, ``read-only`` a folder that is, ``vanish`` a file that
+is gone when it is opened, ``no-locks`` a file system without locks. ``moments`` kills at random
+times instead. After each, the command is given again: it must end as it does undisturbed, byte for
+byte.
 
 A C compiler is needed for ``shim.c``; commands are forked from this process, which has imported
 what takes long.
@@ -108,6 +109,12 @@ def scenarios(inputs: Path) -> dict[str, Scenario]:
     def half(out: Path) -> None:
         shutil.copytree(inputs / "half", out, dirs_exist_ok=True)
 
+    def broken_off(out: Path) -> None:
+        shutil.copytree(inputs / "cache", out, dirs_exist_ok=True)
+        (out / "rows-00005.safetensors").write_bytes(b"damaged")
+        for name in ("manifest.json", "rows-00003.safetensors", "rows-00006.safetensors"):
+            (out / name).unlink()
+
     adapters = ["--lora-rank", "2", "--set", "lora.merge=true"]
     compare = ["compare-losses", *pair, *rows, *quiet, "--max-steps", "2", "--seeds", "2"]
     compare += [
@@ -119,6 +126,7 @@ def scenarios(inputs: Path) -> dict[str, Scenario]:
         "{out}",
     ]
     cache = ["cache-teacher", *pair, *rows, *quiet, "--output", "{out}"]
+    top_k = ["--kind", "top-k", "--k", "5"]
     measured = ["evaluate", f"{inputs}/student", "--data", f"{inputs}/rows.jsonl", *quiet]
     measured += ["--max-length", "32", "--output", "{out}/measures.json"]
     return {
@@ -126,10 +134,25 @@ def scenarios(inputs: Path) -> dict[str, Scenario]:
         "resume": Scenario(resume, resume, bytes_of("student"), half),
         "merge": Scenario([*train, *adapters], resume, bytes_of("student")),
         "cache": Scenario(cache, cache, bytes_of(".")),
+        "cache-resume": Scenario(cache, cache, bytes_of("."), broken_off),
+        "cache-top-k": Scenario([*cache, *top_k], [*cache, *top_k], bytes_of(".")),
         "compare": Scenario(compare, compare, records_of),
         "compare-2": Scenario([*compare, "--jobs", "2"], [*compare, "--jobs", "2"], records_of),
         "evaluate": Scenario(measured, measured, bytes_of("."), lambda out: out.mkdir()),
     }
+
+
+def write_every_batch() -> None:
+    """Make each batch of a cache a shard, so that a small cache has as many as a large one."""
+    from kdrun.cache.write import ShardWriter, StoredRow
+
+    ordinary = ShardWriter.add
+
+    def add(self: ShardWriter, first: int, rows: Sequence[StoredRow]) -> None:
+        ordinary(self, first, rows)
+        self.flush()
+
+    ShardWriter.add = add  # type: ignore[method-assign]
 
 
 class Struck:
@@ -290,7 +313,7 @@ def moments(struck: Struck, name: str, scenario: Scenario, count: int, seed: int
 
 
 def make_inputs(folder: Path, struck: Struck) -> None:
-    """Models, rows, and a run that is half done."""
+    """Models, rows, a cache, and a run that is half done."""
     sys.path.insert(0, str(HERE.parent / "kdrun"))
     from words import CHAT, WORDS, save_model, save_rows, save_tokenizer, usual_rows
 
@@ -299,6 +322,9 @@ def make_inputs(folder: Path, struck: Struck) -> None:
         save_tokenizer(folder / name, ("<end>",), CHAT)
     save_rows(folder / "rows.jsonl", usual_rows())
     train = scenarios(folder)["train"].arguments
+    whole = folder / "cache"
+    code, said, _ = struck.run(scenarios(folder)["cache"].arguments, whole)
+    assert code == 0, said
     half = [
         *train[: train.index("--max-steps")],
         "--max-steps",
@@ -340,6 +366,7 @@ def main() -> None:
 
     import kdrun.training.trainer  # noqa: F401
 
+    write_every_batch()
     struck = Struck(folder)
     struck.arm_with(str(folder / "shim.so"))
     gc.freeze()

@@ -41,6 +41,8 @@ def strike(tmp_path: Path, *arguments: str) -> dict[str, object]:
         ("resume", "kill", 31),
         ("merge", "kill", 59),
         ("cache", "kill", 11),
+        ("cache-resume", "kill", 5),
+        ("cache-resume", "full", 7),
         ("evaluate", "kill", 2),
         ("compare", "kill", 97),
         ("train", "full", 47),

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from kdlosses import BrokenLossError, LossSpecError, get_loss, parse_spec
 from kdrun.cache.manifest import read_manifest
+from kdrun.cache.resume import read_plan
 from kdrun.compare.ledger import Ledger
 from kdrun.config.load import load_config, parse_value
 from kdrun.data.rows import load_rows
@@ -163,6 +164,17 @@ def test_manifests_of_caches(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(content)
     (tmp_path / "rows-00001.safetensors").write_bytes(b"abc")
     survives(lambda: read_manifest(tmp_path), len(content))
+
+
+PLAN = {name: MANIFEST[name] for name in MANIFEST if name != "shards"}
+PLAN |= {"batch_size": 2, "keys": "a"}
+
+
+@fuzzed
+@given(damaged(json.dumps(PLAN).encode()))
+def test_plans_of_caches(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "plan.json").write_bytes(content)
+    survives(lambda: read_plan(tmp_path), len(content))
 
 
 @pytest.mark.parametrize("name", ["../rows.safetensors", "/etc/passwd", "a/b", "..", ".hidden"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -297,3 +298,34 @@ def test_a_server_that_is_killed_and_started_again(
     found = summary(folder)["after"]
     for name, value in by_live["after"].items():
         assert found[name] == pytest.approx(value, rel=2e-3, abs=2e-3), name
+
+
+@pytest.mark.parametrize("kind", ["hidden", "top-k"])
+def test_a_cache_from_the_server_goes_on_after_a_kill(
+    kind: str, server: Any, options: list[str], by_live: dict[str, Any], tmp_path: Path
+) -> None:
+    cache, folder = tmp_path / "cache", tmp_path / "run"
+    student, data = (options[options.index(name) + 1] for name in ("--student", "--data"))
+    arguments = ["cache-teacher", "--teacher", server.address, "--student", student]
+    arguments += ["--data", data, "--max-length", "160", "--batch-size", "2", "--kind", kind]
+    arguments += ["--set", f"served.folder={server.states}", "--output", str(cache)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kdrun", *arguments], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("row "):  # some rows are there
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 128 + signal.SIGTERM, rest
+    said = run(*arguments).stderr
+    assert "rows are there already; going on" in said
+    run("--teacher-cache", str(cache), *options, "--output", str(folder))
+    found = summary(folder)["after"]
+    tolerance = {"hidden": 2e-3, "top-k": 2e-2}[kind]
+    assert found["eval_ce"] == pytest.approx(by_live["after"]["eval_ce"], rel=tolerance)
+    if kind == "hidden":
+        expected = by_live["after"]["eval_forward_kl"]
+        assert found["eval_forward_kl"] == pytest.approx(expected, rel=2e-3)

@@ -7,9 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from commands import kdrun
+import torch
+from commands import kdrun, script_in_processes
+
+from kdrun.cache.read import Cache
 
 KDRUN = Path(sys.executable).with_name("kdrun")
 STILL = ("--set", "data.shift_windows=false")
@@ -157,8 +161,78 @@ def test_options_that_nothing_would_read_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
+@pytest.fixture(scope="module")
+def kinds(tiny_pair: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A cache of each kind that was built without interruption."""
+    folder = tmp_path_factory.mktemp("kinds")
+    for kind in ("hidden", "top-k", "sampled"):
+        done(*build_of(tiny_pair, kind), "--output", folder / kind)
+    return {kind: folder / kind for kind in ("hidden", "top-k", "sampled")}
+
+
+def build_of(pair: Any, kind: str) -> tuple[object, ...]:
+    given = ("cache-teacher", "--teacher", pair.teacher, "--data", pair.rows, "--kind", kind)
+    return (*given, "--batch-size", 3, "--max-length", 128, "--set", "data.cache_dir=none")
+
+
+def stop_build(pair: Any, kind: str, folder: Path, signum: int) -> tuple[int, str]:
+    """The exit code and the output of a build that gets a signal after 12 rows."""
+    script = str(Path(__file__).with_name("stopped_build.py"))
+    arguments = (signum, 12, *build_of(pair, kind), "--output", folder)
+    (stopped,) = script_in_processes(1, script, *arguments)
+    return stopped.returncode, stopped.stderr
+
+
+@pytest.mark.parametrize("kind", ["hidden", "top-k", "sampled"])
+def test_a_killed_build_is_refused_and_continued_to_the_same_cache(
+    tiny_pair: Any, kinds: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    folder = tmp_path / "c"
+    assert stop_build(tiny_pair, kind, folder, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert not (folder / "manifest.json").exists()
+    run = ("--student", tiny_pair.student, "--data", tiny_pair.rows, "--output", tmp_path / "run")
+    assert "is incomplete" in refused("--teacher-cache", folder, *run)
+    printed = done(*build_of(tiny_pair, kind), "--output", folder)
+    assert "12 of 40 rows are there already; going on\n" in printed
+    ours, theirs = Cache(folder), Cache(kinds[kind])
+    assert ours.manifest.model_dump(exclude={"shards"}) == theirs.manifest.model_dump(
+        exclude={"shards"}
+    )
+    for key in theirs._places:
+        both = zip(ours.read(key), theirs.read(key), strict=True)
+        assert all(torch.equal(one, other) for one, other in both)
+
+
+def test_a_stopped_build_says_how_to_go_on_and_another_one_removes_nothing(
+    tiny_pair: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "c"
+    code, printed = stop_build(tiny_pair, "top-k", folder, signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM
+    assert printed.splitlines()[-1] == (
+        f"kdrun: stopped by SIGTERM; the finished rows are kept in {folder}: give the same command "
+        "again to go on"
+    )
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(before) > 2
+    given, output = build_of(tiny_pair, "top-k"), ("--output", folder)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(tiny_pair.rows.read_text(encoding="utf-8").replace("3 the", "4 the"), "utf-8")
+    for change, told in (
+        (("--k", 20), "(--k, --draws) differs (50, now 20)"),
+        (("--temperature", 2), "--temperature differs (1, now 2)"),
+        (("--data", rows), "the content or order of the rows differs"),
+        (("--teacher", tiny_pair.student, "--student", tiny_pair.student), "the teacher differs"),
+    ):
+        line = refused(*given, *change, *output)
+        assert told in line
+        assert f"choose another folder, or remove {folder} to start over" in line
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert "12 of 40 rows are there already" in done(*given, *output)
+
+
 @pytest.mark.slow
-def test_a_killed_build_is_refused_and_built_again(tmp_path: Path) -> None:
+def test_a_killed_build_of_the_built_in_pair_can_be_trained_with(tmp_path: Path) -> None:
     folder = tmp_path / "c"
     with subprocess.Popen(
         [KDRUN, "cache-teacher", "--output", folder],

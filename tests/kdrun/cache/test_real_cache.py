@@ -22,6 +22,7 @@ def test_d8_the_loss_of_every_batch_is_that_of_the_live_teacher(
 ) -> None:
     from kdrun.cache.build import Recipe, build_cache
     from kdrun.cache.fingerprint import print_teacher
+    from kdrun.cache.outputs import local_outputs
     from kdrun.cache.read import Cache
     from kdrun.cache.teacher import CachedTeacher
     from kdrun.data.collate import Collator
@@ -39,7 +40,7 @@ def test_d8_the_loss_of_every_batch_is_that_of_the_live_teacher(
     teacher = FrozenTeacher(model, find_split(model))
     vocab = len(tokenizer)
     recipe = Recipe("hidden", 0, 1.0, 0, vocab, 96, 4)
-    build_cache(tmp_path / "c", teacher, "smollm2", tokenizer, examples, recipe)
+    build_cache(tmp_path / "c", local_outputs(teacher, "smollm2"), tokenizer, examples, recipe)
     cache = Cache(tmp_path / "c")
     cache.check_teacher(print_teacher(model), "smollm2")
     cached = CachedTeacher(cache, tokenizer)

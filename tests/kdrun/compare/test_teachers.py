@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,10 @@ import yaml
 from rich.console import Console
 from small import QUICK, compare, options, records, refused, rows_file, text_file
 
-from kdrun.cache.manifest import MANIFEST
+from kdrun.cache.manifest import MANIFEST, PLAN
 from kdrun.cache.read import Cache
 from kdrun.cache.teacher import CachedTeacher
+from kdrun.cache.write import ShardWriter, StoredRow
 from kdrun.compare.command import comparison_of
 from kdrun.compare.declare import declare
 from kdrun.compare.ledger import Ledger
@@ -24,6 +26,7 @@ from kdrun.compare.run import Comparison
 from kdrun.compare.teachers import cache_teachers
 from kdrun.data.encoder import Encoder
 from kdrun.data.prepare import encode_rows, examples_in, read_rows
+from kdrun.errors import InputError
 from kdrun.models.pairs import find_pair
 
 for package in ("scipy", "matplotlib", "jinja2"):
@@ -84,7 +87,7 @@ def test_a_moved_folder_goes_on_with_its_cache_and_a_damaged_one_is_built_again(
     shard.write_bytes(shard.read_bytes()[:-9])
     printed = compare(*data, "--loss", "hellinger_chunked", "--seeds", 1, "--output", folder)
     assert "is truncated" in printed
-    assert "rebuilding it" in printed
+    assert "building what is missing" in printed
     assert len(records(folder)) == 4
 
 
@@ -168,6 +171,38 @@ def test_processes_that_start_together_build_one_cache(tmp_path: Path) -> None:
     (folder / MANIFEST).unlink()
     (folder / ".rows-00002.safetensors.partial").write_bytes(b"half")
     _, again = build(comparison, tmp_path / "c")
-    assert "is incomplete (it has no manifest.json); rebuilding it" in again
-    assert "row 60/60" in again
+    assert "is incomplete (it has no manifest.json); building what is missing" in again
+    assert "60 of 60 rows are there already; going on" in again
+    assert "row " not in again  # the teacher does not run
     assert not (folder / ".rows-00002.safetensors.partial").exists()
+
+
+def test_an_interrupted_build_goes_on_and_one_of_another_teacher_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison = comparison_of(options(rows_file(tmp_path)))
+    ordinary = ShardWriter.add
+
+    def stop(self: ShardWriter, first: int, rows: Sequence[StoredRow]) -> None:
+        ordinary(self, first, rows)
+        if first >= 16:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(comparison, tmp_path / "c")
+    folder = only_cache(tmp_path / "c")
+    assert not (folder / MANIFEST).exists()
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    found, printed = build(comparison, tmp_path / "c")
+    there = 16 + comparison.base.training.batch_size
+    assert f"{there} of 60 rows are there already; going on" in printed
+    assert Cache(found["builtin", "builtin"]).manifest.rows == 60
+    shutil.rmtree(folder)
+    shutil.copytree(copy, folder)
+    plan = folder / PLAN
+    plan.write_text(plan.read_text("utf-8").replace('"batch_size": ', '"batch_size": 1'), "utf-8")
+    with pytest.raises(InputError, match="--batch-size differs"):
+        build(comparison, tmp_path / "c")
+    assert len(list(folder.iterdir())) == len(list(copy.iterdir()))

@@ -14,6 +14,7 @@ from bare import bare_arguments
 import kdlosses
 from kdrun import DistillTrainer
 from kdrun.cache.build import Recipe, build_cache
+from kdrun.cache.outputs import local_outputs
 from kdrun.cache.read import Cache
 from kdrun.cache.teacher import CachedTeacher
 from kdrun.data.collate import IGNORE_INDEX, Collator
@@ -161,7 +162,7 @@ def test_a_cache_of_the_examples_serves_their_packed_rows(
     live = make(seed=0)
     recipe = Recipe(kind, VOCAB, 1.0, 0, VOCAB, 24, 3)
     teacher = FrozenTeacher(live, find_split(live))
-    build_cache(tmp_path / "cache", teacher, "tiny", tiny_tokenizer, loose, recipe)
+    build_cache(tmp_path / "cache", local_outputs(teacher, "tiny"), tiny_tokenizer, loose, recipe)
     cached = CachedTeacher(Cache(tmp_path / "cache"), tiny_tokenizer)
     rows = pack(loose, 24)
     assert cached.missing(rows) is None

@@ -164,6 +164,23 @@ def test_p8_a_cache_of_another_day_serves_and_a_run_keeps_its_day(
     assert "rendered with the date" in one_line(other)
 
 
+def test_p8_a_build_that_is_continued_on_another_day_keeps_its_day(
+    pair: Make, tmp_path: Path
+) -> None:
+    options, cache = pair(template="{{ strftime_now('%d') }} " + CHAT), tmp_path / "cache"
+    command = ("cache-teacher", *options[:-6], "--output", cache)
+    assert kdrun(*command, TZ="Etc/GMT+12").returncode == 0
+    before = files(cache)
+    (cache / "manifest.json").unlink()  # the only file that an interrupted build lacks
+    done = kdrun(*command, TZ="Etc/GMT-14")
+    assert done.returncode == 0, done.stderr
+    assert "rows are there already; going on" in done.stderr
+    assert files(cache) == before
+    (cache / "manifest.json").unlink()
+    other = kdrun(*command, "--set", "data.date=2020-01-01")
+    assert "date in the rows (data.date) differs" in one_line(other)
+
+
 def test_p13_resume_on_rows_that_changed_since_is_refused(pair: Make, tmp_path: Path) -> None:
     run, rows = tmp_path / "run", tmp_path / "rows.jsonl"
     options = (*pair(), "--eval-data", save_rows(tmp_path / "eval.jsonl", usual_rows(3)))
