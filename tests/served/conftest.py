@@ -84,7 +84,7 @@ def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The server; its environment's Python is named by KDRUN_VLLM_PYTHON."""
     python = os.environ.get("KDRUN_VLLM_PYTHON")
-    if python is None:
+    if not python:
         pytest.skip("KDRUN_VLLM_PYTHON does not name the Python of an environment with vLLM")
     folder = tmp_path_factory.mktemp("vllm")
     memory = Path("/dev/shm")
