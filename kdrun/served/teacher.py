@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from kdrun.data.collate import split_inputs
 from kdrun.models.heads import HeadSplit
 from kdrun.served.client import ServerError
 from kdrun.served.states import Space
+from kdrun.served.workers import Workers
 
 if TYPE_CHECKING:
     import torch
@@ -63,10 +64,10 @@ class Asked:
 
 @dataclass
 class _Expected:
-    """A row that was asked for, how many batches wait for it, and its answer."""
+    """A row that was asked for, how often it is needed, and its answer."""
 
     answer: Future[tuple[Tensor, ...]]
-    batches: int = field(default=1)
+    uses: int = field(default=1)
 
 
 class ServedTeacher:
@@ -96,7 +97,7 @@ class ServedTeacher:
         self.waited = 0.0
         self.tokens = 0
         self._space = Space(asked.space)
-        self._workers = ThreadPoolExecutor(asked.concurrency, "kdrun-served")
+        self._workers = Workers(asked.concurrency)
         self._expected: dict[bytes, _Expected] = {}
         self._settled: dict[bytes, tuple[Tensor, ...]] = {}
         self._device = torch.device("cpu")
@@ -121,7 +122,7 @@ class ServedTeacher:
     def close(self) -> None:
         """End requests on their way."""
         self.asked.engine.client.close()
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        self._workers.close()
 
     def expect(self, batch: Mapping[str, Any]) -> int:
         """Ask for the rows of a batch that is needed soon.
@@ -138,7 +139,7 @@ class ServedTeacher:
             if expected is None:
                 self._expected[row.key] = _Expected(self._workers.submit(self._answer, row))
             else:
-                expected.batches += 1
+                expected.uses += 1
         return len(rows)
 
     def settle(self, batches: Iterable[Mapping[str, Any]]) -> None:
@@ -150,8 +151,7 @@ class ServedTeacher:
         Raises:
             ServerError: the server is away for too long, refuses, or answers wrongly.
         """
-        rows = {row.key: row for batch in batches for row in _rows(batch)}
-        futures = {key: self._take(row) for key, row in rows.items()}
+        futures = self._take([row for batch in batches for row in _rows(batch)])
         self._settled = {key: self._await(future) for key, future in futures.items()}
 
     def forget(self) -> None:
@@ -181,7 +181,7 @@ class ServedTeacher:
             ServerError: the server is away for too long, refuses, or answers wrongly.
         """
         rows = list(rows_of(input_ids, attention_mask, shift_labels, position_ids))
-        asked = {row.key: self._take(row) for row in rows if row.key not in self._settled}
+        asked = self._take([row for row in rows if row.key not in self._settled])
         answers = {key: self._await(future) for key, future in asked.items()}
         found = [(row, answers.get(row.key) or self._settled[row.key]) for row in rows]
         columns = fill_columns(input_ids.shape, found) or self._nothing(input_ids.shape)
@@ -192,14 +192,20 @@ class ServedTeacher:
         """Return a source without any row, which shows whether a loss supports such a teacher."""
         return self._source_of([column.to(self._device) for column in self._nothing(shape)])
 
-    def _take(self, row: BatchRow) -> Future[tuple[Tensor, ...]]:
-        expected = self._expected.get(row.key)
-        if expected is None:
-            return self._workers.submit(self._answer, row)
-        expected.batches -= 1
-        if not expected.batches:
-            del self._expected[row.key]
-        return expected.answer
+    def _take(self, rows: Iterable[BatchRow]) -> dict[bytes, Future[tuple[Tensor, ...]]]:
+        """Return the answers to rows, each once however often it occurs."""
+        taken: dict[bytes, Future[tuple[Tensor, ...]]] = {}
+        for row in rows:
+            expected = self._expected.get(row.key)
+            if expected is None:
+                if row.key not in taken:
+                    taken[row.key] = self._workers.submit(self._answer, row)
+                continue
+            taken[row.key] = expected.answer
+            expected.uses -= 1
+            if not expected.uses:
+                del self._expected[row.key]
+        return taken
 
     def _await(self, future: Future[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         began = time.monotonic()
