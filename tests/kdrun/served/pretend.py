@@ -105,6 +105,7 @@ class Pretend:
         faults: played for the next requests that they concern.
         forever: played for every request after those.
         spared: rows to train on, or evaluate, that are answered before any fault is played.
+        spares_probe: whether the first prompt of all is always answered.
         requests: all that were received.
     """
 
@@ -121,6 +122,7 @@ class Pretend:
     faults: deque[Fault] = field(default_factory=deque)
     forever: Fault | None = None
     spared: int = 0
+    spares_probe: bool = False
     requests: list[Request] = field(default_factory=list)
     _open: set[socket.socket] = field(default_factory=set)
     _lock: Any = field(default_factory=threading.Lock)
@@ -167,10 +169,17 @@ class Pretend:
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
 
-    def begin(self, *faults: Fault, forever: Fault | None = None, spared: int = 0) -> None:
+    def begin(
+        self,
+        *faults: Fault,
+        forever: Fault | None = None,
+        spared: int = 0,
+        spares_probe: bool = False,
+    ) -> None:
         """Play faults, after so many more rows."""
         with self._lock:
-            self.faults, self.forever, self.spared = deque(faults), forever, spared
+            self.faults, self.forever = deque(faults), forever
+            self.spared, self.spares_probe = spared, spares_probe
 
     def heal(self) -> None:
         """Play no more faults, and end what hangs."""
@@ -182,7 +191,10 @@ class Pretend:
             self.requests.append(request)
             if request.path == COMPLETIONS and request.body:
                 self._probe = self._probe or request.prompt
-                if self.spared > 0 and request.prompt != self._probe:
+                if request.prompt == self._probe:
+                    if self.spares_probe:
+                        return None
+                elif self.spared > 0:
                     self.spared -= 1
                     return None
             if self.spared > 0:
