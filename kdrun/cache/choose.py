@@ -46,6 +46,13 @@ class ChosenTeacher:
     widths: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def close(self) -> None:
+        """End requests to a server."""
+        from kdrun.served.teacher import ServedTeacher
+
+        if isinstance(self.training, ServedTeacher):
+            self.training.close()
+
 
 def check_cached_rows(cache: str | None, shift_windows: bool, rows: RawRows) -> None:
     """Refuse an incomplete cache, or rows that change between epochs, without loading anything.

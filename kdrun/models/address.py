@@ -30,8 +30,11 @@ def clean_address(given: str, key: str) -> str:
     try:
         parts = urlsplit(given)
         host, _ = parts.hostname, parts.port
+        (host or "").encode("idna")
     except ValueError as error:
         raise InputError(f"{key}: not an address ({error}); write http://HOST:PORT") from error
+    if any(letter.isspace() or not letter.isprintable() for letter in given):
+        raise InputError(f"{key}: not an address ({given!r} has a space); write http://HOST:PORT")
     if not host:
         raise InputError(f"{key}: {given!r} names no host; write http://HOST:PORT")
     if parts.username is not None or parts.password is not None:
@@ -40,7 +43,10 @@ def clean_address(given: str, key: str) -> str:
             f"into the environment variable {KEY}"
         )
     if parts.query or parts.fragment:
-        raise InputError(f"{key}: {given!r} has a query or fragment; write http://HOST:PORT")
+        raise InputError(
+            f"{key}: the address has a query or fragment, which may be a secret; write "
+            "http://HOST:PORT"
+        )
     path = parts.path.rstrip("/").removesuffix("/v1")
     return f"{parts.scheme.lower()}://{parts.netloc}{path}"
 

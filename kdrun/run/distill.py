@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,14 +95,15 @@ def _run(config: RunConfig, rows: RawRows, start: Start) -> RunResult:
         prepared = prepare(config, rows, start.say)
         config = config.model_copy(update={"data": prepared.data})
         loaded = load(config, prepared, start)
-        inputs, changes = check_unchanged(
-            config, prepared, loaded.teacher, loaded.initial, start.begun
-        )
-        built = build(config, prepared, loaded, start)
-        tell_lost_mass(loaded, prepared, config.training.batch_size, start)
-        rehearse(built, loaded, start)
-        begin(built, prepared.pair.fresh_student, inputs, start)
-        before = train(built, start)
-        with saying_how_to_go_on(start.folder):
-            summary = finish(built, loaded, before, changes, began, start)
+        with closing(loaded.teacher):
+            inputs, changes = check_unchanged(
+                config, prepared, loaded.teacher, loaded.initial, start.begun
+            )
+            built = build(config, prepared, loaded, start)
+            tell_lost_mass(loaded, prepared, config.training.batch_size, start)
+            rehearse(built, loaded, start)
+            begin(built, prepared.pair.fresh_student, inputs, start)
+            before = train(built, start)
+            with saying_how_to_go_on(start.folder):
+                summary = finish(built, loaded, before, changes, began, start)
     return RunResult(start.folder, summary)

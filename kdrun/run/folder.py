@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kdrun.config.load import stated_values, validate
 from kdrun.data.templates import USUAL_RENDERING, Rendering
-from kdrun.errors import InputError, Interrupted, UnwritableError, signal_of
+from kdrun.errors import InputError, Interrupted, TrainingError, UnwritableError, signal_of
 from kdrun.files import LOCK, remove
 from kdrun.models.locate import STUDENT
 from kdrun.paths import expand_home, make_output_folder
@@ -149,9 +149,15 @@ def saying_how_to_go_on(folder: Path) -> Iterator[None]:
 
     Raises:
         Interrupted: instead of the interruption.
+        TrainingError: a served teacher failed in the last evaluation.
     """
     try:
         yield
+    except TrainingError as error:
+        raise TrainingError(
+            f"{error}; training is done and its last step saved; continue with --resume --output "
+            f"{folder}"
+        ) from error
     except KeyboardInterrupt as error:
         raise Interrupted(
             f"interrupted after training, with the last step saved; continue with --resume "

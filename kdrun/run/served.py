@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kdrun.procedures.session import Session
     from kdrun.run.prepare import Prepared
     from kdrun.run.start import Start
+    from kdrun.served.teacher import ServedTeacher
 
 _SHOWN = 8
 """Training rows that a server must tokenise as the student does."""
@@ -54,6 +55,17 @@ def choose_served(
         start.world.size,
         start.say,
     )
+    try:
+        return _chosen(served, config, loss, address)
+    except InputError:
+        served.close()
+        raise
+
+
+def _chosen(
+    served: ServedTeacher, config: RunConfig, loss: TokenLoss, address: str
+) -> ChosenTeacher:
+    """Check that the loss can be computed with what a server gives."""
     if not served.exact and "temperature" in config.loss.schedules:
         raise InputError(
             f"{address} gives log-probabilities at one temperature, but loss.schedules changes it; "

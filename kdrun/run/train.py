@@ -36,7 +36,12 @@ def train(built: Built, start: Start) -> dict[str, Any]:
     from transformers import TrainerState, set_seed
 
     trainer = built.trainer
-    before = _measures_before(trainer, start)
+    try:
+        before = _measures_before(trainer, start)
+    except ServerError as error:
+        raise TrainingError(
+            f"{error}; no step was done; start again with --resume --output {start.folder}"
+        ) from error
     if start.checkpoint is None:
         # Evaluation draws random numbers, and a run that starts over does not evaluate again.
         set_seed(built.config.training.seed)
@@ -112,7 +117,10 @@ def _steps(trainer: DistillTrainer, start: Start) -> None:
     ):
         lost = _train_until_lost(trainer, checkpoint)
     if lost is not None and not trainer.save_after_failure():
-        raise lost
+        again = f"start again with --resume --output {start.folder}"
+        if stop.signum is not None:
+            raise Interrupted(f"interrupted before the first step; {again}", stop.signum)
+        raise TrainingError(f"{lost}; no step was done; {again}") from lost
     if stop.signum is not None:
         raise Interrupted(
             f"interrupted and saved at step {trainer.state.global_step}; continue with "

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import httpx2
 
-from kdrun.errors import TrainingError
+from kdrun.errors import InputError, TrainingError
 from kdrun.models.address import KEY
 
 T = TypeVar("T")
@@ -26,6 +26,12 @@ _ANSWERS = 3
 _QUIET_S = 20.0
 """A server that was not heard from for so long may be another one."""
 _SHOWN = 300
+_KEY_HINT = f"; set the environment variable {KEY} to the server's key"
+_HINTS = {
+    401: _KEY_HINT,
+    403: _KEY_HINT,
+    404: "; is it the address of a server with OpenAI's interface?",
+}
 
 
 class ServerError(TrainingError):
@@ -61,7 +67,11 @@ class Client:
     Attributes:
         address: of the server.
         has_key: whether a key is sent.
-        after_absence: called before anything else is asked of a server that was away.
+        after_absence: checks that the server is the same; called before an answer is used that
+            came over a new connection, or from a server that was away or quiet.
+
+    Raises:
+        InputError: the address or the key cannot be used.
     """
 
     def __init__(
@@ -74,20 +84,25 @@ class Client:
         self.address = address
         self.after_absence: Callable[[], None] = lambda: None
         self._timeout, self._patience, self._say = timeout, patience, say
-        key = os.environ.get(KEY)
-        self._http = httpx2.Client(
-            base_url=address,
-            timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0)),
-            headers={} if not key else {"Authorization": f"Bearer {key}"},
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
-            follow_redirects=False,
-            trust_env=False,  # a proxy would learn the key
-        )
-        self.has_key = bool(key)
+        self._key = _read_key()
+        try:
+            self._http = httpx2.Client(
+                base_url=address,
+                timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0)),
+                headers={} if not self._key else {"Authorization": f"Bearer {self._key}"},
+                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
+                follow_redirects=False,
+                trust_env=False,  # a proxy would learn the key
+            )
+        except (httpx2.InvalidURL, ValueError) as error:
+            raise InputError(
+                f"{address!r} is no address ({_reason(error)}); write http://HOST:PORT"
+            ) from error
+        self.has_key = bool(self._key)
         self._closed = threading.Event()
         self._lock = threading.RLock()
-        self._heard = time.monotonic()
-        self._told = False
+        self._heard = self._checked = time.monotonic()
+        self._checking = self._told = False
 
     def ask(
         self,
@@ -110,63 +125,88 @@ class Client:
             Refusal: the server refuses the request.
             ServerError: it was away for longer than ``patience``, or its answers are wrong.
         """
-        self._look_again()
+        heard = self._heard
+        if time.monotonic() - heard > _QUIET_S:
+            self._check_since(heard)
         gives_up: float | None = None
+        doubted: float | None = None
         pause, wrong = _FIRST_PAUSE_S, 0
         while True:
             try:
-                answer = self._once(method, path, body, final)
+                answer, connected = self._once(method, path, body, final)
                 result = read(answer)
             except BadAnswerError as error:
                 wrong += 1
                 if wrong == _ANSWERS:
                     raise ServerError(
-                        f"{self.address}{path}: {error}, {_ANSWERS} times; nothing was learned "
-                        "from it"
+                        self._clean(
+                            f"{self.address}{path}: {error}, {_ANSWERS} times; nothing was learned "
+                            "from it"
+                        )
                     ) from error
-                problem, wait = str(error), 0.0
+                problem, wait = f"answers wrongly ({error})", 0.0
             except _AwayError as error:
                 problem, wait = str(error), error.wait
             else:
+                doubted = connected or doubted
+                if doubted is not None:
+                    self._check_since(doubted)
                 self._heard, self._told = time.monotonic(), False
-                if gives_up is not None:
-                    self._check_again()
                 return result
-            now = time.monotonic()
+            now = doubted = time.monotonic()
             gives_up = now + self._patience if gives_up is None else gives_up
-            pause = min(_LONGEST_PAUSE_S, 2 * pause)
-            until = now + max(wait, pause)
-            if until > gives_up:
+            if now >= gives_up:
                 raise ServerError(
-                    f"{self.address} {problem}; it was waited for {self._patience:g} s "
-                    "(served.patience)"
+                    self._clean(
+                        f"{self.address} {problem}; it was waited for {self._patience:g} s "
+                        "(served.patience)"
+                    )
                 )
-            self._tell(problem)
-            if self._closed.wait(until - now):
-                raise ServerError(f"{self.address} {problem}")
+            pause = min(_LONGEST_PAUSE_S, 2 * pause)
+            self._tell(self._clean(problem))
+            if self._closed.wait(min(max(wait, pause), gives_up - now)):
+                raise ServerError(self._clean(f"{self.address} {problem}"))
 
     def close(self) -> None:
         """End every request: those that wait for the server give up."""
         self._closed.set()
         self._http.close()
 
-    def _once(self, method: str, path: str, body: Any, final: Sequence[int]) -> Any:
-        """Ask once.
+    def _once(
+        self, method: str, path: str, body: Any, final: Sequence[int]
+    ) -> tuple[Any, float | None]:
+        """Ask once; return the answer, and when a new connection was made for it.
 
         Raises:
             BadAnswerError: the answer is not JSON.
             _AwayError: another attempt may succeed.
             Refusal: none would.
         """
+        connected: list[float] = []
+
+        def note(event: str, _: object) -> None:
+            if event == "connection.connect_tcp.complete":
+                connected.append(time.monotonic())
+
         try:
-            response = self._http.request(method, path, json=body)
+            response = self._http.request(method, path, json=body, extensions={"trace": note})
+        except httpx2.DecodingError as error:
+            raise BadAnswerError(f"the answer cannot be unpacked ({_reason(error)})") from error
         except httpx2.TimeoutException as error:
             raise _AwayError(
                 f"does not answer within {self._timeout:g} s (served.timeout)"
             ) from error
         except httpx2.TransportError as error:
             if "certificate" in str(error).lower():
-                raise Refusal(f"{self.address}: {_reason(error)}", 0) from error
+                raise Refusal(
+                    f"{self.address}: {_reason(error)}; kdrun trusts the certificates that this "
+                    "system trusts: add the server's authority to them, or use a tunnel",
+                    0,
+                ) from error
+            if "wrong_version_number" in str(error).lower():
+                raise Refusal(
+                    f"{self.address} does not speak https; write http:// instead", 0
+                ) from error
             raise _AwayError(f"cannot be reached ({_reason(error)})") from error
         status = response.status_code
         if status in _BUSY and status not in final:
@@ -174,34 +214,52 @@ class Client:
                 f"is not ready (status {status})", _seconds(response.headers.get("retry-after"))
             )
         if response.is_redirect:
-            target = response.headers.get("location", "nowhere")
+            target = self._clean(response.headers.get("location", "nowhere"))[:_SHOWN]
             raise Refusal(
                 f"{self.address}{path} redirects to {target}, which is not followed; give that "
                 "address instead",
                 status,
             )
         if not response.is_success:
-            raise Refusal(_refusal(f"{self.address}{path}", status, response.text), status)
+            said = self._clean(_said(response.text))[:_SHOWN] or "no reason given"
+            raise Refusal(
+                f"{self.address}{path} refuses (status {status}): {said}{_HINTS.get(status, '')}",
+                status,
+            )
         try:
-            return json.loads(response.content) if response.content else None
-        except ValueError as error:
+            answer = json.loads(response.content) if response.content else None
+        except (ValueError, RecursionError) as error:
             raise BadAnswerError("the answer is cut off or no JSON") from error
+        return answer, connected[-1] if connected else None
 
-    def _look_again(self) -> None:
-        if time.monotonic() - self._heard > _QUIET_S:
-            self._check_again()
+    def _check_since(self, moment: float) -> None:
+        """Check that the server is the one that it was, unless that was done since a moment.
 
-    def _check_again(self) -> None:
-        """Check, once for all threads, that the server is the one that it was."""
+        Other threads wait for the check, so that they use no answer of another server.
+        """
         with self._lock:
-            self._heard = time.monotonic()  # what is asked in the check needs no check itself
-            self.after_absence()
+            if self._checking or self._checked > moment:  # a check itself needs none
+                return
+            began, self._checking = time.monotonic(), True
+            try:
+                self.after_absence()
+            finally:
+                self._checking = False
+            self._checked = began
+
+    def _clean(self, text: str) -> str:
+        """Return one printable line without the key, which a server may repeat."""
+        hidden = text if not self._key else text.replace(self._key, "***")
+        return " ".join("".join(c if c.isprintable() else " " for c in hidden).split())
 
     def _tell(self, problem: str) -> None:
         with self._lock:
             if not self._told:
                 self._told = True
-                self._say(f"{self.address} {problem}; waiting for it (served.patience)")
+                self._say(
+                    f"{self.address} {problem}; asking again for {self._patience:g} s "
+                    "(served.patience)"
+                )
 
 
 class _AwayError(Exception):
@@ -229,17 +287,26 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _refusal(where: str, status: int, text: str) -> str:
-    hints = {
-        401: f"; set the environment variable {KEY} to the server's key",
-        403: f"; set the environment variable {KEY} to the server's key",
-        404: "; is it the address of a server with OpenAI's interface?",
-    }
+def _said(text: str) -> str:
+    """Return the reason in a server's refusal."""
     try:
         found = json.loads(text)
         said = found.get("error", found)
-        said = said.get("message", said) if isinstance(said, dict) else said
-    except (ValueError, AttributeError):
-        said = text
-    shown = " ".join(str(said).split())[:_SHOWN]
-    return f"{where} refuses (status {status}): {shown or 'no reason given'}{hints.get(status, '')}"
+        return str(said.get("message", said) if isinstance(said, dict) else said)
+    except (ValueError, AttributeError, RecursionError):
+        return text
+
+
+def _read_key() -> str:
+    """Read the server's key from the environment.
+
+    Raises:
+        InputError: it cannot be sent; the line does not show it.
+    """
+    key = os.environ.get(KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(
+            f"{KEY} has characters that a key cannot have, such as a line break or a letter with "
+            "an accent; set it again"
+        )
+    return key

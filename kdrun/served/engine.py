@@ -117,10 +117,7 @@ class VLLM:
 
         def read(answer: Any) -> list[Offer]:
             try:
-                return [
-                    Offer(str(one["id"]), one.get("root"), one.get("max_model_len"))
-                    for one in answer["data"]
-                ]
+                return [_offer(one) for one in answer["data"]]
             except (KeyError, TypeError, AttributeError) as error:
                 raise BadAnswerError("it does not list its models") from error
 
@@ -217,6 +214,15 @@ class VLLM:
 
 def _body(model: str, ids: Sequence[int], **more: Any) -> dict[str, Any]:
     return {"model": model, "prompt": list(ids), "max_tokens": 1, **more}
+
+
+def _offer(one: Any) -> Offer:
+    root, length = one.get("root"), one.get("max_model_len")
+    return Offer(
+        str(one["id"]),
+        root if isinstance(root, str) else None,
+        length if isinstance(length, int) else None,
+    )
 
 
 def _read_answer(answer: Any) -> Answer:

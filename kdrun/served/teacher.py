@@ -67,10 +67,10 @@ class Asked:
 
 @dataclass
 class _Expected:
-    """A row that was asked for, how many batches wait for it, and its answer."""
+    """A row that was asked for, how often it is needed, and its answer."""
 
     answer: Future[tuple[Tensor, ...]]
-    batches: int = field(default=1)
+    uses: int = field(default=1)
 
 
 class ServedTeacher:
@@ -100,7 +100,7 @@ class ServedTeacher:
         self.waited = 0.0
         self.tokens = 0
         self._space = Space(asked.space)
-        self._workers = Workers(asked.concurrency, "kdrun-served")
+        self._workers = Workers(asked.concurrency)
         self._expected: dict[bytes, _Expected] = {}
         self._settled: dict[bytes, tuple[Tensor, ...]] = {}
         self._device = torch.device("cpu")
@@ -125,8 +125,7 @@ class ServedTeacher:
     def close(self) -> None:
         """End requests on their way."""
         self.asked.engine.client.close()
-        for expected in self._expected.values():
-            expected.answer.cancel()
+        self._workers.close()
 
     def expect(self, batch: Mapping[str, Any]) -> int:
         """Ask for the rows of a batch that is needed soon.
@@ -143,7 +142,7 @@ class ServedTeacher:
             if expected is None:
                 self._expected[row.key] = _Expected(self._workers.submit(self._answer, row))
             else:
-                expected.batches += 1
+                expected.uses += 1
         return len(rows)
 
     def settle(self, batches: Iterable[Mapping[str, Any]]) -> None:
@@ -155,8 +154,7 @@ class ServedTeacher:
         Raises:
             ServerError: the server is away for too long, refuses, or answers wrongly.
         """
-        rows = {row.key: row for batch in batches for row in _rows(batch)}
-        futures = {key: self._take(row) for key, row in rows.items()}
+        futures = self._take([row for batch in batches for row in _rows(batch)])
         self._settled = {key: self._await(future) for key, future in futures.items()}
 
     def forget(self) -> None:
@@ -186,7 +184,7 @@ class ServedTeacher:
             ServerError: the server is away for too long, refuses, or answers wrongly.
         """
         rows = list(rows_of(input_ids, attention_mask, shift_labels, position_ids))
-        asked = {row.key: self._take(row) for row in rows if row.key not in self._settled}
+        asked = self._take([row for row in rows if row.key not in self._settled])
         answers = {key: self._await(future) for key, future in asked.items()}
         found = [(row, answers.get(row.key) or self._settled[row.key]) for row in rows]
         columns = fill_columns(input_ids.shape, found) or self._nothing(input_ids.shape)
@@ -197,14 +195,20 @@ class ServedTeacher:
         """Return a source without any row, which shows whether a loss supports such a teacher."""
         return self._source_of([column.to(self._device) for column in self._nothing(shape)])
 
-    def _take(self, row: BatchRow) -> Future[tuple[Tensor, ...]]:
-        expected = self._expected.get(row.key)
-        if expected is None:
-            return self._workers.submit(self._answer, row)
-        expected.batches -= 1
-        if not expected.batches:
-            del self._expected[row.key]
-        return expected.answer
+    def _take(self, rows: Iterable[BatchRow]) -> dict[bytes, Future[tuple[Tensor, ...]]]:
+        """Return the answers to rows, each once however often it occurs."""
+        taken: dict[bytes, Future[tuple[Tensor, ...]]] = {}
+        for row in rows:
+            expected = self._expected.get(row.key)
+            if expected is None:
+                if row.key not in taken:
+                    taken[row.key] = self._workers.submit(self._answer, row)
+                continue
+            taken[row.key] = expected.answer
+            expected.uses -= 1
+            if not expected.uses:
+                del self._expected[row.key]
+        return taken
 
     def _await(self, future: Future[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         began = time.monotonic()

@@ -1,7 +1,4 @@
-"""Threads that ask a server, and do not keep a process alive that has ended.
-
-Those of `concurrent.futures` are waited for when the interpreter exits, also while a server hangs.
-"""
+"""Threads that ask a server, and keep no process from ending."""
 
 from __future__ import annotations
 
@@ -15,39 +12,43 @@ T = TypeVar("T")
 
 
 class Workers:
-    """A number of threads, started when they are needed.
+    """A few threads for tasks in their order.
+
+    The pool of ``concurrent.futures`` is awaited when a process ends, for as long as a server that
+    hangs is waited for.
 
     Args:
-        count: of threads.
-        name: of the threads.
+        count: of threads at most.
     """
 
-    def __init__(self, count: int, name: str) -> None:
-        self._count, self._name = count, name
-        self._started = 0
-        self._jobs: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]]
-        self._jobs = SimpleQueue()
+    def __init__(self, count: int) -> None:
+        self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._count, self._started = count, 0
+        self._closed = False
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
-        """Call a function in a thread.
-
-        Returns:
-            Its result, once it is there.
-        """
-        future: Future[T] = Future()
-        self._jobs.put((future, function, arguments))
+        """Call a function in one of the threads."""
+        task: Future[T] = Future()
+        self._tasks.put((task, lambda: function(*arguments)))
         if self._started < self._count:
             self._started += 1
-            threading.Thread(target=self._work, name=self._name, daemon=True).start()
-        return future
+            threading.Thread(target=self._work, name="kdrun-served", daemon=True).start()
+        return task
+
+    def close(self) -> None:
+        """End the threads after what they are doing; tasks that wait are cancelled."""
+        self._closed = True
+        for _ in range(self._started):
+            self._tasks.put(None)
 
     def _work(self) -> None:
-        while True:
-            future, function, arguments = self._jobs.get()
-            if not future.set_running_or_notify_cancel():
+        while (found := self._tasks.get()) is not None:
+            task, call = found
+            if self._closed:
+                task.cancel()
+            if not task.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(function(*arguments))
-            except BaseException as error:  # whoever waits for the result gets it
-                future.set_exception(error)
-            del future
+                task.set_result(call())
+            except BaseException as error:  # whatever it is, who waits for the task must know
+                task.set_exception(error)

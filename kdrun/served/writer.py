@@ -40,7 +40,7 @@ class ServedWriter:
 
     def __init__(self, engine: Engine, model: str, concurrency: int, vocab_size: int) -> None:
         self.engine, self.model, self._vocab_size = engine, model, vocab_size
-        self._workers = Workers(concurrency, "kdrun-writer")
+        self._workers = Workers(concurrency)
 
     def continuations(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], drawing: Drawing

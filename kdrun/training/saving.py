@@ -109,6 +109,8 @@ class SavingTrainer(Trainer):
             metrics: dict[str, float] = super()._evaluate(*args, **options)
         except (EvaluationStopped, ServerError) as error:
             self.lost = error if isinstance(error, ServerError) else None
+            # Only a complete evaluation clears it; at the end of the epoch there would be another.
+            self.control.should_evaluate = False
             self.control.should_save = True
             self.control.should_training_stop = True
             return {}
