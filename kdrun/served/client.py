@@ -101,8 +101,9 @@ class Client:
         self.has_key = bool(self._key)
         self._closed = threading.Event()
         self._lock = threading.RLock()
-        self._heard = self._checked = time.monotonic()
-        self._checking = self._told = False
+        self._heard = self._checked = self._doubted = time.monotonic()
+        self._checker: int | None = None
+        self._told = False
 
     def ask(
         self,
@@ -129,11 +130,10 @@ class Client:
         if time.monotonic() - heard > _QUIET_S:
             self._check_since(heard)
         gives_up: float | None = None
-        doubted: float | None = None
         pause, wrong = _FIRST_PAUSE_S, 0
         while True:
             try:
-                answer, connected = self._once(method, path, body, final)
+                answer = self._once(method, path, body, final)
                 result = read(answer)
             except BadAnswerError as error:
                 wrong += 1
@@ -148,12 +148,10 @@ class Client:
             except _AwayError as error:
                 problem, wait = str(error), error.wait
             else:
-                doubted = connected or doubted
-                if doubted is not None:
-                    self._check_since(doubted)
+                self._check_since(self._doubted)
                 self._heard, self._told = time.monotonic(), False
                 return result
-            now = doubted = time.monotonic()
+            now = self._doubted = time.monotonic()
             gives_up = now + self._patience if gives_up is None else gives_up
             if now >= gives_up:
                 raise ServerError(
@@ -172,24 +170,18 @@ class Client:
         self._closed.set()
         self._http.close()
 
-    def _once(
-        self, method: str, path: str, body: Any, final: Sequence[int]
-    ) -> tuple[Any, float | None]:
-        """Ask once; return the answer, and when a new connection was made for it.
+    def _once(self, method: str, path: str, body: Any, final: Sequence[int]) -> Any:
+        """Ask once.
 
         Raises:
             BadAnswerError: the answer is not JSON.
             _AwayError: another attempt may succeed.
             Refusal: none would.
         """
-        connected: list[float] = []
-
-        def note(event: str, _: object) -> None:
-            if event == "connection.connect_tcp.complete":
-                connected.append(time.monotonic())
-
         try:
-            response = self._http.request(method, path, json=body, extensions={"trace": note})
+            response = self._http.request(
+                method, path, json=body, extensions={"trace": self._note_connection}
+            )
         except httpx2.DecodingError as error:
             raise BadAnswerError(f"the answer cannot be unpacked ({_reason(error)})") from error
         except httpx2.TimeoutException as error:
@@ -227,10 +219,14 @@ class Client:
                 status,
             )
         try:
-            answer = json.loads(response.content) if response.content else None
+            return json.loads(response.content) if response.content else None
         except (ValueError, RecursionError) as error:
             raise BadAnswerError("the answer is cut off or no JSON") from error
-        return answer, connected[-1] if connected else None
+
+    def _note_connection(self, event: str, _: object) -> None:
+        """Doubt every answer from now on, since another thread may use the connection first."""
+        if event == "connection.connect_tcp.complete" and self._checker != threading.get_ident():
+            self._doubted = time.monotonic()
 
     def _check_since(self, moment: float) -> None:
         """Check that the server is the one that it was, unless that was done since a moment.
@@ -238,13 +234,13 @@ class Client:
         Other threads wait for the check, so that they use no answer of another server.
         """
         with self._lock:
-            if self._checking or self._checked > moment:  # a check itself needs none
+            if self._checker is not None or self._checked >= moment:  # a check itself needs none
                 return
-            began, self._checking = time.monotonic(), True
+            began, self._checker = time.monotonic(), threading.get_ident()
             try:
                 self.after_absence()
             finally:
-                self._checking = False
+                self._checker = None
             self._checked = began
 
     def _clean(self, text: str) -> str:

@@ -71,11 +71,13 @@ def _most_likely(entry: Any, k: int, vocab_size: int) -> list[tuple[int, float]]
     if len(found) < k:
         raise BadAnswerError(f"a position has {len(found)} of {k} log-probabilities")
     for _, token, log_prob in found[:k]:
-        if math.isnan(log_prob) or log_prob > _TOLERANCE:
+        if not math.isfinite(log_prob) or log_prob > _TOLERANCE:
             raise BadAnswerError(f"token {token} has the log-probability {log_prob}")
         if not 0 <= token < vocab_size:
             raise BadAnswerError(
                 f"token {token} is outside the vocabulary of {vocab_size} tokens that teacher and "
                 "student share"
             )
+    if len({token for _, token, _ in found[:k]}) < k:
+        raise BadAnswerError("a position has a token twice")
     return [(token, log_prob) for _, token, log_prob in found[:k]]

@@ -273,16 +273,23 @@ class Ahead:
         batches: the iterator.
         teacher: is asked.
         most: number of batches that will be needed at most; None for all.
+        rows: keep about so many rows asked for; None for four of each request at a time.
 
     Attributes:
         batches: the iterator.
         asks: whether rows are asked for, rather than only passed on.
     """
 
-    def __init__(self, batches: Any, teacher: ServedTeacher, most: int | None = None) -> None:
+    def __init__(
+        self,
+        batches: Any,
+        teacher: ServedTeacher,
+        most: int | None = None,
+        rows: int | None = None,
+    ) -> None:
         self.batches, self.asks = batches, True
         self._teacher = teacher
-        self._rows = _ROWS_PER_REQUEST * teacher.asked.concurrency
+        self._rows = _ROWS_PER_REQUEST * teacher.asked.concurrency if rows is None else rows
         self._left = sys.maxsize if most is None else most
         self._seen: deque[tuple[Any, int]] = deque()
         self._waiting = 0

@@ -46,7 +46,8 @@ class AskingAhead:
         return self._ahead
 
     def in_evaluation(self, loader: Any) -> Iterator[Any]:
-        """Return the batches of an evaluation."""
+        """Return the batches of an evaluation, which uses no answers of the step before it."""
+        self.teacher.settle(())
         return self._over(iter(loader), len(loader))
 
     def _over(self, batches: Iterator[Any], most: int) -> Ahead:

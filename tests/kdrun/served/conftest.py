@@ -48,3 +48,9 @@ def pretend(teacher_model: Model, tmp_path: Path) -> Iterator[Callable[..., Pret
 @pytest.fixture
 def server(pretend: Callable[..., Pretend]) -> Pretend:
     return pretend()
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask again sooner than real servers could answer."""
+    monkeypatch.setattr("kdrun.served.client._FIRST_PAUSE_S", 0.02)

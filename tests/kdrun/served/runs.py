@@ -18,7 +18,7 @@ from kdrun.errors import STOPPING
 QUICK = [
     *("--loss", "forward_kl_chunked", "--max-length", "128", "--batch-size", "4"),
     *("--set", "loss.compiled=false", "--set", "training.logging_steps=1"),
-    *("--set", "served.timeout=2", "--set", "served.patience=0.6"),
+    *("--set", "served.timeout=10", "--set", "served.patience=0.6"),
 ]
 TOP_K = ["--set", "served.form=top_k", "--set", "served.top_k=8"]
 
