@@ -226,6 +226,8 @@ def begin(built: Built, fresh_student: bool, inputs: Record, start: Start) -> No
     writer = WriteMetrics(write)
     if not start.resume:
         adapted = config.lora.rank is not None and fresh_student
-        runs.clear(folder, keep_base=adapted)
+        written = config.procedure.writer is not None
+        keep = [*([runs.BASE] if adapted else []), *([runs.WEIGHTS] if written else [])]
+        runs.clear(folder, keep)
         writer.open()
     built.trainer.add_callback(writer)

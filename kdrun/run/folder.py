@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -94,25 +94,24 @@ def _is_empty(entry: Path) -> bool:
     return entry.is_dir() and not any(entry.iterdir())
 
 
-def clear(folder: Path, keep_base: bool) -> None:
+def clear(folder: Path, keep: Collection[str]) -> None:
     """Remove what an earlier run wrote, and nothing else.
 
     Called only after all checks have passed, so wrong input cannot remove a finished run.
 
     Args:
         folder: folder of the run.
-        keep_base: keep :data:`BASE`, which the new run has just written.
+        keep: names of what the new run has just written, of :data:`BASE` and :data:`WEIGHTS`.
     """
     for path in written_by_runs(folder):
-        if path.name == BASE and keep_base:
-            continue
-        remove(path)
+        if path.name not in keep:
+            remove(path)
 
 
 def written_by_runs(folder: Path) -> list[Path]:
     """Return the files that runs write, which a new run in the same folder removes."""
     files = (CONFIG, METRICS, SUMMARY, ANSWERS, INPUTS)
-    folders = (STUDENT, CHECKPOINTS, ADAPTER, TENSORBOARD, f".{STUDENT}.partial", BASE)
+    folders = (STUDENT, CHECKPOINTS, ADAPTER, TENSORBOARD, f".{STUDENT}.partial", BASE, WEIGHTS)
     return [folder / name for name in (*files, *folders)]
 
 

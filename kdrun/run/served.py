@@ -107,7 +107,7 @@ def open_writers(session: Session, config: RunConfig, start: Start) -> None:
         return
     writer = _open(given.writer, "procedure.writer", session, config, start)
     session.served[Origin.STUDENT] = writer
-    place = start.folder / runs.CHECKPOINTS / runs.WEIGHTS
+    place = start.folder / runs.WEIGHTS
     if given.sync_folder is not None:
         place = expand_home(given.sync_folder)
     make_output_folder(place)

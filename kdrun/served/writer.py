@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,3 +174,5 @@ class StudentWriter:
         """Remove the saved weights."""
         self.writer.engine.client.close()
         shutil.rmtree(self.folder / "weights", ignore_errors=True)
+        with suppress(OSError):  # another run's folder may have more in it
+            self.folder.rmdir()
