@@ -58,6 +58,12 @@ _ELSEWHERE = {
     **dict.fromkeys(("ab", "abkd", "abdivergence"), "alpha_beta"),
     **dict.fromkeys(("akl", "akd"), "adaptive_kl"),
     **dict.fromkeys(("dkd",), "decoupled_kd"),
+    **dict.fromkeys(("tokenwisedistillation",), "todi"),
+    **dict.fromkeys(("eopd", "entropyaware", "entropyawareonpolicy"), "entropy_aware_kl"),
+    **dict.fromkeys(("csd", "concretescorematching"), "concrete_score"),
+    **dict.fromkeys(("alphamixture",), "amid"),
+    **dict.fromkeys(("minifinetuning", "mftdistillation"), "mft"),
+    **dict.fromkeys(("logitsdifference",), "bild"),
     **dict.fromkeys(("hellingerdistance", "squaredhellinger"), "hellinger"),
 }
 _GROUP = PluginGroup(
