@@ -1,4 +1,4 @@
-"""MkDocs hook: a page for each registered loss, and one for the configuration.
+"""MkDocs hook: a page for each registered loss, one for the configuration and one of packages.
 
 They are made from what losses and keys say about themselves. Losses of installed plugins get pages
 too. A loss that cannot be imported is listed as broken.
@@ -7,6 +7,7 @@ too. A loss that cannot be imported is listed as broken.
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from html import escape
@@ -22,11 +23,16 @@ from kdrun.errors import InputError
 from kdrun.losses.describe import doc_parts, parameters, traits
 from kdrun.losses.plot import SETTING, write_plot
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from packages import page as packages_page
+
 if TYPE_CHECKING:
     from kdlosses import Loss
 
 INDEX = "losses/index.md"
 CONFIGURATION = "configuration.md"
+PACKAGES = "packages.md"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -44,6 +50,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the index, and a page and a picture for each loss."""
     files.append(File.generated(config, INDEX, content=_index()))
     files.append(File.generated(config, CONFIGURATION, content=_configuration()))
+    files.append(File.generated(config, PACKAGES, content=packages_page()))
     with tempfile.TemporaryDirectory() as folder:
         for ref, loss in _usable():
             picture = Path(folder) / f"{ref.name}.svg"

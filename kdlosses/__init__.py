@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kdlosses.registry import find_loss as find_loss
     from kdlosses.registry import get_loss as get_loss
     from kdlosses.registry import ignored_losses as ignored_losses
+    from kdlosses.registry import loss_files as loss_files
     from kdlosses.registry import parse_spec as parse_spec
     from kdlosses.schedules import Constant as Constant
     from kdlosses.schedules import Cosine as Cosine
@@ -71,6 +72,7 @@ _HOME = {
     "find_loss": "registry",
     "get_loss": "registry",
     "ignored_losses": "registry",
+    "loss_files": "registry",
     "measure": "measures",
     "parse_spec": "registry",
     "state_variable": "divergence",

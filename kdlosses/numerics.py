@@ -139,6 +139,35 @@ def kl_terms(log_p: Tensor, log_q: Tensor, q: Tensor | None = None) -> Tensor:
     return choose_near(x, exp_remainder(x) * p, far)
 
 
+def alpha_beta_terms(
+    large: float, small: float, total: float, log_p: Tensor, log_q: Tensor, bounded: bool
+) -> Tensor:
+    """The terms of the alpha-beta divergence, away from its limits, each non-negative.
+
+    With 1 - large/total - small/total = 0 the sum is p^total times a difference of exp(x) - 1 - x,
+    which does not cancel near equality because it uses the smaller exponent.
+
+    Args:
+        large: the exponent with the larger absolute value.
+        small: the other exponent.
+        total: their sum.
+        log_p: finite log-probabilities of the side with the larger exponent.
+        log_q: those of the other side.
+        bounded: limit powers to the value that represents infinity; needed if an exponent is
+            negative.
+    """
+    exponents = (total * log_p, total * log_q, large * log_p + small * log_q)
+    p, q, both = joint_exp(*exponents) if bounded else [x.exp() for x in exponents]
+    weigh = bounded_exp(total * log_p) if bounded else p
+    x = log_q - log_p
+    bracket = small / total * exp_remainder(total * x) - exp_remainder(small * x)
+    near = weigh * bracket / (large * small)
+    far = ((large / total) * p + (small / total) * q - both) / (large * small)
+    # |total| is at most twice the larger exponent and may be below the smaller one.
+    reach = abs(small) + abs(total)
+    return choose_near(reach * x, near, far)
+
+
 def mix(log_a: Tensor, log_b: Tensor, weight: float | Tensor) -> tuple[Tensor, Tensor]:
     """The mixture ``weight * a + (1 - weight) * b`` of two distributions, elementwise.
 

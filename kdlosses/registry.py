@@ -1,12 +1,25 @@
-"""The registry of losses, the entry-point group ``kdlosses.losses``: names, specs and classes."""
+"""The registry of losses, the entry-point group ``kdlosses.losses``: names, specs and classes.
+
+In a spec, ``FILE.py:CLASS`` takes the place of a name (:mod:`kdlosses.loss_file`).
+"""
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import PurePath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
+from kdlosses.loss_file import (
+    BrokenFileError,
+    LossFileError,
+    check_class,
+    classes_in,
+    hash_file,
+    load_class,
+)
 from kdlosses.plugins import PluginGroup, PluginRef
 
 if TYPE_CHECKING:
@@ -18,10 +31,11 @@ CHUNKED = "_chunked"
 
 _TERM = re.compile(
     r"\s*(?:(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*)?"
-    r"\s*(?P<name>[a-z][a-z0-9_]*)\s*(?::(?P<tail>.*))?"
+    r"\s*(?P<name>[a-z][a-z0-9_]*|[^*:]*[^*:\s/]\.py:[A-Za-z_]\w*)\s*(?::(?P<tail>.*))?"
 )
 # A plus sign before a term, but not in a number such as 1e+3.
-_PLUS = re.compile(r"\+(?=\s*(?:[+-]?[\d.]+(?:[eE][+-]?\d+)?\s*\*\s*)?[a-z])")
+_PLUS = re.compile(r"\+(?=\s*(?:[+-]?[\d.]+(?:[eE][+-]?\d+)?\s*\*\s*)?(?:[a-z]|[^\s*+:]*\.py:))")
+_OF_FILE = ".py:"
 
 
 class LossSpecError(ValueError):
@@ -58,6 +72,12 @@ _ELSEWHERE = {
     **dict.fromkeys(("ab", "abkd", "abdivergence"), "alpha_beta"),
     **dict.fromkeys(("akl", "akd"), "adaptive_kl"),
     **dict.fromkeys(("dkd",), "decoupled_kd"),
+    **dict.fromkeys(("tokenwisedistillation",), "todi"),
+    **dict.fromkeys(("eopd", "entropyaware", "entropyawareonpolicy"), "entropy_aware_kl"),
+    **dict.fromkeys(("csd", "concretescorematching"), "concrete_score"),
+    **dict.fromkeys(("alphamixture",), "amid"),
+    **dict.fromkeys(("minifinetuning", "mftdistillation"), "mft"),
+    **dict.fromkeys(("logitsdifference",), "bild"),
     **dict.fromkeys(("hellingerdistance", "squaredhellinger"), "hellinger"),
 }
 _GROUP = PluginGroup(
@@ -76,7 +96,7 @@ class TermSpec:
     """One parsed term of a spec.
 
     Attributes:
-        name: the registered name, without the chunked suffix.
+        name: the registered name or ``FILE.py:CLASS``, without the chunked suffix.
         parameters: the given hyper-parameters, as text.
         weight: factor in the sum.
     """
@@ -88,8 +108,25 @@ class TermSpec:
     @property
     def label(self) -> str:
         """Name and parameters of the term, for logs."""
+        return self.text(chunked=False)
+
+    @property
+    def short(self) -> str:
+        """The name, or stem and class of a file, for names of folders: ``my_loss-Triangular``."""
+        if self.file is None:
+            return self.name
+        return f"{PurePath(self.file).stem}-{self.name.rpartition(':')[2]}"
+
+    @property
+    def file(self) -> str | None:
+        """The file of a loss that is not registered."""
+        return self.name.rpartition(":")[0] or None
+
+    def text(self, *, chunked: bool) -> str:
+        """The term without its weight, as text, with or without the chunked suffix."""
         given = ",".join(f"{key}={value}" for key, value in self.parameters.items())
-        return f"{self.name}:{given}" if given else self.name
+        name = self.name + (CHUNKED if chunked else "")
+        return f"{name}:{given}" if given else name
 
 
 @dataclass(frozen=True)
@@ -103,6 +140,13 @@ class LossSpec:
 
     terms: tuple[TermSpec, ...]
     chunked: bool
+
+    def text(self, *, chunked: bool) -> str:
+        """The spec with or without the chunked suffix."""
+        return "+".join(
+            ("" if term.weight == 1 else f"{term.weight!r}*") + term.text(chunked=chunked)
+            for term in self.terms
+        )
 
 
 def available_losses() -> tuple[LossRef, ...]:
@@ -122,6 +166,8 @@ def ignored_losses() -> tuple[LossRef, ...]:
 def parse_spec(spec: str) -> LossSpec:
     """Split ``name[_chunked][:key=value[,key=value...]]``, or a sum ``0.7*first + 0.3*second``.
 
+    A name may be ``FILE.py:CLASS``, whose path contains no ``+``, ``*`` or colon.
+
     Raises:
         LossSpecError: the text has another form, or mixes chunked and plain terms. Names are not
             checked.
@@ -138,6 +184,13 @@ def parse_spec(spec: str) -> LossSpec:
 def _parse_term(spec: str, text: str) -> tuple[TermSpec, bool]:
     match = _TERM.fullmatch(text)
     if match is None or match["name"] == CHUNKED:
+        path = re.search(r"[^\s*:]+\.py\b", text)
+        if path is not None:
+            example = [*classes_in(path[0]), "MyLoss"][0]
+            raise LossSpecError(
+                f"loss {spec!r}: the loss of a file is written FILE.py:CLASS, such as "
+                f"{path[0]}:{example} or {path[0]}:{example}{CHUNKED}"
+            )
         word = re.search(r"[A-Za-z][\w-]*", text)
         meant = _GROUP.suggest(word[0]) if word else None
         hint = f"; did you mean {meant!r}?" if meant else ""
@@ -161,29 +214,53 @@ def _parse_term(spec: str, text: str) -> tuple[TermSpec, bool]:
 
 
 def find_loss(name: str) -> LossRef:
-    """Find a registered loss by name (without the chunked suffix), without importing it.
+    """Find a loss by name (without the chunked suffix), without importing it.
 
     Raises:
-        LossSpecError: an unknown name (with a suggestion), or a name registered by two
-            distributions.
+        LossSpecError: an unknown name (with a suggestion), a name registered by two distributions,
+            or a file that does not exist or has no such class.
+        BrokenLossError: a file that is not valid Python.
     """
+    if _OF_FILE in name:
+        with _as_spec_error(name):
+            check_class(*_split(name))
+        return LossRef(name, "file", name)
     _check_suffix(name)
     return _GROUP.find(name)
 
 
 def load_loss(name: str) -> "type[Loss]":
-    """Import the class registered under a name (without the chunked suffix).
+    """Import the class registered under a name (without the chunked suffix), or of a file.
 
     Raises:
-        LossSpecError: an unknown name, a name registered by two distributions, or an object that is
-            not a loss.
+        LossSpecError: as in :func:`find_loss`, or an object that is not a loss.
         BrokenLossError: the import failed. If the environment variable ``KDLOSSES_DEBUG`` is set,
             the message contains the traceback.
     """
     find_loss(name)  # fails before torch is loaded
     from kdlosses.divergence import Divergence, RowLoss
 
-    return _GROUP.load(name, (Divergence, RowLoss), "kdlosses.Divergence or RowLoss")
+    bases, expected = (Divergence, RowLoss), "kdlosses.Divergence or RowLoss"
+    if _OF_FILE in name:
+        with _as_spec_error(name):
+            return load_class(*_split(name), bases, expected)
+    return _GROUP.load(name, bases, expected)
+
+
+def loss_files(spec: str) -> dict[str, str]:
+    """The files of the losses of a spec that are not registered, with their SHA-256.
+
+    A changed file is another loss: record the result with what was computed, and compare it.
+
+    Raises:
+        LossSpecError: a malformed spec, or a file that cannot be read.
+    """
+    found = {}
+    for term in parse_spec(spec).terms:
+        if term.file is not None:
+            with _as_spec_error(term.name):
+                found[term.file] = hash_file(term.file)
+    return found
 
 
 def build_loss(spec: TermSpec) -> "Loss":
@@ -213,9 +290,10 @@ def get_loss(
     """Build a loss from a spec.
 
     Args:
-        spec: ``name``, with the suffix ``_chunked`` for the chunked evaluation, and parameters
-            after a colon: ``"skew_forward_kl_chunked:alpha=0.2"``. A weighted sum of losses is
-            evaluated in one pass: ``"0.7*forward_kl_chunked+0.3*reverse_kl_chunked"``.
+        spec: ``name`` or ``FILE.py:CLASS``, with the suffix ``_chunked`` for the chunked
+            evaluation, and parameters after a colon: ``"skew_forward_kl_chunked:alpha=0.2"``. A
+            weighted sum of losses is evaluated in one pass:
+            ``"0.7*forward_kl_chunked+0.3*reverse_kl_chunked"``.
         chunk_size: tokens per chunk; by default chosen by vocabulary, width and device.
         temperature: T > 0, softens both distributions.
         temperature_scaling: multiply by ``T ** temperature_power``.
@@ -267,6 +345,21 @@ def get_loss(
         )
     except ValueError as error:
         raise LossSpecError(f"loss {spec!r}: {error}") from error
+
+
+def _split(name: str) -> tuple[str, str]:
+    path, _, class_name = name.rpartition(":")
+    return path, class_name
+
+
+@contextmanager
+def _as_spec_error(name: str) -> Iterator[None]:
+    try:
+        yield
+    except LossFileError as error:
+        raise LossSpecError(f"loss {name!r}: {error}") from error
+    except BrokenFileError as error:
+        raise BrokenLossError(f"loss {name!r}: {error}") from error
 
 
 def _check_suffix(name: str) -> None:

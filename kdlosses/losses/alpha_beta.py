@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kdlosses.divergence import Divergence
 from kdlosses.numerics import (
+    alpha_beta_terms,
     bounded_exp,
     choose_near,
-    exp_remainder,
     expm1_minus_x,
     joint_exp,
     kl_terms,
@@ -72,32 +72,14 @@ class AlphaBeta(Divergence):
             gap = (a * teacher_log_probs).exp() - (a * student_log_probs).exp()
             return gap * gap / (2 * a * a)
         if abs(b) <= abs(a):
-            return _terms(a, b, a + b, teacher_log_probs, student_log_probs, min(a, b) < 0)
-        return _terms(b, a, a + b, student_log_probs, teacher_log_probs, min(a, b) < 0)
+            return alpha_beta_terms(
+                a, b, a + b, teacher_log_probs, student_log_probs, min(a, b) < 0
+            )
+        return alpha_beta_terms(b, a, a + b, student_log_probs, teacher_log_probs, min(a, b) < 0)
 
     def curvature(self) -> float | None:
         """1 if alpha + beta is 1, else None: tokens have weights ``p^(alpha + beta - 1)``."""
         return 1.0 if math.isclose(self.alpha + self.beta, 1) else None
-
-
-def _terms(
-    large: float, small: float, total: float, log_p: Tensor, log_q: Tensor, bounded: bool
-) -> Tensor:
-    """The terms away from the limits; ``log_p`` has the exponent with the larger absolute value.
-
-    With 1 - large/total - small/total = 0 the sum is p^total times a difference of exp(x) - 1 - x,
-    which does not cancel near equality because it uses the smaller exponent.
-    """
-    exponents = (total * log_p, total * log_q, large * log_p + small * log_q)
-    p, q, both = joint_exp(*exponents) if bounded else [x.exp() for x in exponents]
-    weigh = bounded_exp(total * log_p) if bounded else p
-    x = log_q - log_p
-    bracket = small / total * exp_remainder(total * x) - exp_remainder(small * x)
-    near = weigh * bracket / (large * small)
-    far = ((large / total) * p + (small / total) * q - both) / (large * small)
-    # |total| is at most twice the larger exponent and may be below the smaller one.
-    reach = abs(small) + abs(total)
-    return choose_near(reach * x, near, far)
 
 
 def _moving_terms(alpha: float, beta: float, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -113,7 +95,7 @@ def _moving_terms(alpha: float, beta: float, log_p: Tensor, log_q: Tensor) -> Te
     large, small = torch.where(of_student, b, a), torch.where(of_student, a, b)
     first = torch.where(of_student, log_q, log_p)
     second = torch.where(of_student, log_p, log_q)
-    return _terms(large, small, total, first, second, True)  # type: ignore[arg-type]
+    return alpha_beta_terms(large, small, total, first, second, True)  # type: ignore[arg-type]
 
 
 def _away_from_zero(x: Tensor, distance: float) -> Tensor:

@@ -5,8 +5,9 @@ plugin. The checks use relations and finite differences, so they need no referen
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from kdlosses.divergence import Loss
@@ -22,14 +23,19 @@ from kdlosses.testing import (  # noqa: F401 - imports fill the catalogue
 from kdlosses.testing.catalogue import CHECKS, About, Check, LossLike, as_loss
 
 __all__ = [
+    "CONFORMANCE_VERSION",
     "Check",
     "CheckResult",
     "ConformanceError",
     "check_loss",
     "checks_for",
     "parametrize_with_checks",
+    "report_checks",
     "run_checks",
 ]
+
+CONFORMANCE_VERSION = 1
+"""Raised when a check is added or demands more, so that a verdict says what was checked."""
 
 Verdict = Literal["passed", "failed", "expected failure"]
 
@@ -91,6 +97,30 @@ def run_checks(loss: LossLike) -> list[CheckResult]:
     return results
 
 
+def report_checks(loss: LossLike) -> dict[str, Any]:
+    """Run all checks of a loss and describe the result, in a form that JSON can hold.
+
+    Returns:
+        ``conformance_version`` and ``kdlosses`` (its version); ``loss``, its class, and its
+        ``parameters``; ``verdict``, ``"passed"`` or ``"failed"``; ``counts`` of the verdicts of the
+        checks; and ``checks``, a list of objects with the fields of :class:`CheckResult`.
+    """
+    loss = as_loss(loss)
+    results = run_checks(loss)
+    verdicts = [result.verdict for result in results]
+    kinds: tuple[Verdict, ...] = ("passed", "failed", "expected failure")
+    kind = type(loss)
+    return {
+        "conformance_version": CONFORMANCE_VERSION,
+        "kdlosses": _installed_version(),
+        "loss": f"{kind.__module__}:{kind.__qualname__}",
+        "parameters": loss.model_dump(mode="json"),
+        "verdict": "failed" if "failed" in verdicts else "passed",
+        "counts": {name: verdicts.count(name) for name in kinds},
+        "checks": [asdict(result) for result in results],
+    }
+
+
 def check_loss(loss: LossLike) -> None:
     """Run all checks of a loss.
 
@@ -125,6 +155,13 @@ def parametrize_with_checks(losses: Iterable[LossLike]) -> Any:
             marks = () if reason is None else pytest.mark.xfail(reason=reason, strict=True)
             cases.append(pytest.param(loss, check, marks=marks, id=f"{label}-{check.name}"))
     return pytest.mark.parametrize(("loss", "check"), cases)
+
+
+def _installed_version() -> str | None:
+    try:
+        return version("kdlosses")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return None
 
 
 def _failure(check: Check, loss: Loss) -> str | None:

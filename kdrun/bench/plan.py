@@ -95,13 +95,7 @@ def make_plan(
 
 def respell(spec: str, *, chunked: bool) -> str:
     """Rewrite a spec of a loss or sum with or without the chunked suffix."""
-    texts = []
-    for term in parse_spec(spec).terms:
-        weight = "" if term.weight == 1 else f"{term.weight!r}*"
-        name, colon, parameters = term.label.partition(":")
-        suffix = "_chunked" if chunked else ""
-        texts.append(f"{weight}{name}{suffix}{colon}{parameters}")
-    return "+".join(texts)
+    return parse_spec(spec).text(chunked=chunked)
 
 
 def _check_sizes(settings: Settings, tokens: Sequence[int], vocabs: Sequence[int]) -> None:

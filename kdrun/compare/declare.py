@@ -21,11 +21,12 @@ from kdrun.compare.plan import (
     setting,
     shared_settings,
 )
-from kdrun.compare.run import Comparison
+from kdrun.compare.run import Comparison, check_loss_files
 from kdrun.config.sections import BUILT_IN, DataConfig
 from kdrun.data.hashes import content_hash
 from kdrun.data.prepare import read_rows
 from kdrun.errors import InputError
+from kdrun.losses.build import files_of
 from kdrun.models.pairs import find_pair
 from kdrun.run.precision import settle_precision
 
@@ -41,6 +42,7 @@ class Declaration(BaseModel):
         shared: the configuration that all trials share.
         models: fingerprints of teachers and students, by name; empty in folders of earlier
             versions.
+        loss_files: SHA-256 of the files of losses that are not registered, by path.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,6 +52,7 @@ class Declaration(BaseModel):
     rows: str
     shared: dict[str, dict[str, Any]]
     models: dict[str, str] = {}
+    loss_files: dict[str, str] = {}
 
     @property
     def plan(self) -> Plan:
@@ -107,12 +110,15 @@ def declare(comparison: Comparison, ledger: Ledger) -> Plan:
     with ledger.hold("comparison"):
         found = read_declaration(ledger)
         before = {} if found is None else found.models
+        files = {file: now for loss in plan.axes.losses for file, now in files_of(loss).items()}
         if found is not None:
             _check_equal(found, given, place)
+            check_loss_files(found.loss_files, files, place)
+            files = {**found.loss_files, **files}
             given = given.model_copy(update={"axes": merge(found.axes, given.axes)})
         models = print_models(comparison)
         _check_models(before, models, place)
-        given = given.model_copy(update={"models": {**before, **models}})
+        given = given.model_copy(update={"models": {**before, **models}, "loss_files": files})
         if given != found:
             ledger.declare(given.model_dump(mode="json"))
     return given.plan

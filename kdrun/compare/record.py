@@ -94,6 +94,7 @@ class Record(_Data):
         command: the command that repeats this trial.
         versions: versions of Python and packages.
         hardware: processor, cores, memory, accelerator.
+        loss_files: SHA-256 of the files of losses that are not registered.
         checksum: hash of the other fields, set by the ledger; None in folders of earlier versions.
     """
 
@@ -110,6 +111,7 @@ class Record(_Data):
     command: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
     hardware: dict[str, str] = Field(default_factory=dict)
+    loss_files: dict[str, str] = Field(default_factory=dict)
     checksum: str | None = None
 
     def digest(self) -> str:

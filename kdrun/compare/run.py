@@ -12,6 +12,8 @@ from kdrun.compare.plan import Plan, methods
 from kdrun.compare.record import Pair, Record, Trial
 from kdrun.compare.trial import run_trial, trial_config
 from kdrun.config.sections import RunConfig
+from kdrun.errors import InputError
+from kdrun.losses.build import build_loss, changed_file, check_name, files_of
 
 _WAIT = 2.0
 
@@ -81,6 +83,9 @@ def try_trial(
             return False
         records = comparison.plan.own(ledger.records())
         watch(comparison.plan.planned(records), records, trial)
+        if trial.arm.loss is not None:
+            declared = (ledger.settings() or {}).get("loss_files") or {}
+            check_loss_files(declared, files_of(trial.arm.loss), f"--output {ledger.folder}")
         folder = ledger.trial_folder(identity)
         part = comparison.plan.part_of(trial)
         # A cache does not contain text generated in a run.
@@ -90,13 +95,27 @@ def try_trial(
         return True
 
 
+def check_loss_files(before: Mapping[str, str], now: Mapping[str, str], place: str) -> None:
+    """Refuse a loss whose file was edited, because its trials would be those of another loss.
+
+    Raises:
+        InputError: names the file.
+    """
+    changed = changed_file(before, now)
+    if changed is not None:
+        raise InputError(
+            f"{place}: {changed} was changed after the first trial, so its loss is another one; "
+            "restore the file, save the new one under another name and add it with --loss, or "
+            "choose another folder"
+        )
+
+
 def check_pairs(comparison: Comparison) -> None:
     """Refuse losses, procedures and pairs that cannot work, before any trial starts.
 
     Raises:
         InputError: names the loss, the procedure or the model.
     """
-    from kdrun.losses.build import build_loss, check_name
     from kdrun.models.attention import check_attention
     from kdrun.models.pairs import check_context, find_pair, locate_pair
     from kdrun.models.placement import refuse_teacher_device

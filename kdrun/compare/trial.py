@@ -17,6 +17,7 @@ from kdrun.compare.record import Record, Trial
 from kdrun.config.sections import LossConfig, ProcedureConfig, RunConfig
 from kdrun.errors import InputError, Interrupted, TrainingError
 from kdrun.files import remove
+from kdrun.losses.build import files_of
 from kdrun.models.locate import STUDENT
 from kdrun.run import folder as runs
 
@@ -100,6 +101,7 @@ def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool
         "trial": trial,
         "command": f"kdrun --config {folder / runs.CONFIG} --output NEW-FOLDER",
         "hardware": hardware(),
+        "loss_files": {} if trial.arm.loss is None else files_of(trial.arm.loss),
     }
     try:
         summary = distill(config, console=quiet_console()).summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from kdrun.config.sections import KD_RATIO
@@ -13,18 +14,37 @@ if TYPE_CHECKING:
 
 
 def check_name(spec: str) -> None:
-    """Refuse a spec with an unregistered name, without importing losses.
+    """Refuse a spec with an unregistered name or a missing file, without importing losses.
 
     Raises:
         InputError: an unknown name, with a suggestion.
     """
-    from kdlosses import LossSpecError, find_loss, parse_spec
+    from kdlosses import BrokenLossError, LossSpecError, find_loss, parse_spec
 
     try:
         for term in parse_spec(spec).terms:
             find_loss(term.name)
+    except (LossSpecError, BrokenLossError) as error:
+        raise InputError(str(error)) from error
+
+
+def files_of(spec: str) -> dict[str, str]:
+    """The files of the losses of a spec, with their SHA-256.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    from kdlosses import LossSpecError, loss_files
+
+    try:
+        return loss_files(spec)
     except LossSpecError as error:
         raise InputError(str(error)) from error
+
+
+def changed_file(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    """A file whose content differs; None if all that are known on both sides are equal."""
+    return next((file for file, found in now.items() if before.get(file, found) != found), None)
 
 
 def build_loss(config: LossConfig, vocab_size: int | None) -> TokenLoss:
@@ -65,5 +85,8 @@ def notes_on_names(spec: str) -> list[str]:
 
 def unchunked(config: LossConfig) -> LossConfig:
     """The same loss with plain autograd, for checking whether it accepts a teacher."""
-    plain = {"spec": config.spec.replace("_chunked", ""), "chunk_size": None, "compiled": None}
+    from kdlosses import parse_spec
+
+    spec = parse_spec(config.spec).text(chunked=False)
+    plain = {"spec": spec, "chunk_size": None, "compiled": None}
     return config.model_copy(update=plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from typing import Any
 
@@ -9,11 +10,46 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kdlosses import BrokenLossError, LossSpecError, available_losses, testing
+from kdlosses import BrokenLossError, LossSpecError, available_losses, loss_files, testing
 from kdrun.losses.describe import single_loss
 
 _DOCUMENTATION = "documentation"
 _COLOURS = {"passed": "green", "failed": "red", "expected failure": "yellow"}
+
+
+def print_json(name: str | None) -> bool:
+    """Run the checks of one loss, or of every registered one, and print the verdicts as JSON.
+
+    Args:
+        name: spec of the loss; None for all, which prints a list.
+
+    Returns:
+        Whether all checks passed.
+
+    Raises:
+        LossSpecError: an unknown loss.
+        BrokenLossError: the loss cannot be imported.
+    """
+    if name is not None:
+        found = _report(name)
+        print(json.dumps(found, indent=1))
+        return bool(found["verdict"] == "passed")
+    reports = []
+    for each in sorted({ref.name for ref in available_losses()}):
+        try:
+            reports.append(_report(each))
+        except (BrokenLossError, LossSpecError) as error:
+            reports.append({"spec": each, "verdict": "broken", "reason": str(error)})
+    print(json.dumps(reports, indent=1))
+    return all(report["verdict"] == "passed" for report in reports)
+
+
+def _report(spec: str) -> dict[str, Any]:
+    loss = single_loss(spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = testing.report_checks(loss)
+    return {"spec": spec, "files": loss_files(spec), **report}
 
 
 def check_one(spec: str) -> bool:

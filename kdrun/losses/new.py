@@ -1,16 +1,18 @@
-"""``kdrun losses new``: create a package with one loss, its tests and a README."""
+"""``kdrun losses new``: create a package with one loss, its tests, a CI file and a README."""
 
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
-from kdlosses import available_losses
+from kdlosses import BrokenLossError, LossSpecError, available_losses, get_loss, parse_spec
 from kdrun.errors import InputError
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _RESERVED = "_chunked"
+_PROBABILITIES = ((0.5, 0.3, 0.2), (0.25, 0.35, 0.4))
 
 _PYPROJECT = """\
 [build-system]
@@ -23,7 +25,7 @@ version = "0.1.0"
 description = "The loss $name for kdlosses and kdrun."
 readme = "README.md"
 requires-python = ">=3.11"
-dependencies = ["kdlosses"]
+dependencies = ["kdlosses$range"]
 
 [project.optional-dependencies]
 dev = ["pytest>=8"]
@@ -97,6 +99,52 @@ def test_value_is_that_of_the_formula(name: str) -> None:
     assert value.item() == pytest.approx(0.0625 / 0.375 + 0.0625 / 0.625, rel=1e-6)
 '''
 
+_TEST_OF_FILE = '''\
+"""The conformance checks of kdlosses, and a value."""
+
+import kdlosses
+import pytest
+import torch
+from kdlosses.testing import Check, parametrize_with_checks
+from $package import $class_name
+
+NAME = "$name"
+
+
+@parametrize_with_checks([NAME])
+def test_the_loss_conforms(loss: $class_name, check: Check) -> None:
+    check(loss)
+
+
+# The value when the package was made; replace it by one that you computed by hand.
+@pytest.mark.parametrize("name", [NAME, f"{NAME}_chunked"])
+def test_value_has_not_changed(name: str) -> None:
+    teacher = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    student = torch.tensor([[0.25, 0.35, 0.4]]).log()
+    value = kdlosses.get_loss(name)(student, teacher, torch.tensor([0]))
+    assert value.item() == pytest.approx($value, rel=1e-5)
+'''
+
+_CI = """\
+# Runs the tests and the conformance checks on GitHub; other services need the same three commands.
+name: tests
+on: [push, pull_request]
+jobs:
+  tests:
+    runs-on: ubuntu-latest
+    strategy:
+      matrix:
+        python: ["3.11", "3.13"]
+    steps:
+      - uses: actions/checkout@v4
+      - uses: actions/setup-python@v5
+        with:
+          python-version: $${{ matrix.python }}
+      - run: pip install -e '.[dev]'
+      - run: pytest
+      - run: kdrun losses check $name --json
+"""
+
 _README = """\
 # $distribution
 
@@ -111,21 +159,27 @@ kdrun --loss ${name}_chunked
 
 The loss is in `src/$package/__init__.py`: the integrand, the parameters with their bounds, and the
 traits. `pytest` runs the conformance checks, which find most mistakes in them.
+
+`pyproject.toml` accepts kdlosses$range, the versions whose interface the package was written for.
+Widen the range when the tests pass with a newer version.
 """
 
 
-def new_loss(name: str, output: str | None) -> Path:
+def new_loss(name: str, output: str | None, source: str | None = None) -> Path:
     """Create a package that registers the loss ``name``.
 
     Args:
         name: name of the loss on the command line.
         output: output folder; by default ``./kdlosses-<name>``.
+        source: a loss ``FILE.py:CLASS``, whose file becomes the module of the package; by default
+            an example.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: a name that is malformed, reserved or already registered, or an existing folder.
+        InputError: a name that is malformed, reserved or already registered, an existing folder, or
+            a source that is not a loss of a file.
     """
     if not _NAME.fullmatch(name):
         raise InputError(
@@ -145,22 +199,61 @@ def new_loss(name: str, output: str | None) -> Path:
         "distribution": f"kdlosses-{name.replace('_', '-')}",
         "package": f"kdlosses_{name}",
         "class_name": _class_name(name),
+        "range": _range(version("kdlosses")),
     }
+    module, test = Template(_LOSS).substitute(words), _TEST
+    if source is not None:
+        module, class_name, value = _read_loss(source)
+        words |= {"class_name": class_name, "value": f"{value:.6g}"}
+        test = _TEST_OF_FILE
     folder = Path(output or words["distribution"])
     if folder.exists():
         raise InputError(f"{folder} already exists; choose another folder with --output")
     files = {
         "pyproject.toml": _PYPROJECT,
         "README.md": _README,
-        f"src/{words['package']}/__init__.py": _LOSS,
+        ".github/workflows/tests.yml": _CI,
         f"src/{words['package']}/py.typed": "",
-        f"tests/test_{name}.py": _TEST,
+        f"tests/test_{name}.py": test,
     }
-    for path, template in files.items():
+    contents = {path: Template(template).substitute(words) for path, template in files.items()}
+    for path, content in {**contents, f"src/{words['package']}/__init__.py": module}.items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(Template(template).substitute(words), encoding="utf-8")
+        target.write_text(content, encoding="utf-8")
     return folder
+
+
+def _read_loss(source: str) -> tuple[str, str, float]:
+    """The text of a loss's file, its class, and its value in the test that is written.
+
+    Raises:
+        InputError: another form, or the loss cannot be used.
+    """
+    try:
+        parsed = parse_spec(source)
+        [term, *others] = parsed.terms
+        if others or term.file is None or term.parameters or term.weight != 1 or parsed.chunked:
+            raise InputError(f"--from {source}: expected FILE.py:CLASS, such as my_loss.py:MyLoss")
+        loss = get_loss(source)
+    except (LossSpecError, BrokenLossError) as error:
+        raise InputError(f"--from: {error}") from error
+    import torch
+
+    teacher, student = (torch.tensor([row]).log() for row in _PROBABILITIES)
+    value = loss(student, teacher, torch.tensor([0])).item()
+    file = Path(term.file).expanduser()
+    return file.read_text(encoding="utf-8"), type(loss.loss).__name__, value
+
+
+def _range(installed: str) -> str:
+    """The versions of kdlosses with the interface of the installed one: ``>=0.1,<0.2``."""
+    major, minor = (int(re.sub(r"\D.*", "", part) or 0) for part in f"{installed}.0".split(".")[:2])
+    return (
+        f">={major}.{minor},<{major}.{minor + 1}"
+        if major == 0
+        else f">={major}.{minor},<{major + 1}"
+    )
 
 
 def _class_name(name: str) -> str:

@@ -17,6 +17,7 @@ from kdlosses import (
     available_losses,
     find_loss,
     ignored_losses,
+    loss_files,
     parse_spec,
 )
 from kdrun.errors import InputError
@@ -77,7 +78,11 @@ def print_loss(name: str, plot: Path | None = None) -> None:
     for trait, value in traits(loss).items():
         console.print(f"{trait}: {value}", markup=False)
     ref = find_loss(parse_spec(name).terms[0].name)
-    console.print(f"registered by {ref.distribution} as {ref.name} and {ref.name}_chunked")
+    if files := loss_files(name):
+        for file, digest in files.items():
+            console.print(f"from the file {file}, SHA-256 {digest}", markup=False)
+    else:
+        console.print(f"registered by {ref.distribution} as {ref.name} and {ref.name}_chunked")
     console.print()
     _print_plot(console, name)
     if plot is not None:

@@ -60,6 +60,11 @@ class DistiLLM2(Procedure):
 
         try:
             parsed = parse_spec(spec)
+            if any(term.file for term in parsed.terms):
+                raise ValueError(
+                    "the loss of a file is not recorded here; make a package of it with 'kdrun "
+                    "losses new NAME --from FILE.py:CLASS'"
+                )
             for term in parsed.terms:
                 find_loss(term.name)
         except LossSpecError as error:

@@ -21,6 +21,7 @@ from kdrun.models.merge import merge_trained
 from kdrun.run import folder as runs
 from kdrun.run.environment import git_state, versions
 from kdrun.run.publish import publish
+from kdrun.run.record import Record
 from kdrun.run.train import held_out_measures, logged_measures
 from kdrun.training.best import Best
 from kdrun.training.checkpoint import checkpoint_at, damage_of
@@ -80,6 +81,7 @@ def finish(
         "total_seconds": round(time.monotonic() - began, 2),
         "peak_memory_mib": _peak_memory_mib(),
         "student": student,
+        **_loss_files(start),
         "seed": built.config.training.seed,
         "versions": versions(),
         "git": git_state(),
@@ -91,6 +93,13 @@ def finish(
     publish(trainer, start)
     _close_servers(trainer)
     return summary
+
+
+def _loss_files(start: Start) -> dict[str, dict[str, str]]:
+    """Hashes of loss files at the start of the run; the files may have been edited since."""
+    record = Record.read(start.folder)
+    found = {} if record is None else record.sources.loss_files
+    return {"loss_files": found} if found else {}
 
 
 def _waited(trainer: DistillTrainer) -> dict[str, float]:

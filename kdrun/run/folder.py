@@ -38,7 +38,7 @@ def choose_folder(given: str | None, loss: str) -> Path:
     from kdlosses import parse_spec
 
     parsed = parse_spec(loss)
-    name = "+".join(term.name for term in parsed.terms) + ("_chunked" if parsed.chunked else "")
+    name = "+".join(term.short for term in parsed.terms) + ("_chunked" if parsed.chunked else "")
     base = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     folder, count = base, 1
     while folder.exists():

@@ -19,6 +19,7 @@ from kdrun.data.prepare import examples_in
 from kdrun.data.token_store import Tokens, hash_example
 from kdrun.errors import InputError
 from kdrun.files import write_bytes
+from kdrun.losses.build import files_of
 from kdrun.models.locate import commit_of
 from kdrun.run import folder as runs
 from kdrun.run.processes import World
@@ -62,6 +63,7 @@ class Sources(BaseModel):
         teacher_commit: commit of a teacher on the hub; None of another one.
         student_commit: the same of the student.
         served: log-probabilities of the probe, by which a served teacher is recognised.
+        loss_files: SHA-256 of the files of losses that are not registered.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -73,6 +75,7 @@ class Sources(BaseModel):
     teacher_commit: str | None = None
     student_commit: str | None = None
     served: tuple[float, ...] | None = None
+    loss_files: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ def record_of(
         teacher_commit=None if pair.teacher is None else commit_of(pair.teacher),
         student_commit=commit_of(pair.student),
         served=_probe_of(teacher),
+        loss_files=files_of(config.loss.spec),
     )
     examples = prepared.examples
     return Record(sources, _hashes(examples.train), _hashes(examples.held_out))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kdrun.config.load import stated_values
 from kdrun.errors import InputError
 from kdrun.files import find_damage, hold_folder
+from kdrun.losses.build import changed_file, files_of
 from kdrun.models.locate import STUDENT, holds_model
 from kdrun.paths import expand_home
 from kdrun.quiet import make_console
@@ -221,6 +222,7 @@ def compare_settings(config: RunConfig, file: Path) -> tuple[str, ...]:
                 f"{value!r}; it cannot change during a run: restore it, or start a "
                 f"new run from the student (--student {file.parent})"
             )
+    _check_loss_files(config.loss.spec, file.parent)
     _check_step(before.get("training", {}), config.training, file.parent)
     changed = [
         f"{section}.{name} {now[section][name]!r} (was {value!r})"
@@ -230,6 +232,17 @@ def compare_settings(config: RunConfig, file: Path) -> tuple[str, ...]:
         and now.get(section, {}).get(name, value) != value
     ]
     return (f"changed from here on: {', '.join(changed)}",) if changed else ()
+
+
+def _check_loss_files(spec: str, folder: Path) -> None:
+    """Refuse a loss whose file was edited, because it is another loss."""
+    record = Record.read(folder)
+    changed = None if record is None else changed_file(record.sources.loss_files, files_of(spec))
+    if changed is not None:
+        raise InputError(
+            f"--resume: {changed} was changed after the run began, so {spec} is another loss; "
+            f"restore the file, or start a new run from the student (--student {folder})"
+        )
 
 
 def _check_step(before: Mapping[str, Any], now: TrainingConfig, folder: Path) -> None:

@@ -158,6 +158,115 @@ def taid(log_p, log_q, t_start=0.4, t_end=1.0, student_in_target=None):
     return kl(log_softmax(mixed), log_q)
 
 
+def todi_weights(log_p, log_q):
+    """The logistic function of log(p / q), 1/2 where both are 0."""
+    p, q = np.exp(log_p), np.exp(log_q)
+    with np.errstate(invalid="ignore", over="ignore"):
+        weights = 1 / (1 + np.exp(log_q - log_p))
+    return np.where((p == 0) & (q == 0), 0.5, weights)
+
+
+def todi(log_p, log_q, weights=None):
+    w = todi_weights(log_p, log_q) if weights is None else weights
+    total = np.zeros(log_p.shape[:-1])
+    for token in range(log_p.shape[-1]):
+        a, b, share = log_p[..., token], log_q[..., token], w[..., token]
+        with np.errstate(invalid="ignore"):
+            pieces = share * np.exp(a) * (a - b), (1 - share) * np.exp(b) * (b - a)
+        total += np.where((share > 0) & (a > -np.inf), pieces[0], 0.0)
+        total += np.where((share < 1) & (b > -np.inf), pieces[1], 0.0)
+    return total
+
+
+def entropy_aware_kl(log_p, log_q, threshold=0.8):
+    p = np.exp(log_p)
+    entropy = -np.where(p > 0, p * np.where(p > 0, log_p, 0.0), 0.0).sum(axis=-1)
+    return kl(log_q, log_p) + np.where(entropy > threshold, kl(log_p, log_q), 0.0)
+
+
+def pair_weights(log_p, log_q, kinds):
+    """The weights of the first and of the second token of a pair."""
+    some = (log_p > -np.inf) | (log_q > -np.inf)
+    choices = {
+        "teacher": np.exp(log_p),
+        "student": np.exp(log_q),
+        "uniform": some / some.sum(axis=-1, keepdims=True),
+    }
+    return [choices[kind] for kind in kinds]
+
+
+def concrete_score(log_p, log_q, u="student", v="student", weights=None):
+    first, second = pair_weights(log_p, log_q, (u, v)) if weights is None else weights
+    values = np.empty(log_p.shape[:-1])
+    for row in np.ndindex(values.shape):
+        a, b = first[row], second[row]
+        kept = (a > 0) | (b > 0)
+        x = log_q[row][kept] - log_p[row][kept]
+        a, b = a[kept], b[kept]
+        if np.isinf(x).any():
+            values[row] = np.inf
+        elif len(x) < 100:  # the definition, over all pairs
+            values[row] = (np.outer(a, b) * (x[:, None] - x) ** 2).sum()
+        else:
+            values[row] = (a * x**2).sum() + (b * x**2).sum() - 2 * (a * x).sum() * (b * x).sum()
+    return values
+
+
+def amid(log_p, log_q, alpha=0.5, share=0.5, order="pr", divergence="kl"):
+    power = (1 - alpha) / 2
+    if power == 0:
+        logs = share * log_p + (1 - share) * log_q
+    else:
+        parts = math.log(share) + power * log_p, math.log(1 - share) + power * log_q
+        logs = np.logaddexp(*parts) / power
+    sides = {"p": log_p, "q": log_q, "r": log_softmax(logs)}
+    first, second = sides[order[0]], sides[order[1]]
+    return kl(first, second) if divergence == "kl" else alpha_beta(first, second, 0.2, 0.7)
+
+
+def mft(log_p, log_q, threshold=0.2, everywhere=False, labels=0):
+    rows = np.broadcast_to(array(labels), log_p.shape[:-1])
+    values = np.empty(rows.shape)
+    for row in np.ndindex(rows.shape):
+        p, label = np.exp(log_p[row]), rows[row]
+        target = log_p[row].copy()
+        best = p.max()
+        if p[label] < best:
+            lead = best - p[label]
+            share = (lead + threshold) / (1 + lead)
+        elif everywhere:
+            share = (min(1.0, p[label] + threshold) - p[label]) / (1 - p[label]) if best < 1 else 0
+        else:
+            share = 0.0
+        if share > 0:
+            kept = p[label] * (1 - share)
+            target = target + log(1 - share)
+            target[label] = log(kept + share)
+        values[row] = kl(target, log_q[row])
+    return values
+
+
+_FAR = 1e6  # minus the log-probability of an impossible token, far beyond all others
+
+
+def bild(log_p, log_q, k=8):
+    values = np.zeros(log_p.shape[:-1])
+    for row in np.ndindex(values.shape):
+        for leader in (log_p[row], log_q[row]):
+            ranking = np.argsort(-leader, kind="stable")[:k]
+            tokens = [token for token in ranking if leader[token] > -np.inf]
+            pairs = [(i, j) for n, i in enumerate(tokens) for j in tokens[n + 1 :]]
+            if not pairs:
+                continue
+            sides = []
+            for x in (log_p[row], log_q[row]):
+                known = np.maximum(x, -_FAR)
+                logs = log_softmax([known[i] - known[j] for i, j in pairs])
+                sides.append(np.where(logs < -_FAR / 10, -np.inf, logs))
+            values[row] += kl(*sides)
+    return values
+
+
 ORACLES = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -171,19 +280,35 @@ ORACLES = {
     "adaptive_kl": adaptive_kl,
     "decoupled_kd": decoupled_kd,
     "taid": taid,
+    "todi": todi,
+    "entropy_aware_kl": entropy_aware_kl,
+    "concrete_score": concrete_score,
+    "amid": amid,
+    "mft": mft,
+    "bild": bild,
 }
 """Every built-in loss by its registered name, as a function of log p and log q ``[..., V]``."""
 
-LABELED = {"decoupled_kd"}
+LABELED = {"decoupled_kd", "mft"}
 """Those that also take ``labels``, by default 0 everywhere."""
 
 DETACHED = {
     "adaptive_kl": {"weights": adaptive_weights},
+    "concrete_score": {
+        "weights": lambda log_p, log_q, u="student", v="student": pair_weights(log_p, log_q, (u, v))
+    },
     "taid": {"student_in_target": lambda log_p, log_q, **parameters: log_q},
+    "todi": {"weights": todi_weights},
 }
 """Quantities that a loss declares detached; its oracle takes each as a keyword to hold it fixed."""
 
 NAMES = sorted(ORACLES)
+
+POWERS = {name: 1 if name in {"total_variation", "mft"} else 2 for name in NAMES}
+"""The power of the temperature that multiplies each."""
+
+NOT_ZERO = {"mft"}
+"""Those whose value at equality is not 0."""
 
 SPECS = [
     ("forward_kl", {}),
@@ -209,6 +334,21 @@ SPECS = [
     ("decoupled_kd", {"alpha": 0.5, "beta": 2}),
     ("taid", {}),
     ("taid", {"t_start": 0.9}),
+    ("todi", {}),
+    ("entropy_aware_kl", {}),
+    ("entropy_aware_kl", {"threshold": 2.5}),
+    ("concrete_score", {}),
+    ("concrete_score", {"u": "teacher"}),
+    ("concrete_score", {"u": "teacher", "v": "uniform"}),
+    ("amid", {}),
+    ("amid", {"alpha": 1, "share": 0.3}),
+    ("amid", {"alpha": -3, "order": "rq"}),
+    ("amid", {"alpha": -1, "share": 0.2, "order": "qr"}),
+    ("amid", {"divergence": "alpha_beta", "order": "rp"}),
+    ("mft", {}),
+    ("mft", {"threshold": 0.5, "everywhere": True}),
+    ("bild", {}),
+    ("bild", {"k": 3}),
 ]
 """Losses with parameters, ``(name, parameters)``."""
 

@@ -47,10 +47,10 @@ def evaluate(objective, student, teacher, labels):
     ]
 
 
-def assert_same(compiled, eager):
+def assert_same(compiled, eager, rounding=1e-6):
     for a, b in zip(compiled, eager, strict=True):
         scale = b.abs().max().item()
-        atol = 1e-6 * scale if math.isfinite(scale) else 0.0
+        atol = rounding * scale if math.isfinite(scale) else 0.0
         torch.testing.assert_close(a, b, rtol=2e-6, atol=atol)
 
 
@@ -66,25 +66,27 @@ def pair_of(loss, size):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_equals_eager_in_one_graph(name, graphs):
+    # The mean of amid is normalised, which rounds once more.
+    rounding = 3e-6 if name == "amid" else 1e-6
     compiled, eager = (KDObjective(x, 0.3) for x in pair(name, chunk_size=4, temperature=1.7))
     # Chunks of 4, 4, 3; of 4, 1; of 2; of 1: one graph for all of them.
     for rows in (11, 5, 2, 1):
         inputs = problem(rows)
-        assert_same(evaluate(compiled, *inputs), evaluate(eager, *inputs))
+        assert_same(evaluate(compiled, *inputs), evaluate(eager, *inputs), rounding)
     assert graphs() == 1
     # Neither a weight nor a temperature that changes makes another one.
     for kd_ratio, temperature in [(0.7, 1.7), (0.9, 2.5), (1.0, 0.5)]:
         for objective in (compiled, eager):
             objective.kd_ratio, objective.loss.temperature = kd_ratio, temperature
         inputs = problem(7)
-        assert_same(evaluate(compiled, *inputs), evaluate(eager, *inputs))
+        assert_same(evaluate(compiled, *inputs), evaluate(eager, *inputs), rounding)
     # Nor do impossible tokens, on one side or both, whose gradients stay finite.
     student, teacher, labels = problem(6)
     with torch.no_grad():
         student.bias[:9] = -torch.inf
     teacher[:, 5:12] = -torch.inf
     values = [evaluate(objective, student, teacher, labels) for objective in (compiled, eager)]
-    assert_same(*values)
+    assert_same(*values, rounding)
     assert all(gradient.isfinite().all() for gradient in values[0][3:])
     assert graphs() == 1
 

@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from oracles import NAMES, P, Q, logits_of
+from oracles import NAMES, NOT_ZERO, P, Q, logits_of
 
 from kdlosses import KDObjective, Projected, get_loss
 
@@ -43,6 +43,7 @@ def make(request):
 @pytest.mark.parametrize("name", NAMES)
 def test_n1_equal_logits_give_zero_and_nothing_is_negative(make, name):
     loss = make(name)
+    # The teacher is right about the label, where every loss is 0.
     assert abs(loss(row(P), row(P), label()).item()) < 1e-6
     assert loss(row(Q), row(P), label()).item() > 0.1
     for scale in (1e-4, 1e-2, 1.0, 30.0):
@@ -126,7 +127,7 @@ def test_n6_the_gradient_has_the_factor_and_cross_entropy_has_not(make):
     assert out.loss.item() == pytest.approx((math.log(3) + 1.064867) / 2, rel=2e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(set(NAMES) - NOT_ZERO))
 @pytest.mark.parametrize("temperature", [1.0, 0.9])
 @pytest.mark.parametrize("form", ["logits", "projected"])
 def test_n7_a_copy_of_the_teacher_has_loss_zero_on_every_path(make, name, temperature, form):
@@ -186,7 +187,10 @@ def test_n14_low_precision_over_a_big_vocabulary(make):
     labels = torch.zeros(2, dtype=torch.int64)
     for name in NAMES:
         loss = make(name)
-        assert 0 <= loss(student, student, labels).item() < 1e-5, name
+        assert loss(student, student, labels).item() >= 0
+        assert name in NOT_ZERO or loss(student, student, labels).item() < 1e-5, name
+        if name == "bild":
+            continue  # 16 bits make equal logits, of which any may be among the best 8
         measured = loss(student, teacher, labels, reduction="none").double()
         expected = oracles.rows(name, teacher.double(), student.double())
         torch.testing.assert_close(measured, torch.tensor(expected), rtol=1e-4, atol=1e-7)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+
 import pytest
 from click.testing import CliRunner
 
-from kdlosses import Divergence
+from kdlosses import Divergence, LossRef, testing
 from kdrun.cli import cli
 from kdrun.losses import check
 
@@ -45,3 +50,54 @@ def test_documentation_is_reported_apart_from_mathematics(
     assert "failed" in docstring
     assert "Reference" in docstring
     assert lines.index(docstring) == len(lines) - 3  # after all others
+
+
+def test_the_verdict_is_readable_by_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = CliRunner().invoke(cli, ["losses", "check", "forward_kl", "--json"])
+    assert done.exit_code == 0
+    found = json.loads(done.output)
+    assert found["spec"] == "forward_kl"
+    assert found["verdict"] == "passed"
+    assert found["conformance_version"] == testing.CONFORMANCE_VERSION
+    assert found["kdlosses"] == version("kdlosses")
+    assert found["files"] == {}
+    names = [check["name"] for check in found["checks"]]
+    assert names == [check.name for check in testing.checks_for("forward_kl")]
+    assert found["counts"] == {"passed": len(names), "failed": 0, "expected failure": 0}
+    monkeypatch.setattr(check, "single_loss", lambda spec: Wrong())
+    done = CliRunner().invoke(cli, ["losses", "check", "hellinger", "--json"])
+    assert done.exit_code == 1
+    found = json.loads(done.output)
+    assert found["verdict"] == "failed"
+    failed = [each for each in found["checks"] if each["verdict"] == "failed"]
+    assert len(failed) == found["counts"]["failed"] > 0
+    assert all(each["reason"] for each in failed)
+
+
+def test_all_verdicts_include_losses_that_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    refs = [LossRef("hellinger", "kdlosses", ""), LossRef("no_such_loss", "mine", "")]
+    monkeypatch.setattr(check, "available_losses", lambda: tuple(refs))
+    done = CliRunner().invoke(cli, ["losses", "check", "--all", "--json"])
+    assert done.exit_code == 1
+    good, broken = json.loads(done.output)
+    assert good["verdict"] == "passed"
+    assert broken["verdict"] == "broken"
+    assert "no_such_loss" in broken["reason"]
+
+
+def test_a_class_of_a_file_is_checked_with_its_hash(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (
+        "from kdlosses.losses.hellinger import Hellinger\n\n\n"
+        "class Mine(Hellinger):\n"
+        '    """Half of the distance, sum (p - q) / 2.\n\n    Reference: none.\n    """\n'
+    )
+    Path("mine.py").write_text(text, encoding="utf-8")
+    done = CliRunner().invoke(cli, ["losses", "check", "mine.py:Mine", "--json"])
+    assert done.exit_code == 0
+    files = {"mine.py": hashlib.sha256(text.encode()).hexdigest()}
+    assert json.loads(done.output)["files"] == files
+    shown = CliRunner().invoke(cli, ["losses", "show", "mine.py:Mine"])
+    assert f"from the file mine.py, SHA-256 {files['mine.py']}" in shown.output

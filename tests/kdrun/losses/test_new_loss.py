@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 
 from kdrun.cli import cli
 from kdrun.errors import InputError
-from kdrun.losses.new import new_loss
+from kdrun.losses.new import _range, new_loss
 
 
 def run(*command: object, cwd: Path, path: Path) -> subprocess.CompletedProcess[str]:
@@ -36,6 +39,7 @@ def test_a_new_loss_installs_and_passes_its_tests(
     assert "kdlosses-my-divergence" in capsys.readouterr().out
     written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert written == {
+        ".github/workflows/tests.yml",
         "README.md",
         "pyproject.toml",
         "src/kdlosses_my_divergence/__init__.py",
@@ -52,6 +56,78 @@ def test_a_new_loss_installs_and_passes_its_tests(
     listing = "import kdlosses; print(kdlosses.find_loss('my_divergence').distribution)"
     done = run("-c", listing, cwd=tmp_path, path=installed)
     assert done.stdout.strip() == "kdlosses-my-divergence"
+
+
+FIRST_TRY = '''
+from kdlosses import Divergence
+
+
+class Squares(Divergence):
+    """Squared distance, sum (p - q)^2.
+
+    Reference: none.
+    """
+
+    def integrand(self, teacher_log_probs, student_log_probs):
+        return (teacher_log_probs.exp() - student_log_probs.exp()) ** 2
+'''
+
+
+def test_a_first_try_becomes_a_package_that_passes_its_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_loss.py").write_text(FIRST_TRY, encoding="utf-8")
+    source = ["--from", "my_loss.py:Squares"]
+    cli.main(["losses", "new", "squares", *source], standalone_mode=False)
+    folder = Path("kdlosses-squares").absolute()
+    assert (folder / "src/kdlosses_squares/__init__.py").read_text(encoding="utf-8") == FIRST_TRY
+    project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["entry-points"] == {"kdlosses.losses": {"squares": "kdlosses_squares:Squares"}}
+    major, minor = version("kdlosses").split(".")[:2]
+    assert project["dependencies"] == [f"kdlosses>={major}.{minor},<{major}.{int(minor) + 1}"]
+    steps = yaml.safe_load((folder / ".github/workflows/tests.yml").read_text(encoding="utf-8"))
+    runs = [step.get("run") for step in steps["jobs"]["tests"]["steps"]]
+    assert runs[-2:] == ["pytest", "kdrun losses check squares --json"]
+    installed = tmp_path / "installed"
+    pip = ("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index")
+    done = run(*pip, "--target", installed, folder, cwd=tmp_path, path=installed)
+    assert done.returncode == 0, done.stderr
+    done = run("-m", "pytest", "-q", "-W", "error", cwd=folder, path=installed)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("forward_kl", "expected FILE.py:CLASS"),
+        ("my_loss.py:Squares_chunked", "expected FILE.py:CLASS"),
+        ("my_loss.py:Squares+forward_kl", "expected FILE.py:CLASS"),
+        ("my_loss.py:Square", "did you mean 'Squares'"),
+        ("none.py:Square", "there is no file none.py"),
+    ],
+)
+def test_what_is_no_loss_of_a_file_makes_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_loss.py").write_text(FIRST_TRY, encoding="utf-8")
+    with pytest.raises(InputError, match=reason):
+        new_loss("squares", "made", source)
+    assert not Path("made").exists()
+
+
+@pytest.mark.parametrize(
+    ("installed", "expected"),
+    [
+        ("0.1.0", ">=0.1,<0.2"),
+        ("0.12.3rc1", ">=0.12,<0.13"),
+        ("2.4", ">=2.4,<3"),
+        ("1", ">=1.0,<2"),
+    ],
+)
+def test_the_range_ends_before_the_next_interface(installed: str, expected: str) -> None:
+    assert _range(installed) == expected
 
 
 @pytest.mark.parametrize("name", ["my_divergence", "a_longer_name_than_most_losses_have"])

@@ -74,6 +74,7 @@ def test_the_built_in_procedures_are_registered() -> None:
         ("gkd_chunked", "expected one name"),
         ("distillm2:student_loss=skew_revers_kl", "did you mean 'skew_reverse_kl'"),
         ("distillm2:student_loss=reverse_kl_chunked", "remove _chunked"),
+        ("distillm2:student_loss=my.py:Mine", "the loss of a file is not recorded"),
         ("minillm:importance=some", "'token' or 'sequence'"),
     ],
 )
