@@ -241,7 +241,9 @@ def test_no_weights_are_read_and_nothing_is_written(
 
 def test_a_cache_is_checked_against_the_rows(tiny_pair: Any, tmp_path: Path) -> None:
     config = config_of(tiny_pair)
-    cache_teacher(config.model, config.data, 1.0, 0, 8, tmp_path / "cache", "hidden", 50)
+    cache_teacher(
+        config.model, config.served, config.data, 1.0, 0, 8, tmp_path / "cache", "hidden", 50
+    )
     cached = {"model__teacher": None, "model__teacher_cache": str(tmp_path / "cache")}
     found = dry_run(config_of(tiny_pair, **cached))
     assert any(note.startswith("teacher: ") and "hidden states" in note for note in found.notes)
