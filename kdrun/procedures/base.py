@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from torch import Tensor
@@ -147,6 +148,9 @@ class SessionProtocol(Protocol):
         what: str = "answer",
     ) -> list[Any]:
         """Continue prompts, in batches."""
+
+    def agreeing(self) -> AbstractContextManager[None]:
+        """A context in which a server's failure on one process is one on all."""
 
     def teacher_print(self) -> Any:
         """What identifies the model that writes the teacher's answers, as JSON values."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from kdrun.data.encoding import Example
@@ -183,15 +184,15 @@ class Session:
         prompts = [self.settings.prompt_of(example) for example in examples]
         first = self.place.first_row(number)
         asked = [place for place, prompt in enumerate(prompts) if prompt]
-        written = iter(
-            self.continuations(
+        with self.agreeing():
+            texts = self.continuations(
                 [prompts[place] for place in asked],
                 [first + place for place in asked],
                 writers,
                 with_log_probs,
                 what,
             )
-        )
+        written = iter(texts)
         samples = []
         for prompt, example in zip(prompts, examples, strict=True):
             if prompt:
@@ -233,6 +234,31 @@ class Session:
         self.counts.empty_generations += sum(self.is_empty(text.tokens) for text in found)
         return found
 
+    @contextmanager
+    def undoing(self) -> Iterator[None]:
+        """Undo what a step that fails at its start did to state and counts: it is done again."""
+        state, counts = dict(self.state), replace(self.counts)
+        try:
+            yield
+        except TrainingError:
+            self.state, self.counts = state, counts
+            raise
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Make a server's failure on one process one on all, which would wait for it otherwise.
+
+        Raises:
+            ServerError: on every process.
+        """
+        failed: list[str] = []
+        try:
+            yield
+        except ServerError as error:
+            failed = [str(error)]
+        if (self.served or failed) and (found := self.gather(failed)):
+            raise ServerError(found[0])
+
     def hand_over(self) -> None:
         """Hand the student's weights over if they are due; every process must call it.
 
@@ -241,15 +267,10 @@ class Session:
         """
         if self.hands_over is None or not self.hands_over.is_due(self.step):
             return
-        failure: list[str] = []
-        if self.place.rank == 0:
-            try:
-                self.hands_over.hand_over(self.student, self.tokenizer)
-            except TrainingError as error:
-                failure = [str(error)]
         # The others write with the new weights too, and must not do so before they are there.
-        if failed := self.gather(failure):
-            raise ServerError(failed[0])
+        with self.agreeing():
+            if self.place.rank == 0:
+                self.hands_over.hand_over(self.student, self.tokenizer)
         self.hands_over.written_at = self.step
 
     def _from_server(

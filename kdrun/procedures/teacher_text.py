@@ -93,7 +93,7 @@ def _write_all(
     missing = [number for number in order if number not in found]
     own = None if file is None else file.with_name(f"{file.stem}.part-{rank}")
     tokens = 0
-    with show_progress(make_console(), "answer", "tokens") as report:
+    with session.agreeing(), show_progress(make_console(), "answer", "tokens") as report:
         for start in range(0, len(missing), _AT_ONCE):
             numbers = missing[start : start + _AT_ONCE]
             chosen = [prompts[number] for number in numbers]

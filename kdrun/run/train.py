@@ -107,8 +107,8 @@ def _steps(trainer: DistillTrainer, start: Start) -> None:
         stop.signum = stop.signum or signum
 
     trainer.stops_evaluating = lambda: stop.signum is not None
-    if trainer.asking_ahead is not None:
-        trainer.asking_ahead.teacher.stopping = trainer.stops_evaluating
+    for client in trainer.clients():
+        client.stopping = trainer.stops_evaluating
     checkpoint = None if start.checkpoint is None else str(start.checkpoint)
     with (
         _handlers(request),

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import httpx2
@@ -23,6 +24,7 @@ _BUSY = (408, 425, 429, 500, 502, 503, 504)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
 _ANSWERS = 3
 """How often a question is asked whose answers are wrong."""
+_LOOKS_EVERY_S = 0.2
 _QUIET_S = 20.0
 """A server that was not heard from for so long may be another one."""
 _SHOWN = 300
@@ -82,6 +84,7 @@ class Client:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.address = address
+        self.stopping: Callable[[], bool] = lambda: False
         self.after_absence: Callable[[], None] = lambda: None
         self._timeout, self._patience, self._say = timeout, patience, say
         self._key = _read_key()
@@ -164,6 +167,20 @@ class Client:
             self._tell(self._clean(problem))
             if self._closed.wait(min(max(wait, pause), gives_up - now)):
                 raise ServerError(self._clean(f"{self.address} {problem}"))
+
+    def result_of(self, future: Future[T]) -> T:
+        """Wait for an answer, unless the run is to end.
+
+        Args:
+            future: of a request in another thread.
+
+        Raises:
+            ServerError: the run is to end, or as :meth:`ask`.
+        """
+        while not wait([future], _LOOKS_EVERY_S).done:
+            if self.stopping():
+                raise ServerError(f"{self.address} was still answering")
+        return future.result()
 
     def close(self) -> None:
         """End every request: those that wait for the server give up."""

@@ -5,7 +5,7 @@ Another engine is another class with these methods; nothing else knows paths or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -235,6 +235,3 @@ def _read_answer(answer: Any) -> Answer:
     if len(tokens) != len(log_probs) or not all(value <= 1e-3 for value in log_probs):
         raise BadAnswerError("the log-probabilities of its text are wrong")
     return Answer(tokens, log_probs)
-
-
-Connect = Callable[[Client], Engine]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, wait
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +26,8 @@ if TYPE_CHECKING:
     from kdrun.served.engine import Engine
     from kdrun.served.head import Head
 
-_LOOKS_EVERY_S = 0.2
 _ROWS_PER_REQUEST = 4
 """Rows asked for ahead, for each request at a time."""
-Stopping = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -85,9 +83,7 @@ class ServedTeacher:
     Attributes:
         split: how logits are computed.
         asked: what is asked.
-        stopping: whether the run is to end; a server is then not waited for.
         waited: seconds in which a batch waited for its answers.
-        tokens: supervised positions that were answered.
     """
 
     def __init__(self, asked: Asked) -> None:
@@ -96,9 +92,7 @@ class ServedTeacher:
         self.asked = asked
         head = asked.head
         self.split = HeadSplit() if head is None else HeadSplit(head.logit_scale, head.softcap)
-        self.stopping: Stopping = lambda: False
         self.waited = 0.0
-        self.tokens = 0
         self._space = Space(asked.space)
         self._workers = Workers(asked.concurrency)
         self._expected: dict[bytes, _Expected] = {}
@@ -188,7 +182,6 @@ class ServedTeacher:
         answers = {key: self._await(future) for key, future in asked.items()}
         found = [(row, answers.get(row.key) or self._settled[row.key]) for row in rows]
         columns = fill_columns(input_ids.shape, found) or self._nothing(input_ids.shape)
-        self.tokens += sum(len(row.positions) for row in rows)
         return self._source_of([column.to(self._device) for column in columns])
 
     def empty_source(self, shape: torch.Size) -> Projected | TopK:
@@ -213,10 +206,7 @@ class ServedTeacher:
     def _await(self, future: Future[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         began = time.monotonic()
         try:
-            while not wait([future], _LOOKS_EVERY_S).done:
-                if self.stopping():
-                    raise ServerError(f"{self.asked.engine.client.address} was still answering")
-            return future.result()
+            return self.asked.engine.client.result_of(future)
         finally:
             self.waited += time.monotonic() - began
 

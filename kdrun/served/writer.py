@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdrun.errors import TrainingError
 from kdrun.files import remove
 from kdrun.models.merge import merged_weights
 from kdrun.served.client import ServerError
@@ -60,7 +59,7 @@ class ServedWriter:
             self._workers.submit(self.engine.write, self.model, prompt, drawing, seed)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        answers = [future.result() for future in futures]
+        answers = [self.engine.client.result_of(future) for future in futures]
         unknown = max((max(answer.tokens, default=0) for answer in answers), default=0)
         if unknown >= self._vocab_size:
             raise ServerError(
@@ -116,8 +115,7 @@ class StudentWriter:
             tokenizer: encodes the probe.
 
         Raises:
-            ServerError: the server fails, or still has other weights.
-            TrainingError: the disk does.
+            ServerError: the disk or the server fails, or the server still has other weights.
         """
         place, partial = self.folder / "weights", self.folder / "weights.partial"
         try:
@@ -126,7 +124,7 @@ class StudentWriter:
             remove(place)
             partial.rename(place)
         except OSError as error:
-            raise TrainingError(
+            raise ServerError(
                 f"procedure.sync_folder: {self.folder}: {error.strerror or error}; the student's "
                 "weights could not be handed over"
             ) from error

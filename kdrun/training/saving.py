@@ -18,7 +18,7 @@ from kdrun.errors import InputError
 from kdrun.models.heads import causal_lm
 from kdrun.models.shard import gather_trained, load_shards, save_shards
 from kdrun.procedures.session import Session
-from kdrun.served.client import ServerError
+from kdrun.served.client import Client, ServerError
 from kdrun.training.checkpoint import (
     COMPLETE,
     SCHEDULER,
@@ -44,16 +44,18 @@ class SavingTrainer(Trainer):
         objective: objective of training.
         guard: checks losses and gradients.
         session: session of the procedure, or None.
-        keeps_states: whether a step may fail at its start, as with a served teacher.
         lost: the failure of a server that ended an evaluation.
     """
 
     objective: KDObjective
     guard: LossGuard
     session: Session | None
-    keeps_states = False
     lost: ServerError | None = None
     _after_step: RandomStates | None = None
+
+    def clients(self) -> list[Client]:
+        """Return what asks servers, for which a step may fail at its start."""
+        return []
 
     def save_after_failure(self) -> bool:
         """Save the last completed step of a run whose next one could not begin.
@@ -75,7 +77,7 @@ class SavingTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
         """Keep the random states after a step, which the next one may have changed at its start."""
         super()._maybe_log_save_evaluate(*args, **options)
-        if self.keeps_states:
+        if self.clients():
             self._after_step = RandomStates.now()
 
     def load_objective(self, checkpoint: str | Path) -> None:

@@ -30,6 +30,7 @@ from kdrun.procedures.base import Origin, Procedure
 from kdrun.procedures.registry import get_procedure
 from kdrun.procedures.sampling import Sampling, tokens_by_origin
 from kdrun.procedures.session import Place, Session
+from kdrun.served.client import Client
 from kdrun.served.teacher import ServedTeacher
 from kdrun.training.callbacks import Advance, KeepSettings, MoveToEpoch, TellProcedure
 from kdrun.training.guard import LossGuard
@@ -133,7 +134,6 @@ class DistillTrainer(SavingTrainer):
         self.asking_ahead: AskingAhead | None = None
         if isinstance(teacher, ServedTeacher):
             self.asking_ahead = AskingAhead(teacher, self.accelerator)
-            self.keeps_states = True
         self.step_batches: StepBatches = ([], None)
         self.stops_evaluating: Callable[[], bool] = lambda: False
         self._loss_before_step: Tensor | None = None
@@ -143,6 +143,12 @@ class DistillTrainer(SavingTrainer):
     def _may_stop(self) -> bool:
         """Return whether an evaluation may be interrupted: no process or procedure needs it."""
         return self.accelerator.num_processes == 1 and self.session is None
+
+    def clients(self) -> list[Client]:
+        """Return what asks the servers of the run."""
+        asking = [] if self.asking_ahead is None else [self.asking_ahead.teacher.asked.engine]
+        writers = () if self.session is None else self.session.served.values()
+        return [engine.client for engine in (*asking, *(writer.engine for writer in writers))]
 
     @property
     def splits(self) -> dict[str, HeadSplit]:
@@ -162,14 +168,15 @@ class DistillTrainer(SavingTrainer):
             steps = max(1, self.state.max_steps - self.state.global_step)
             most = steps * self.args.gradient_accumulation_steps
             epoch_iterator = asking.in_training(epoch_iterator, most, needed)
-        if self.session is None:
-            self.step_batches = super().get_batch_samples(epoch_iterator, num_batches, device)
-        else:
-            self.step_batches = self._written_batches(
-                self.session, list(islice(epoch_iterator, num_batches)), device
-            )
-        if asking is not None and needed:
-            asking.settle(self.step_batches[0])
+        with nullcontext() if self.session is None else self.session.undoing():
+            if self.session is None:
+                self.step_batches = super().get_batch_samples(epoch_iterator, num_batches, device)
+            else:
+                self.step_batches = self._written_batches(
+                    self.session, list(islice(epoch_iterator, num_batches)), device
+                )
+            if asking is not None and needed:
+                asking.settle(self.step_batches[0])
         return self.step_batches
 
     def _written_batches(
