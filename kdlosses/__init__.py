@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from kdlosses import testing as testing
     from kdlosses.compressed import Sampled as Sampled
     from kdlosses.compressed import TopK as TopK
+    from kdlosses.definition import state_variable as state_variable
     from kdlosses.divergence import Divergence as Divergence
     from kdlosses.divergence import Loss as Loss
     from kdlosses.divergence import RowLoss as RowLoss
-    from kdlosses.divergence import state_variable as state_variable
     from kdlosses.engine.plan import automatic_chunk_size as automatic_chunk_size
     from kdlosses.measures import Measures as Measures
     from kdlosses.measures import calibration_error as calibration_error
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kdlosses.registry import get_loss as get_loss
     from kdlosses.registry import ignored_losses as ignored_losses
     from kdlosses.registry import loss_files as loss_files
+    from kdlosses.registry import one_term as one_term
     from kdlosses.registry import parse_spec as parse_spec
     from kdlosses.schedules import Constant as Constant
     from kdlosses.schedules import Cosine as Cosine
@@ -41,9 +42,18 @@ if TYPE_CHECKING:
     from kdlosses.sources import VocabParallel as VocabParallel
     from kdlosses.terms import Term as Term
     from kdlosses.token_loss import TokenLoss as TokenLoss
+    from kdlosses.token_weight import TokenWeight as TokenWeight
+    from kdlosses.token_weight import TokenWeighting as TokenWeighting
+    from kdlosses.weights import BrokenWeightError as BrokenWeightError
+    from kdlosses.weights import WeightRef as WeightRef
+    from kdlosses.weights import WeightSpecError as WeightSpecError
+    from kdlosses.weights import available_weights as available_weights
+    from kdlosses.weights import find_weight as find_weight
+    from kdlosses.weights import get_weight as get_weight
 
 _HOME = {
     "BrokenLossError": "registry",
+    "BrokenWeightError": "weights",
     "Constant": "schedules",
     "Cosine": "schedules",
     "Divergence": "divergence",
@@ -64,18 +74,26 @@ _HOME = {
     "Step": "schedules",
     "Term": "terms",
     "TokenLoss": "token_loss",
+    "TokenWeight": "token_weight",
+    "TokenWeighting": "token_weight",
     "TopK": "compressed",
+    "WeightRef": "weights",
+    "WeightSpecError": "weights",
     "VocabParallel": "sources",
     "automatic_chunk_size": "engine.plan",
     "available_losses": "registry",
+    "available_weights": "weights",
     "calibration_error": "measures",
     "find_loss": "registry",
+    "find_weight": "weights",
     "get_loss": "registry",
+    "get_weight": "weights",
     "ignored_losses": "registry",
     "loss_files": "registry",
     "measure": "measures",
+    "one_term": "registry",
     "parse_spec": "registry",
-    "state_variable": "divergence",
+    "state_variable": "definition",
 }
 
 __all__ = sorted([*_HOME, "testing"])

@@ -5,38 +5,17 @@ its annotated fields are its hyper-parameters, validated with their bounds, and 
 are its traits, the declared properties that the conformance checks verify.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-
-class state_variable:  # noqa: N801 - a decorator
-    """Declare a state variable of a loss by its initial value.
-
-    ::
-
-        @state_variable
-        def share(self) -> float:
-            return self.first_share
-
-    ``integrand`` or ``row`` reads ``self.share``; :meth:`Loss.next_state` returns its next value.
-    The values are stored in the loss module (in its ``state_dict``), not in the frozen loss.
-    """
-
-    def __init__(self, start: Callable[[Any], float]) -> None:
-        self._start = start
-        self.__doc__ = start.__doc__
-
-    def __get__(self, loss: Any, owner: type | None = None) -> Any:
-        # Without __set__, an entry in the instance's __dict__ takes precedence (Loss.bind).
-        return self if loss is None else self._start(loss)
+from kdlosses.definition import Definition
 
 
-class Loss(BaseModel, ABC):
+class Loss(Definition):
     """Common base class of :class:`Divergence` and :class:`RowLoss`; derive from one of these.
 
     Every hyper-parameter has a default, so that a loss can be constructed without arguments.
@@ -51,21 +30,15 @@ class Loss(BaseModel, ABC):
             both sides are softened by a temperature T; the softened term is multiplied by
             ``T ** temperature_power`` (Hinton et al. 2015, arXiv:1503.02531, for the power 2).
         detached: names of the quantities through which no gradient flows by design.
-        stateful: the loss has state; set automatically if a :class:`state_variable` is declared.
         expected_failures: names of the checks of :mod:`kdlosses.testing` that the loss is known to
             fail, each with a reason.
     """
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, ignored_types=(state_variable,)
-    )
 
     zero_at_equality: ClassVar[bool] = True
     nonnegative: ClassVar[bool] = True
     coarse_graining_monotone: ClassVar[bool] = False
     temperature_power: ClassVar[int] = 2
     detached: ClassVar[tuple[str, ...]] = ()
-    stateful: ClassVar[bool] = False
     expected_failures: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def curvature(self) -> float | None:
@@ -75,25 +48,6 @@ class Loss(BaseModel, ABC):
         loss has no such expansion (total variation) or declares none.
         """
         return None
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        super().__pydantic_init_subclass__(**kwargs)
-        cls.stateful = bool(cls.state_names())
-
-    @classmethod
-    def state_names(cls) -> tuple[str, ...]:
-        """The names of the state variables."""
-        return tuple(
-            name
-            for kind in reversed(cls.__mro__)
-            for name, value in vars(kind).items()
-            if isinstance(value, state_variable)
-        )
-
-    def initial_state(self) -> dict[str, float]:
-        """The state variables before the first step."""
-        return {name: float(getattr(self, name)) for name in self.state_names()}
 
     def next_state(
         self, state: Mapping[str, float], value: float, progress: float
@@ -107,17 +61,6 @@ class Loss(BaseModel, ABC):
             progress: the completed share of the training, in [0, 1].
         """
         return dict(state)
-
-    def bind(self, values: Mapping[str, Tensor]) -> Self:
-        """Return the same loss with some fields or state variables given as 0-d tensors.
-
-        Bound values may change without recompilation. They are not validated, because the engine
-        binds checked values inside the compiled tile.
-        """
-        bound: Self = object.__new__(type(self))
-        for name, value in {**self.__dict__, **values}.items():
-            object.__setattr__(bound, name, value)
-        return bound
 
 
 class Divergence(Loss):

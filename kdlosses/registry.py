@@ -181,6 +181,31 @@ def parse_spec(spec: str) -> LossSpec:
     return LossSpec(tuple(term for term, _ in parsed), parsed[0][1])
 
 
+def one_term(spec: str, kind: str, example: str, wrong: type[Exception]) -> TermSpec:
+    """Parse a spec of a group without sums and chunked variants: ``name[:key=value,...]``.
+
+    Args:
+        spec: the text.
+        kind: what it names, for messages.
+        example: a right spec, for messages.
+        wrong: the exception.
+
+    Raises:
+        Exception: of type ``wrong``: another form.
+    """
+    try:
+        parsed = parse_spec(spec)
+    except LossSpecError as error:
+        raise wrong(
+            f"{kind} {spec!r}: expected a name such as {example.partition(':')[0]}, or {example} "
+            "with key=value after the colon, each key once"
+        ) from error
+    [term, *others] = parsed.terms
+    if others or parsed.chunked or term.weight != 1 or term.file is not None:
+        raise wrong(f"{kind} {spec!r}: expected one name; only losses have weights and sums")
+    return term
+
+
 def _parse_term(spec: str, text: str) -> tuple[TermSpec, bool]:
     match = _TERM.fullmatch(text)
     if match is None or match["name"] == CHUNKED:

@@ -19,10 +19,12 @@ from kdlosses.engine import (
     refusal,
     silenced,
     view_of,
+    weight_refusal,
 )
 from kdlosses.schedules import Schedule
 from kdlosses.sources import Source, VocabParallel
 from kdlosses.terms import TEMPERATURE, MovingTerms, Term
+from kdlosses.token_weight import TokenWeighting
 
 
 class TokenLoss(nn.Module):
@@ -214,8 +216,10 @@ class TokenLoss(nn.Module):
     ) -> Batch:
         return Batch.of(student, teacher, labels, self.ignore_index, self.vocab_size)
 
-    def _problem(self, batch: Batch, with_teacher: bool = True) -> Problem:
-        """The input of the engine; without the teacher, cross-entropy alone."""
+    def _problem(
+        self, batch: Batch, with_teacher: bool = True, weighting: TokenWeighting | None = None
+    ) -> Problem:
+        """The input of the engine; without the teacher, unweighted cross-entropy alone."""
         if batch.teacher is None or not with_teacher:
             program = Program(student_post=batch.student.post, vocabulary=batch.student.vocabulary)
             return Problem(program, batch.student, None, batch.rows, (), batch.vocab_size)
@@ -226,17 +230,31 @@ class TokenLoss(nn.Module):
             if isinstance(batch.student, VocabParallel) and isinstance(term.loss, RowLoss):
                 name = type(term.loss).__name__
                 raise ValueError(f"student: {name} needs whole rows, but its head is sharded")
+        softened = self.temperature != 1.0 or self._temperature_schedule is not None
+        weight = None if weighting is None else weighting.weight
+        if weight is not None:
+            reason = weight_refusal(weight, batch.teacher, softened)
+            if reason is not None:
+                raise ValueError(f"teacher: {reason}")
+        state = {} if weighting is None else weighting.values
         program = Program(
             losses=tuple(term.loss for term in self.terms),
             bound=self._moving.bound,
             student_post=batch.student.post,
             view=view_of(batch.teacher),
-            softened=self.temperature != 1.0 or self._temperature_schedule is not None,
+            softened=softened,
             vocabulary=batch.student.vocabulary,
+            weight=weight,
+            weight_bound=tuple(state),
+            weighs_ce=weighting is not None and weighting.on == "both",
         )
         moving = [value for values in self._moving.values for value in values.values()]
-        scalars = tuple(batch.scalar(value) for value in (self.temperature, *moving))
-        return Problem(program, batch.student, batch.teacher, batch.rows, scalars, batch.vocab_size)
+        numbers = (self.temperature, *moving, *state.values())
+        scalars = tuple(batch.scalar(value) for value in numbers)
+        placed = weight is not None and weight.uses_position
+        positions = (batch.rows.positions,) if placed else ()
+        sides = (batch.student, batch.teacher, batch.rows)
+        return Problem(program, *sides, scalars, batch.vocab_size, positions)
 
     def _factors(self, batch: Batch) -> Tensor:
         """The factors from raw to reported values of the terms, ``[k]``."""

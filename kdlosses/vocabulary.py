@@ -36,6 +36,10 @@ class Vocabulary:
         """Reduce over the tokens."""
         return terms.logsumexp(-1)
 
+    def whole(self, terms: Tensor) -> Tensor:
+        """The terms of all tokens, without gradient."""
+        return terms.detach()
+
     def pick(self, terms: Tensor, tokens: Tensor) -> Tensor:
         """Select the term of one token in each row, ``[...]``."""
         result: Tensor = _Pick.apply(terms, tokens)  # type: ignore[no-untyped-call]
@@ -73,6 +77,11 @@ class Shard(Vocabulary):
         highest = _highest(terms, self.group)
         total = _together((terms - highest).exp().sum(-1), self.group)
         return total.log() + highest.squeeze(-1)
+
+    def whole(self, terms: Tensor) -> Tensor:
+        """The terms of the tokens of all processes, without gradient."""
+        gathered: Tensor = _Whole.apply(terms.detach(), self)  # type: ignore[no-untyped-call]
+        return gathered
 
     def pick(self, terms: Tensor, tokens: Tensor) -> Tensor:
         """Select the term of one token in each row, from the process that has it."""
@@ -139,6 +148,28 @@ class _Highest(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+        return None, None
+
+
+class _Whole(torch.autograd.Function):
+    """Shards side by side; summed with zeros, since their widths may differ."""
+
+    @staticmethod
+    def forward(terms: Tensor, shard: Shard) -> Tensor:
+        stop = shard.start + terms.shape[-1]
+        width = torch.tensor(stop, device=terms.device)
+        torch.distributed.all_reduce(width, torch.distributed.ReduceOp.MAX, shard.group)
+        full = terms.new_zeros(*terms.shape[:-1], int(width))
+        full[..., shard.start : stop] = terms
+        torch.distributed.all_reduce(full, group=shard.group)
+        return full
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         return None, None
 
 

@@ -17,7 +17,7 @@ from kdlosses.engine.chunked import (
 from kdlosses.engine.gather import StoredRows
 from kdlosses.engine.plan import Chunking, automatic_chunk_size, compiles
 from kdlosses.engine.rows import Program, row_values
-from kdlosses.engine.views import refusal, view_of
+from kdlosses.engine.views import refusal, view_of, weight_refusal
 from kdlosses.numerics import restore_infinity
 from kdlosses.sources import Logits, Projected, Source, VocabParallel
 from kdlosses.vocabulary import copied
@@ -33,6 +33,7 @@ __all__ = [
     "silenced",
     "supervised_rows",
     "view_of",
+    "weight_refusal",
 ]
 
 
@@ -54,6 +55,21 @@ class Supervised:
         """The supervised entries ``[n]`` of a tensor of the batch's shape."""
         flat = values.reshape(-1)
         return flat if self.kept is None else flat.index_select(0, self.kept)
+
+    @property
+    def positions(self) -> Tensor:
+        """The number of supervised tokens before each row in its answer, ``[n]`` int64.
+
+        An answer is a run of supervised positions along the last axis of the batch.
+        """
+        length = self.shape[-1] if self.shape else 1
+        flat = torch.arange(self.shape.numel(), device=self.labels.device)
+        kept = flat if self.kept is None else self.kept
+        places = torch.arange(len(kept), device=kept.device)
+        begins = kept % length == 0
+        begins[1:] |= kept[1:] != kept[:-1] + 1
+        begins[:1] = True
+        return places - torch.where(begins, places, 0).cummax(0).values
 
     def spread(self, values: Tensor) -> Tensor:
         """Scatter values ``[n]`` to the batch's shape, with 0 for ignored rows."""
@@ -93,8 +109,10 @@ class Problem:
         student: the student's logits.
         teacher: the teacher, detached; None without a loss.
         rows: the supervised rows.
-        scalars: 0-d tensors: the temperature and the values of ``program.bound``.
+        scalars: 0-d tensors: the temperature and the values of ``program.bound`` and
+            ``program.weight_bound``.
         vocab_size: both sides are cut to this width before the softmax.
+        positions: ``[n]`` places of the rows in their answers, for a weight that uses them.
     """
 
     program: Program
@@ -103,6 +121,7 @@ class Problem:
     rows: Supervised
     scalars: tuple[Tensor, ...]
     vocab_size: int
+    positions: tuple[Tensor, ...] = ()
 
 
 def evaluate(
@@ -116,7 +135,8 @@ def evaluate(
 
     Args:
         problem: the input.
-        kd_weight: ``[n, k]`` weight of each row's values of the k losses.
+        kd_weight: ``[n, k]`` weight of each row's values of the k losses, and a further column
+            of zeros if the program has a token weight.
         ce_weight: ``[n]`` weight of each row's CE value.
         chunking: how to chunk, or None for the plain evaluation by autograd.
         per_row: whether gradients flow through the row values instead of the sum.
@@ -132,7 +152,8 @@ def evaluate(
         raw_student = _plain_raw(problem.student, rows, problem.vocab_size)
         with torch.no_grad():
             teacher = _plain_teacher(problem)
-        kd, ce = row_values(problem.program, raw_student, teacher, rows.labels, problem.scalars)
+        given = (rows.labels, problem.scalars, problem.positions)
+        kd, ce = row_values(problem.program, raw_student, teacher, *given)
         total = weighted_sum(kd, ce, kd_weight, ce_weight)
         kd, ce = restore_infinity(kd), restore_infinity(ce)
     if per_row:
@@ -158,6 +179,7 @@ def _job(problem: Problem, chunking: Chunking) -> Job:
         kept=problem.rows.kept,
         labels=problem.rows.labels,
         scalars=problem.scalars,
+        positions=problem.positions,
         vocab_size=vocab_size,
         chunk_rows=max(1, min(size, len(problem.rows.labels))),
         compiled=_compiled(problem, chunking),

@@ -41,6 +41,7 @@ class Job:
         kept: indices of the supervised rows, or None for all.
         labels: ``[n]`` labels of the supervised rows.
         scalars: 0-d, as for :func:`row_values`.
+        positions: ``[n]``, as for :func:`row_values`.
         vocab_size: both sides are cut to this width.
         chunk_rows: maximum number of rows to project at once.
         compiled: whether the row functions are compiled.
@@ -52,6 +53,7 @@ class Job:
     kept: Tensor | None
     labels: Tensor
     scalars: tuple[Tensor, ...]
+    positions: tuple[Tensor, ...]
     vocab_size: int
     chunk_rows: int
     compiled: bool
@@ -152,7 +154,7 @@ def _per_row_gradients(
     tensors: tuple[Tensor, ...] = ctx.saved_tensors
     job: Job = ctx.job
     zeros = torch.zeros(len(job.labels), dtype=_value_dtype(tensors[0]), device=tensors[0].device)
-    kd_weight = zeros.unsqueeze(-1).expand(-1, len(job.program.losses))
+    kd_weight = zeros.unsqueeze(-1).expand(-1, job.program.columns)
     return _run(
         job,
         kd_weight if kd_grad is None else kd_grad,
@@ -175,7 +177,7 @@ def _run(
     with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
         sides = _Sides(job)
         sink = None if needed is None else Gradients(job.student, needed, sides.student)
-        kd = values.new_empty(len(job.labels), len(job.program.losses), dtype=_value_dtype(values))
+        kd = values.new_empty(len(job.labels), job.program.columns, dtype=_value_dtype(values))
         ce = values.new_empty(len(job.labels), dtype=kd.dtype)
         # Detached, because requires_grad would cause another compilation.
         kd_weight, ce_weight = kd_weight.detach(), ce_weight.detach()
@@ -186,14 +188,16 @@ def _run(
             for tile in sides.tiles(chunk):
                 within = slice(tile.start - chunk.start, tile.stop - chunk.start)
                 data = (raw[within], _part(teacher, within), job.labels[tile], job.scalars)
+                positions = _part(job.positions, tile)
                 if sink is None:
-                    found = compiled.run(row_values, (job.program,), data, job.compiled)
+                    given = (*data, positions)
+                    found = compiled.run(row_values, (job.program,), given, job.compiled)
                     kd[tile], ce[tile] = (restore_infinity(value) for value in found)
                     continue
                 kd[tile], ce[tile], gradient = compiled.run(
                     row_gradients,
                     (job.program, sides.student.owns_raw),
-                    (*data, kd_weight[tile], ce_weight[tile]),
+                    (*data, kd_weight[tile], ce_weight[tile], positions),
                     job.compiled,
                 )
                 if not sides.student.owns_raw:

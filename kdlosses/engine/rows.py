@@ -13,6 +13,7 @@ from kdlosses.divergence import Divergence, Loss, RowLoss
 from kdlosses.engine.views import LOGITS, Aligned, Buckets, View
 from kdlosses.numerics import finite_log_probs, kl_terms, log_softmax, restore_infinity
 from kdlosses.sources import IDENTITY, Postprocess
+from kdlosses.token_weight import TokenWeight
 from kdlosses.vocabulary import WHOLE, Vocabulary
 
 
@@ -28,6 +29,9 @@ class Program:
         view: how the teacher's rows are read.
         softened: whether a temperature other than 1 applies to the KD terms.
         vocabulary: the tokens of a row.
+        weight: factor of each row's KD value, or None.
+        weight_bound: names of the weight's state variables, which are given as tensors.
+        weighs_ce: whether the weight is also a factor of the CE value.
     """
 
     losses: tuple[Loss, ...] = ()
@@ -36,6 +40,14 @@ class Program:
     view: View = LOGITS
     softened: bool = False
     vocabulary: Vocabulary = WHOLE
+    weight: TokenWeight | None = None
+    weight_bound: tuple[str, ...] = ()
+    weighs_ce: bool = False
+
+    @property
+    def columns(self) -> int:
+        """Number of KD values of a row: one for each loss, and last the weight, if any."""
+        return len(self.losses) + (self.weight is not None)
 
     def bind(self, values: tuple[Tensor, ...]) -> list[Loss]:
         """The losses with their changing values, given in the order of ``bound``."""
@@ -45,6 +57,14 @@ class Program:
             for loss, names in zip(self.losses, self.bound, strict=True)
         ]
 
+    def bind_weight(self, values: tuple[Tensor, ...], positions: tuple[Tensor, ...]) -> TokenWeight:
+        """The weight with its state, the last of the values, and the positions of the rows."""
+        assert self.weight is not None, "called for programs with a weight"
+        first = len(values) - len(self.weight_bound)
+        state = dict(zip(self.weight_bound, values[first:], strict=True))
+        place = {"position": positions[0]} if positions else {}
+        return self.weight.bind({**state, **place})
+
 
 def row_values(
     program: Program,
@@ -52,6 +72,7 @@ def row_values(
     teacher: tuple[Tensor, ...],
     labels: Tensor,
     scalars: tuple[Tensor, ...],
+    positions: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """KD and CE of each row; infinite values are represented by large finite ones.
 
@@ -62,11 +83,13 @@ def row_values(
             program has no loss.
         labels: ``[n]`` int64 in ``[0, V)``.
         scalars: 0-d tensors: the temperature, used only if the program is softened, and the values
-            of ``program.bound``.
+            of ``program.bound`` and ``program.weight_bound``.
+        positions: ``[n]`` places in the answer, for a weight that uses them.
 
     Returns:
         KD ``[n, k]`` of k losses (without the factor ``T ** temperature_power``) and CE ``[n]`` at
-        temperature 1.
+        temperature 1. With a weight, both are multiplied by it (CE only if ``weighs_ce``), and the
+        weight itself is a further column of KD.
     """
     student = program.student_post(raw_student)
     vocabulary = program.vocabulary
@@ -75,11 +98,22 @@ def row_values(
     if not program.losses:
         return cross_entropy.new_zeros(len(cross_entropy), 0), cross_entropy
     temperature = scalars[0] if program.softened else None
+    softened = student_log_probs
     if temperature is not None:
-        student_log_probs = vocabulary.log_softmax(student / temperature)
-    rows = program.view.align(teacher, finite_log_probs(student_log_probs), temperature)
+        softened = vocabulary.log_softmax(student / temperature)
+    rows = program.view.align(teacher, finite_log_probs(softened), temperature)
     values = [_value(loss, rows, labels, vocabulary) for loss in program.bind(scalars[1:])]
-    return torch.stack(values, -1), cross_entropy
+    kd = torch.stack(values, -1)
+    if program.weight is None:
+        return kd, cross_entropy
+    if temperature is not None:
+        rows = program.view.align(teacher, finite_log_probs(student_log_probs), None)
+    weight = program.bind_weight(scalars, positions).weigh(
+        vocabulary.whole(rows.teacher), vocabulary.whole(rows.student), labels
+    )
+    column = weight.detach().unsqueeze(-1)
+    kd = torch.cat([kd * column, column.to(kd.dtype)], -1)
+    return kd, cross_entropy * column.squeeze(-1) if program.weighs_ce else cross_entropy
 
 
 def row_gradients(
@@ -91,6 +125,7 @@ def row_gradients(
     scalars: tuple[Tensor, ...],
     kd_weight: Tensor,
     ce_weight: Tensor,
+    positions: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """KD and CE of each row, and the gradient of their weighted sum.
 
@@ -103,6 +138,7 @@ def row_gradients(
         scalars: as in :func:`row_values`.
         kd_weight: ``[n, k]`` weight of each row's KD values.
         ce_weight: ``[n]`` weight of each row's CE value.
+        positions: as in :func:`row_values`.
 
     Returns:
         KD ``[n, k]``, CE ``[n]``, and ``d sum(kd_weight * KD + ce_weight * CE) / d raw_student``,
@@ -110,7 +146,7 @@ def row_gradients(
     """
 
     def weighted(raw: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        kd, ce = row_values(program, raw, teacher, labels, scalars)
+        kd, ce = row_values(program, raw, teacher, labels, scalars, positions)
         return (kd * kd_weight).sum(-1) + ce * ce_weight, (kd, ce)
 
     total, pull_back, (kd, ce) = torch.func.vjp(  # type: ignore[misc]

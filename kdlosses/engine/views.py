@@ -9,6 +9,7 @@ from kdlosses.compressed import Sampled, TeacherSource, TopK
 from kdlosses.divergence import Divergence, Loss, RowLoss
 from kdlosses.numerics import LOG_ZERO, finite_log_probs
 from kdlosses.sources import IDENTITY, Postprocess
+from kdlosses.token_weight import TokenWeight
 from kdlosses.vocabulary import WHOLE, Vocabulary
 
 
@@ -104,6 +105,26 @@ def view_of(source: TeacherSource) -> View:
     if isinstance(source, Sampled):
         return Draws()
     return Whole(source.post, source.vocabulary)
+
+
+def weight_refusal(weight: TokenWeight, source: TeacherSource, softened: bool) -> str | None:
+    """Why a token weight does not support a teacher; None if it does."""
+    name = type(weight).__name__
+    if isinstance(source, Sampled):
+        return f"the token weight {name} needs the teacher's distribution, not draws from it"
+    if not isinstance(source, TopK):
+        return None
+    if not weight.supports_top_k:
+        return (
+            f"the token weight {name} needs the teacher's full distribution (it does not declare "
+            "supports_top_k)"
+        )
+    if softened:
+        return (
+            "a token weight sees distributions at temperature 1, which a teacher that was stored "
+            "at another temperature does not have; use temperature 1"
+        )
+    return None
 
 
 def refusal(loss: Loss, source: TeacherSource, temperature: float) -> str | None:

@@ -7,7 +7,8 @@ from typing import Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kdlosses.divergence import RowLoss, state_variable
+from kdlosses.definition import state_variable
+from kdlosses.divergence import RowLoss
 from kdlosses.numerics import finite_log_probs, kl_terms, log_softmax
 
 

@@ -4,13 +4,13 @@
 plugin. The checks use relations and finite differences, so they need no reference values.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
-from kdlosses.divergence import Loss
+from kdlosses.definition import Definition
 from kdlosses.testing import (  # noqa: F401 - imports fill the catalogue
     batches,
     extremes,
@@ -21,6 +21,9 @@ from kdlosses.testing import (  # noqa: F401 - imports fill the catalogue
     values,
 )
 from kdlosses.testing.catalogue import CHECKS, About, Check, LossLike, as_loss
+from kdlosses.testing.token_weights import WEIGHT_CHECKS
+from kdlosses.token_weight import TokenWeight
+from kdlosses.weights import get_weight
 
 __all__ = [
     "CONFORMANCE_VERSION",
@@ -28,15 +31,18 @@ __all__ = [
     "CheckResult",
     "ConformanceError",
     "check_loss",
+    "check_weight",
     "checks_for",
     "parametrize_with_checks",
     "report_checks",
     "run_checks",
+    "run_weight_checks",
 ]
 
 CONFORMANCE_VERSION = 1
 """Raised when a check is added or demands more, so that a verdict says what was checked."""
 
+WeightLike = str | TokenWeight | type[TokenWeight]
 Verdict = Literal["passed", "failed", "expected failure"]
 
 
@@ -81,7 +87,7 @@ def run_checks(loss: LossLike) -> list[CheckResult]:
     loss = as_loss(loss)
     results = []
     for check in checks_for(loss):
-        reason = _failure(check, loss)
+        reason = _reason(check, loss)
         declared = loss.expected_failures.get(check.name)
         if declared is None:
             result = CheckResult(
@@ -131,12 +137,32 @@ def check_loss(loss: LossLike) -> None:
         ConformanceError: contains the names and reasons of the failed checks.
     """
     loss = as_loss(loss)
-    results = run_checks(loss)
-    failed = [result for result in results if result.verdict == "failed"]
-    if failed:
-        lines = [f"  {result.name}: {result.reason}" for result in failed]
-        heading = f"{loss!r} fails {len(failed)} of {len(results)} checks:"
-        raise ConformanceError("\n".join([heading, *lines]))
+    _raise_failed(repr(loss), run_checks(loss))
+
+
+def run_weight_checks(weight: WeightLike) -> list[CheckResult]:
+    """Run all checks of a token weight and record failures instead of raising them.
+
+    Args:
+        weight: a spec such as ``"disagreement:power=0.5"``, a class, or an instance.
+    """
+    weight = _as_weight(weight)
+    results = []
+    for name, check in WEIGHT_CHECKS.items():
+        reason = _reason(check, weight)
+        about: About = "documentation" if name == "documentation" else "mathematics"
+        results.append(CheckResult(name, "failed" if reason else "passed", reason or "", about))
+    return results
+
+
+def check_weight(weight: WeightLike) -> None:
+    """Run all checks of a token weight; argument as in :func:`run_weight_checks`.
+
+    Raises:
+        ConformanceError: contains the names and reasons of the failed checks.
+    """
+    weight = _as_weight(weight)
+    _raise_failed(repr(weight), run_weight_checks(weight))
 
 
 def parametrize_with_checks(losses: Iterable[LossLike]) -> Any:
@@ -164,9 +190,27 @@ def _installed_version() -> str | None:
         return None
 
 
-def _failure(check: Check, loss: Loss) -> str | None:
+def _as_weight(weight: WeightLike) -> TokenWeight:
+    if isinstance(weight, str):
+        return get_weight(weight)
+    found = weight() if isinstance(weight, type) else weight
+    if not isinstance(found, TokenWeight):
+        raise TypeError(f"expected a token weight or the name of one, got {weight!r}")
+    return found
+
+
+def _raise_failed(what: str, results: list[CheckResult]) -> None:
+    failed = [result for result in results if result.verdict == "failed"]
+    if failed:
+        lines = [f"  {result.name}: {result.reason}" for result in failed]
+        heading = f"{what} fails {len(failed)} of {len(results)} checks:"
+        raise ConformanceError("\n".join([heading, *lines]))
+
+
+def _reason(check: Callable[[Any], None], definition: Definition) -> str | None:
+    """Why a check fails; None if it passes."""
     try:
-        check(loss)
+        check(definition)
     except AssertionError as error:
         return str(error) or "an assertion failed"
     except Exception as error:

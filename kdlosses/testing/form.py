@@ -4,20 +4,29 @@ import inspect
 import pickle
 import re
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
 
+from kdlosses.definition import Definition
 from kdlosses.divergence import Divergence, Loss
 from kdlosses.testing.cases import close, no_nan, normal, pair, permutation, rows
 from kdlosses.testing.catalogue import CHECKS, conformance
+
+D = TypeVar("D", bound=Definition)
 
 
 @conformance(about="documentation")
 def _docstring(loss: Loss) -> None:
     """The docstring has a formula in its summary and a reference; parameters are described."""
-    text = inspect.cleandoc(type(loss).__dict__.get("__doc__") or "")
+    check_docstring(type(loss))
+
+
+def check_docstring(kind: type[Definition]) -> None:
+    """Raise an AssertionError unless a class has a formula, a reference, described parameters."""
+    text = inspect.cleandoc(kind.__dict__.get("__doc__") or "")
     if not text:
         raise AssertionError("the class has no docstring")
     summary = " ".join(text.split("\n\n", 1)[0].split())
@@ -29,7 +38,7 @@ def _docstring(loss: Loss) -> None:
         )
     if not re.search(r"^References?:\s*\S", text, re.MULTILINE):
         raise AssertionError("the docstring has no line 'Reference: ...'")
-    for name, field in type(loss).model_fields.items():
+    for name, field in kind.model_fields.items():
         if not field.description:
             raise AssertionError(f"parameter {name} has no description (Field(description=...))")
 
@@ -47,9 +56,24 @@ def _expected_failures(loss: Loss) -> None:
 @conformance()
 def _bounds(loss: Loss) -> None:
     """Parameters have defaults, bounds are enforced, and values on a bound give no NaN."""
-    kind = type(loss)
+
+    def usable(at_bound: Loss) -> None:
+        teacher, student, labels = pair(5, 9, dtype=torch.float32)
+        no_nan(f"the value of {at_bound!r}", rows(at_bound, student, teacher, labels))
+
+    check_bounds(loss, usable)
+
+
+def check_bounds(definition: D, usable: Callable[[D], None]) -> None:
+    """Raise an AssertionError unless a definition has defaults and enforces its bounds.
+
+    Args:
+        definition: a loss or a token weight.
+        usable: raises if a definition with a parameter on its bound gives no right value.
+    """
+    kind = type(definition)
     kind()  # fails if a parameter has no default
-    given = loss.model_dump()
+    given = definition.model_dump()
     _refused(kind, {**given, "no_such_parameter": 1}, "an unknown parameter")
     for name, field in kind.model_fields.items():
         for bound in field.metadata:
@@ -64,18 +88,18 @@ def _bounds(loss: Loss) -> None:
                     continue
                 _refused(kind, {**given, name: limit + beyond}, f"{name}={limit + beyond}")
                 if inside:
-                    _evaluates(kind, {**given, name: limit}, f"{name}={limit}")
+                    _evaluates(kind, {**given, name: limit}, usable)
                 else:
                     _refused(kind, {**given, name: limit}, f"{name}={limit}")
     for name in kind.model_fields:
         try:
-            setattr(loss, name, getattr(loss, name))
+            setattr(definition, name, getattr(definition, name))
         except ValidationError:
             continue
         raise AssertionError(f"parameter {name} can be changed: keep frozen=True")
 
 
-def _refused(kind: type[Loss], values: dict[str, Any], what: str) -> None:
+def _refused(kind: type[Definition], values: dict[str, Any], what: str) -> None:
     try:
         _quiet(kind, values)
     except ValidationError:
@@ -83,16 +107,15 @@ def _refused(kind: type[Loss], values: dict[str, Any], what: str) -> None:
     raise AssertionError(f"{what} is accepted")
 
 
-def _evaluates(kind: type[Loss], values: dict[str, Any], what: str) -> None:
+def _evaluates(kind: type[D], values: dict[str, Any], usable: Callable[[D], None]) -> None:
     try:
-        loss = _quiet(kind, values)
+        at_bound = _quiet(kind, values)
     except ValidationError:
         return  # a custom validator may exclude a bound
-    teacher, student, labels = pair(5, 9, dtype=torch.float32)
-    no_nan(f"the value at {what}", rows(loss, student, teacher, labels))
+    usable(at_bound)
 
 
-def _quiet(kind: type[Loss], values: dict[str, Any]) -> Loss:
+def _quiet(kind: type[D], values: dict[str, Any]) -> D:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return kind(**values)

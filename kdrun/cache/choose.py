@@ -21,7 +21,7 @@ from kdrun.paths import expand_home
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from kdlosses import TokenLoss
+    from kdlosses import KDObjective
     from kdrun.cache.teacher import CachedTeacher
     from kdrun.config.sections import DataConfig, LossConfig, ModelConfig
     from kdrun.data.prepare import Examples, RawRows
@@ -104,7 +104,11 @@ def settle_date(
 
 
 def choose_teacher(
-    model: ModelConfig, distilled: LossConfig, pair: Pair, examples: Examples, loss: TokenLoss
+    model: ModelConfig,
+    distilled: LossConfig,
+    pair: Pair,
+    examples: Examples,
+    objective: KDObjective,
 ) -> ChosenTeacher:
     """Load the teacher of a run, or open its cache and check that it fits the run.
 
@@ -113,7 +117,7 @@ def choose_teacher(
         distilled: section of the loss.
         pair: the models of the run.
         examples: the rows of the run.
-        loss: the loss of the run, unchunked.
+        objective: that of the run, unchunked.
 
     Raises:
         InputError: the cache is for another tokenizer or teacher, lacks a training row, or does
@@ -127,15 +131,15 @@ def choose_teacher(
         width = int(live.model.get_output_embeddings().weight.shape[0])
         note = f"teacher: {describe_model(live.model)}"
         return ChosenTeacher(live, live, {"teacher": width}, (*notes, note))
-    return _choose_cached(model, distilled, pair, examples, loss)
+    return _choose_cached(model, distilled, pair, examples, objective)
 
 
-def check_loss(teacher: CachedTeacher | ServedTeacher, loss: TokenLoss, name: str) -> None:
+def check_loss(teacher: CachedTeacher | ServedTeacher, objective: KDObjective, name: str) -> None:
     """Refuse a loss that a teacher does not support; an exact one supports every loss.
 
     Args:
         teacher: gives full distributions, or the most likely or drawn tokens.
-        loss: the loss, unchunked to avoid compilation.
+        objective: the loss and its token weight, unchunked to avoid compilation.
         name: of the teacher in the message.
 
     Raises:
@@ -150,15 +154,19 @@ def check_loss(teacher: CachedTeacher | ServedTeacher, loss: TokenLoss, name: st
     student = torch.zeros(1, teacher.width, device=device)
     labels = torch.zeros(1, dtype=torch.int64, device=device)
     try:
-        loss(student, source, labels)
+        objective(student, source, labels)
     except ValueError as error:
         raise InputError(f"{name}: {error}") from error
 
 
 def _choose_cached(
-    model: ModelConfig, distilled: LossConfig, pair: Pair, examples: Examples, loss: TokenLoss
+    model: ModelConfig,
+    distilled: LossConfig,
+    pair: Pair,
+    examples: Examples,
+    objective: KDObjective,
 ) -> ChosenTeacher:
-    cached = _open(model, distilled, pair, examples, loss)
+    cached = _open(model, distilled, pair, examples, objective)
     notes: list[str] = []
     live = _named_teacher(cached, model, pair, notes.append)
     evaluation: Teacher | None = live
@@ -183,7 +191,11 @@ def _choose_cached(
 
 
 def check_cache(
-    model: ModelConfig, distilled: LossConfig, pair: Pair, examples: Examples, loss: TokenLoss
+    model: ModelConfig,
+    distilled: LossConfig,
+    pair: Pair,
+    examples: Examples,
+    objective: KDObjective,
 ) -> str:
     """Open the cache of a run and check that it fits the run, without loading a model.
 
@@ -193,11 +205,15 @@ def check_cache(
     Raises:
         InputError: as in :func:`choose_teacher`, except for the weights of a live teacher.
     """
-    return describe_cache(_open(model, distilled, pair, examples, loss))
+    return describe_cache(_open(model, distilled, pair, examples, objective))
 
 
 def _open(
-    model: ModelConfig, distilled: LossConfig, pair: Pair, examples: Examples, loss: TokenLoss
+    model: ModelConfig,
+    distilled: LossConfig,
+    pair: Pair,
+    examples: Examples,
+    objective: KDObjective,
 ) -> CachedTeacher:
     from kdrun.cache.read import Cache
     from kdrun.cache.teacher import CachedTeacher
@@ -205,7 +221,7 @@ def _open(
     assert model.teacher_cache is not None, "a cache is given"
     cached = CachedTeacher(Cache(model.teacher_cache), pair.tokenizer, model.teacher_type)
     if distilled.kd_ratio > 0 or KD_RATIO in distilled.schedules:
-        _check_training(cached, distilled, examples, loss)
+        _check_training(cached, distilled, examples, objective)
     return cached
 
 
@@ -224,14 +240,14 @@ def describe_cache(cached: CachedTeacher) -> str:
 
 
 def _check_training(
-    cached: CachedTeacher, distilled: LossConfig, examples: Examples, loss: TokenLoss
+    cached: CachedTeacher, distilled: LossConfig, examples: Examples, objective: KDObjective
 ) -> None:
     if not cached.exact and "temperature" in distilled.schedules:
         raise InputError(
             f"{cached.cache.folder} was compressed at one temperature, but loss.schedules changes "
             "it; build a cache with --kind hidden, which works for every temperature"
         )
-    check_loss(cached, loss, str(cached.cache.folder))
+    check_loss(cached, objective, str(cached.cache.folder))
     reason = cached.missing(examples_in(examples.train))
     if reason is not None:
         raise InputError(reason)

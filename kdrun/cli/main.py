@@ -20,6 +20,7 @@ from kdrun.cli.models import generate, init_student
 from kdrun.cli.procedures import procedures
 from kdrun.cli.served import served
 from kdrun.cli.train import cli as cli
+from kdrun.cli.weights import weights
 from kdrun.errors import (
     STOPPING,
     InputError,
@@ -33,6 +34,7 @@ from kdrun.errors import (
 for command in (
     losses,
     procedures,
+    weights,
     data,
     bench,
     compare_losses,

@@ -86,7 +86,7 @@ def check_named_cache(comparison: Comparison) -> None:
     Raises:
         InputError: names the loss, the row or the teacher that the cache does not support.
     """
-    from kdrun.losses.build import build_loss, unchunked
+    from kdrun.losses.build import plain_objective
 
     base, axes = comparison.base, comparison.plan.axes
     if base.model.teacher_cache is None:
@@ -104,7 +104,7 @@ def check_named_cache(comparison: Comparison) -> None:
         encoder = Encoder.of(data, models.tokenizer, models.left_out)
         examples = encode_rows(read_rows(data), encoder, base.training.seed, shift_windows=False)
         for spec in axes.losses:
-            plain = build_loss(unchunked(loss.model_copy(update={"spec": spec})), None)
+            plain = plain_objective(loss.model_copy(update={"spec": spec}), base.token_weight)
             check_cache(model, loss, models, examples, plain)
 
 

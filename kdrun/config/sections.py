@@ -13,6 +13,7 @@ from kdrun.config.training_sections import (
     EvaluationConfig,
     LoraConfig,
     OptimizerConfig,
+    TokenWeightConfig,
     TrainerConfig,
     TrainingConfig,
 )
@@ -390,6 +391,7 @@ class RunConfig(Section):
     served: ServedConfig = ServedConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
+    token_weight: TokenWeightConfig = TokenWeightConfig()
     procedure: ProcedureConfig = ProcedureConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()

@@ -97,6 +97,27 @@ class TrainingConfig(Section):
     )
 
 
+class TokenWeightConfig(Section):
+    """How much each supervised token counts."""
+
+    spec: str | None = Field(
+        None,
+        description="name of a registered token weight, with its parameters, such as "
+        "disagreement:power=0.5; null weights all tokens equally",
+    )
+    on: Literal["kd", "both"] = Field(
+        "kd", description="weight the distillation loss only, or cross-entropy as well"
+    )
+    normalize: Literal["none", "running"] = Field(
+        "none", description="running divides by the mean weight of the steps before"
+    )
+
+    @model_validator(mode="after")
+    def _need_a_spec(self) -> Self:
+        self.require("token_weight", "spec")
+        return self
+
+
 class TrainerConfig(Section):
     """Any other training argument of transformers.
 

@@ -13,7 +13,7 @@ from kdrun.config.sections import KD_RATIO, RunConfig
 from kdrun.data.prepare import examples_in, lengths_of
 from kdrun.dry_run.devices import Device, find_device
 from kdrun.errors import InputError
-from kdrun.losses.build import build_loss, unchunked
+from kdrun.losses.build import plain_objective
 from kdrun.models.cast import cast_weights
 from kdrun.models.context import load_model_config
 from kdrun.paths import expand_home
@@ -98,7 +98,7 @@ def dry_run(
         prepared = prepare(config, rows, notes.append)
         pair, examples = prepared.pair, prepared.examples
         if config.model.teacher_cache is not None:
-            plain = build_loss(unchunked(config.loss), None)
+            plain = plain_objective(config.loss, config.token_weight)
             notes.append(
                 f"teacher: {check_cache(config.model, config.loss, pair, examples, plain)}"
             )

@@ -9,8 +9,9 @@ from kdrun.config.sections import KD_RATIO
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
-    from kdlosses import TokenLoss
+    from kdlosses import KDObjective, TokenLoss, TokenWeighting
     from kdrun.config.sections import LossConfig
+    from kdrun.config.training_sections import TokenWeightConfig
 
 
 def check_name(spec: str) -> None:
@@ -90,3 +91,45 @@ def unchunked(config: LossConfig) -> LossConfig:
     spec = parse_spec(config.spec).text(chunked=False)
     plain = {"spec": spec, "chunk_size": None, "compiled": None}
     return config.model_copy(update=plain)
+
+
+def build_weighting(config: TokenWeightConfig) -> TokenWeighting | None:
+    """Build the token weight of a configuration, if any.
+
+    Raises:
+        InputError: an unknown weight or parameter, or a value out of bounds.
+    """
+    if config.spec is None:
+        return None
+    from kdlosses import BrokenWeightError, TokenWeighting, WeightSpecError, get_weight
+
+    try:
+        return TokenWeighting(get_weight(config.spec), config.on, config.normalize)
+    except (WeightSpecError, BrokenWeightError) as error:
+        raise InputError(str(error)) from error
+
+
+def check_weighting(config: TokenWeightConfig, distilled: LossConfig) -> None:
+    """Refuse a token weight that cannot be built or has no effect.
+
+    Raises:
+        InputError: as in :func:`build_weighting`, or no step with a teacher.
+    """
+    build_weighting(config)
+    if config.spec is not None and distilled.kd_ratio == 0 and KD_RATIO not in distilled.schedules:
+        raise InputError(
+            f"--token-weight {config.spec}: has no effect with --kd-ratio 0, where no teacher is "
+            "asked; remove it, or raise the ratio"
+        )
+
+
+def plain_objective(distilled: LossConfig, weight: TokenWeightConfig) -> KDObjective:
+    """The loss with its token weight, unchunked, to find out whether they support a teacher.
+
+    Raises:
+        InputError: as in :func:`build_loss` and :func:`build_weighting`.
+    """
+    from kdlosses import KDObjective
+
+    loss = build_loss(unchunked(distilled), None)
+    return KDObjective(loss, 1.0, build_weighting(weight))

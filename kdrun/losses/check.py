@@ -63,6 +63,17 @@ def check_one(spec: str) -> bool:
         BrokenLossError: the loss cannot be imported.
     """
     results = _results(spec)
+    print_results(spec, results)
+    return not _failed(results)
+
+
+def verdict_of(results: list[testing.CheckResult]) -> str:
+    """``"passed"`` or ``"failed"``."""
+    return "failed" if _failed(results) else "passed"
+
+
+def print_results(spec: str, results: list[testing.CheckResult]) -> None:
+    """Print a row for each check, and the verdict."""
     table = Table(box=None, pad_edge=False)
     table.add_column("check", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -73,7 +84,6 @@ def check_one(spec: str) -> bool:
     console = _console()
     console.print(table)
     console.print(f"\n{escape(spec)}: {_verdict(results)}")
-    return not _failed(results)
 
 
 def check_all() -> bool:

@@ -11,7 +11,7 @@ from kdlosses import get_loss, parse_spec
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
-    from kdlosses import Loss
+    from kdlosses import Loss, TokenWeight
 
 TRAITS = (
     "zero_at_equality",
@@ -105,7 +105,7 @@ def family(loss: Loss) -> str:
     return f"{kind}, stateful" if loss.stateful else kind
 
 
-def parameters(loss: Loss) -> list[Parameter]:
+def parameters(loss: Loss | TokenWeight) -> list[Parameter]:
     """The hyper-parameters with their bounds."""
     return [
         Parameter(name, str(getattr(loss, name)), bounds(info.metadata), info.description or "")

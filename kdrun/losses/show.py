@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from kdlosses import (
     parse_spec,
 )
 from kdrun.errors import InputError
-from kdrun.losses.describe import doc_parts, family, parameters, single_loss, traits
+from kdrun.losses.describe import Parameter, doc_parts, family, parameters, single_loss, traits
 
 if TYPE_CHECKING:
     from kdlosses import Loss
@@ -31,7 +32,7 @@ _IGNORED = "ignored: the name belongs to a built-in loss"
 
 def print_list(details: bool) -> None:
     """Print one row per loss; with ``details``, import each and report broken ones."""
-    console = _console()
+    console = plain_console()
     if details:
         for ref in available_losses():
             for line in _details(ref):
@@ -64,17 +65,10 @@ def print_loss(name: str, plot: Path | None = None) -> None:
 
         check_plot_file(plot)
         write_plot(name, plot)
-    console = _console()
+    console = plain_console()
     console.print(inspect.cleandoc(type(loss).__doc__ or "(no docstring)"), markup=False)
     console.print()
-    if fields := parameters(loss):
-        table = Table(box=None, pad_edge=False)
-        for heading in ("parameter", "value", "bounds", "meaning"):
-            table.add_column(heading)
-        for field in fields:
-            table.add_row(*map(escape, (field.name, field.value, field.bounds, field.meaning)))
-        console.print(table)
-        console.print()
+    print_parameters(console, parameters(loss))
     for trait, value in traits(loss).items():
         console.print(f"{trait}: {value}", markup=False)
     ref = find_loss(parse_spec(name).terms[0].name)
@@ -87,6 +81,19 @@ def print_loss(name: str, plot: Path | None = None) -> None:
     _print_plot(console, name)
     if plot is not None:
         console.print(f"\n{plot} written", markup=False)
+
+
+def print_parameters(console: Any, fields: Sequence[Parameter]) -> None:
+    """Print a table of parameters and an empty line, if there are any."""
+    if not fields:
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("parameter", "value", "bounds", "meaning"):
+        table.add_column(heading)
+    for field in fields:
+        table.add_row(*map(escape, (field.name, field.value, field.bounds, field.meaning)))
+    console.print(table)
+    console.print()
 
 
 def _print_plot(console: Any, name: str) -> None:
@@ -117,5 +124,6 @@ def _details(ref: LossRef) -> list[str]:
     return ["  ".join(heading).rstrip(), *(f"    {line}" for line in more)]
 
 
-def _console() -> Any:
+def plain_console() -> Any:
+    """A console that neither highlights nor wraps."""
     return Console(highlight=False, soft_wrap=True)

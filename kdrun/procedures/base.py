@@ -69,6 +69,10 @@ class Settings(Protocol):
         """The objective."""
 
     @property
+    def token_weight(self) -> Any:
+        """The token weight."""
+
+    @property
     def lora(self) -> Any:
         """The adapters."""
 
@@ -370,7 +374,7 @@ class LossRows:
         if self.teacher is None:
             inner = 0.0
         divisor = self.origin_tokens[int(origin)] if own_mean else self.step_tokens
-        out: KDOutput = KDObjective(chosen, inner)(
+        out: KDOutput = KDObjective(chosen, inner, run.weighting)(
             self.student, self.teacher, self.labels_of(origin), divisor, token_weights=token_weights
         )
         zeros = out.class_loss.new_zeros(len(run.loss.terms))
@@ -389,12 +393,14 @@ class LossRows:
 
         found = [part for part in parts if part is not None]
         zeros = found[0].class_loss.new_zeros(len(self.objective.loss.terms))
+        weights = [part.weight_sums for part in found if part.weight_sums is not None]
         return KDOutput(
             loss=_sum([part.loss for part in found]),
             class_loss=_sum([part.class_loss for part in found]),
             kd_loss=_sum([zeros.sum() if p.kd_loss is None else p.kd_loss for p in found]),
             kd_terms=_sum([zeros if part.kd_terms is None else part.kd_terms for part in found]),
             num_tokens=_sum([part.num_tokens for part in found]),
+            weight_sums=_sum(weights) if weights else None,
         )
 
 

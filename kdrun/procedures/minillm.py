@@ -74,12 +74,17 @@ class MiniLLM(Procedure):
         return config.procedure.text is None
 
     def check(self, config: Settings) -> None:
-        """Also check that plain text has a weight.
+        """Also check that plain text has a weight, and that no token weight is given.
 
         Raises:
-            InputError: text that would have no effect.
+            InputError: text that would have no effect, or a token weight.
         """
         super().check(config)
+        if config.token_weight.spec is not None:
+            raise InputError(
+                "procedure minillm: --token-weight would apply to one of the two parts of its "
+                "objective only; remove it, or use --procedure gkd"
+            )
         if config.procedure.text is not None and not _takes_data(config):
             raise InputError(
                 "procedure.text: has no effect at --kd-ratio 1, because its cross-entropy has "

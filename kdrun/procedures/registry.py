@@ -37,20 +37,10 @@ def split_spec(spec: str) -> tuple[str, Mapping[str, str]]:
     Raises:
         InputError: the spec does not have the form ``name:key=value,key=value``.
     """
-    from kdlosses import LossSpecError, parse_spec
+    from kdlosses import one_term
 
-    try:
-        parsed = parse_spec(spec)
-    except LossSpecError as error:
-        raise InputError(
-            f"procedure {spec!r}: expected a name such as gkd, or gkd:lambda=0.5 with key=value "
-            "after the colon, each key once"
-        ) from error
-    if len(parsed.terms) > 1 or parsed.chunked or parsed.terms[0].weight != 1:
-        raise InputError(
-            f"procedure {spec!r}: expected one name; only losses have weights and sums"
-        )
-    return parsed.terms[0].name, parsed.terms[0].parameters
+    term = one_term(spec, "procedure", "gkd:lambda=0.5", InputError)
+    return term.name, term.parameters
 
 
 def find_procedure(name: str) -> ProcedureRef:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdrun.config.sections import KD_RATIO
 from kdrun.files import write_text
-from kdrun.losses.build import build_loss
+from kdrun.losses.build import build_loss, build_weighting
 from kdrun.run import folder as runs
 from kdrun.run.arguments import settle, training_arguments
 from kdrun.run.check import names_writer, procedure_of
@@ -76,6 +76,7 @@ def build(config: RunConfig, prepared: Prepared, loaded: Loaded, start: Start) -
             model=loaded.student,
             teacher=loaded.teacher.training,
             loss=build_loss(config.loss, pair.vocab_size),
+            token_weight=build_weighting(config.token_weight),
             kd_ratio=config.loss.schedules.get(KD_RATIO, config.loss.kd_ratio),
             args=arguments,
             data_collator=Collator(pair.tokenizer.pad_token_id),

@@ -12,7 +12,7 @@ from kdrun.config.load import complete_pair, validate
 from kdrun.config.sections import RunConfig
 from kdrun.data.prepare import RawRows, check_packed_rows, read_rows
 from kdrun.errors import InputError
-from kdrun.losses.build import build_loss, check_name
+from kdrun.losses.build import build_loss, check_name, check_weighting
 from kdrun.models.adapters import check_peft
 from kdrun.models.address import is_address
 from kdrun.models.attention import check_attention
@@ -63,6 +63,7 @@ def check(config: RunConfig) -> RawRows:
     check_cached_rows(config.model.teacher_cache, config.data.shift_windows, rows)
     check_packed_rows(config.data, rows)
     build_loss(config.loss, vocab_size=None)
+    check_weighting(config.token_weight, config.loss)
     if config.training.fsdp and config.lora.merge:
         raise InputError(
             "lora.merge=true conflicts with training.fsdp=true; remove it and merge the saved "

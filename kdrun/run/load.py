@@ -11,7 +11,7 @@ from kdrun.cache.choose import ChosenTeacher, choose_teacher
 from kdrun.cache.fingerprint import TeacherPrint, print_teacher
 from kdrun.data.templates import Rendering
 from kdrun.errors import InputError
-from kdrun.losses.build import build_loss, notes_on_names, unchunked
+from kdrun.losses.build import notes_on_names, plain_objective
 from kdrun.models.adapters import add_adapters, describe_adapters
 from kdrun.models.address import is_address
 from kdrun.models.attention import check_trains
@@ -70,13 +70,14 @@ def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
     check_trains(config.model.attention)
     teacher_devices(config.model.teacher_device)
     pair = prepared.pair
-    loss = build_loss(unchunked(config.loss), None)
+    objective = plain_objective(config.loss, config.token_weight)
     if is_address(config.model.teacher):
         from kdrun.run.served import choose_served
 
-        teacher = choose_served(config, prepared, loss, start)
+        teacher = choose_served(config, prepared, objective, start)
     else:
-        teacher = choose_teacher(config.model, config.loss, pair, prepared.examples, loss)
+        sections = (config.model, config.loss)
+        teacher = choose_teacher(*sections, pair, prepared.examples, objective)
     student: Any = load_student(pair, config.model, config.training.seed, start.say)
     widths = {"student": student.get_output_embeddings().weight.shape[0], **teacher.widths}
     describe_cut(widths, pair.vocab_size, start.say)

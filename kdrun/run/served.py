@@ -17,7 +17,7 @@ from kdrun.served.probe import open_served, open_writer
 from kdrun.served.writer import ServedWriter, StudentWriter
 
 if TYPE_CHECKING:
-    from kdlosses import TokenLoss
+    from kdlosses import KDObjective
     from kdrun.config.sections import RunConfig
     from kdrun.procedures.session import Session
     from kdrun.run.prepare import Prepared
@@ -29,14 +29,14 @@ _SHOWN = 8
 
 
 def choose_served(
-    config: RunConfig, prepared: Prepared, loss: TokenLoss, start: Start
+    config: RunConfig, prepared: Prepared, objective: KDObjective, start: Start
 ) -> ChosenTeacher:
     """Open the server of a run's teacher, and check that it suits the run.
 
     Args:
         config: of the run.
         prepared: provides the pair and its examples.
-        loss: the loss of the run, unchunked.
+        objective: that of the run, unchunked.
         start: provides the processes, and displays lines.
 
     Raises:
@@ -56,14 +56,14 @@ def choose_served(
         start.say,
     )
     try:
-        return _chosen(served, config, loss, address)
+        return _chosen(served, config, objective, address)
     except InputError:
         served.close()
         raise
 
 
 def _chosen(
-    served: ServedTeacher, config: RunConfig, loss: TokenLoss, address: str
+    served: ServedTeacher, config: RunConfig, objective: KDObjective, address: str
 ) -> ChosenTeacher:
     """Check that the loss can be computed with what a server gives."""
     if not served.exact and "temperature" in config.loss.schedules:
@@ -71,7 +71,7 @@ def _chosen(
             f"{address} gives log-probabilities at one temperature, but loss.schedules changes it; "
             "use its hidden states (served.form=states)"
         )
-    check_loss(served, loss, address)
+    check_loss(served, objective, address)
     asked = served.asked
     what = "hidden states" if served.exact else f"the {asked.top_k} most likely tokens and a tail"
     notes = [f"teacher: {asked.model} at {address}, {what}"]

@@ -35,6 +35,8 @@ class LossSums:
         self._shares = torch.zeros(3 + terms, device=device)
         self._balanced = balanced
         self._step_terms = torch.zeros(terms, device=device)
+        self._weights = torch.zeros(3, device=device)
+        self._step_weights = self._weights.clone()
         self._logged_step = 0
         self._before_step = self._shares.clone()
         self.supervised_tokens = 0
@@ -46,6 +48,7 @@ class LossSums:
         parts.append(outputs[BALANCING] if self._balanced else torch.zeros_like(parts[0]))
         self._shares += torch.cat([torch.stack(parts), outputs["kd_terms"]]).detach()
         self._step_terms += outputs["kd_terms"].detach()
+        self._step_weights += outputs["weight_sums"].detach()
         self.supervised_tokens += int(outputs["num_tokens"])
 
     def begin_step(self) -> None:
@@ -62,10 +65,21 @@ class LossSums:
         self._step_terms.zero_()
         return found
 
+    def take_step_weights(
+        self, accelerator: Accelerator, wanted: bool, skipped: bool
+    ) -> list[float] | None:
+        """Return the sums of the token weights in this step, over all processes, if needed."""
+        if not skipped:
+            self._weights += self._step_weights
+        found = accelerator.reduce(self._step_weights).tolist() if wanted else None
+        self._step_weights.zero_()
+        return found
+
     def begin_line(self, step: int) -> None:
         """Start the means of the next log line after a step."""
         self._logged_step = step
         self._shares.zero_()
+        self._weights.zero_()
 
     def line(
         self,
@@ -104,10 +118,20 @@ class LossSums:
             "kd_loss": shares[1] if objective.needs_teacher else None,
             **({BALANCING: shares[2]} if self._balanced else {}),
             **named_terms(objective.loss, shares[3:]),
+            **self._mean_weight(objective, accelerator),
             **moving,
             **more,
             **logs,
         }
+
+    def _mean_weight(self, objective: KDObjective, accelerator: Accelerator) -> dict[str, float]:
+        """Mean token weight, before normalisation, and share of tokens with a weight above 0."""
+        if objective.weighting is None:
+            return {}
+        total, positive, tokens = accelerator.reduce(self._weights).tolist()
+        if not tokens:  # no step since the last line had a teacher
+            return {}
+        return {"token_weight": total / tokens, "token_weight_share": positive / tokens}
 
     def has_steps(self, step: int) -> bool:
         """Return whether there was a step since the last line."""

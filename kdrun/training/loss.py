@@ -50,7 +50,7 @@ def prepare_loss(
 
     Returns:
         The consumer for the student's head, which returns ``loss``, ``class_loss``, ``kd_loss``,
-        ``kd_terms`` and ``num_tokens``; and the features.
+        ``kd_terms``, ``weight_sums`` and ``num_tokens``; and the features.
     """
     rollout = inputs.get(ROLLOUT)
     labels, features = split_inputs(
@@ -80,6 +80,7 @@ def prepare_loss(
     def consume(student: Any) -> dict[str, Tensor]:
         out = evaluate(student)
         zeros = out.class_loss.new_zeros(len(objective.loss.terms))
+        unweighted = zeros.new_zeros(3)
         if guard is not None:
             _watch(guard, out, lambda only: objective(student, source, only), inputs)
         return {
@@ -87,6 +88,7 @@ def prepare_loss(
             "class_loss": out.class_loss,
             "kd_loss": zeros.sum() if out.kd_loss is None else out.kd_loss,
             "kd_terms": zeros if out.kd_terms is None else out.kd_terms,
+            "weight_sums": unweighted if out.weight_sums is None else out.weight_sums,
             "num_tokens": out.num_tokens,
         }
 

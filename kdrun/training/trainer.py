@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from kdlosses import KDObjective, Schedule, TokenLoss, get_loss
+from kdlosses import (
+    KDObjective,
+    Schedule,
+    TokenLoss,
+    TokenWeight,
+    TokenWeighting,
+    get_loss,
+    get_weight,
+)
 from kdrun.evaluation.measures import figures, prepare_measures, silence_repeats
 from kdrun.models.heads import (
     BALANCING,
@@ -95,9 +103,12 @@ class DistillTrainer(SavingTrainer):
         args: TrainingArguments | None = None,
         procedure: Procedure | str | None = None,
         sampling: Sampling | None = None,
+        token_weight: TokenWeight | TokenWeighting | str | None = None,
         **options: Any,
     ) -> None:
-        objective = KDObjective(get_loss(loss) if isinstance(loss, str) else loss, kd_ratio)
+        weight = get_weight(token_weight) if isinstance(token_weight, str) else token_weight
+        loss = get_loss(loss) if isinstance(loss, str) else loss
+        objective = KDObjective(loss, kd_ratio, weight)
         if teacher is None and objective.needs_teacher:
             raise ValueError(f"teacher: needed at kd_ratio {kd_ratio}, got None")
         _refuse_without_effect(args, options)
@@ -278,11 +289,15 @@ class DistillTrainer(SavingTrainer):
         """
         stateful = self.objective.loss.stateful and self.objective.kd_ratio > 0
         terms = self.sums.take_step_terms(self.accelerator, stateful and not self._left_out)
+        weighed = self.objective.needs_weight_sums and self.objective.kd_ratio > 0
+        weights = self.sums.take_step_weights(
+            self.accelerator, weighed and not self._left_out, self._left_out
+        )
         if self._left_out:
             self.move_schedules()
         else:
             self.sums.moving_values = self.objective.moving_values
-            self.objective.advance(self._progress, terms)
+            self.objective.advance(self._progress, terms, weights)
 
     def move_schedules(self) -> None:
         """Move schedules to the completed share of training; states are unchanged."""

@@ -13,7 +13,8 @@ from pydantic import Field, field_validator
 
 import kdlosses
 from kdlosses import testing
-from kdlosses.divergence import Divergence, RowLoss, state_variable
+from kdlosses.definition import state_variable
+from kdlosses.divergence import Divergence, RowLoss
 from kdlosses.losses.forward_kl import ForwardKL
 from kdlosses.numerics import kl_terms
 from kdlosses.testing import extremes

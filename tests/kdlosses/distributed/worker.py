@@ -58,7 +58,7 @@ def evaluate(objective, student, teacher, labels, cls, part):
     return out, [leaf.grad for leaf in leaves]
 
 
-def check(spec, chunked, dtype, temperature, softcap):
+def check(spec, chunked, dtype, temperature, softcap, token_weight=None):
     world, rank = dist.get_world_size(), dist.get_rank()
     student, teacher, labels = make(dtype, softcap)
     name, colon, parameters = spec.partition(":")
@@ -66,7 +66,7 @@ def check(spec, chunked, dtype, temperature, softcap):
     full_name = f"{name}{'_chunked' if chunked else ''}{colon}{parameters}"
     # One token less than the heads have: padding is cut on the last process.
     loss = get_loss(full_name, temperature=temperature, vocab_size=VOCAB - 1, **more)
-    objective = KDObjective(loss, kd_ratio=0.6)
+    objective = KDObjective(loss, kd_ratio=0.6, token_weight=token_weight)
     expected, whole = evaluate(objective, student, teacher, labels, Projected, (0, VOCAB))
     part = bounds(world, rank)
     found, parts = evaluate(objective, student, teacher, labels, VocabParallel, part)
@@ -99,6 +99,9 @@ def main() -> None:
             check(spec, chunked, torch.float64, 2.0, 4.0)
             check(spec, chunked, torch.float32, 1.0, None)
     assert additive >= 10, additive
+    for ref in kdlosses.available_weights():
+        weighting = kdlosses.TokenWeighting(kdlosses.get_weight(ref.name), "both")
+        check("reverse_kl", True, torch.float64, 2.0, 4.0, weighting)
     (hidden, weight, _), _ = make(torch.float64, None)[0]
     rank, world = dist.get_rank(), dist.get_world_size()
     start, stop = bounds(world, rank)

@@ -44,13 +44,14 @@ class Case:
     fsdp: bool = False
     lora: bool = False
     accumulation: int = 1
+    token_weight: str | None = None
 
 
 CASES = (
     Case("ddp_chunked_tied"),
     Case("ddp_plain_untied", loss="generalized_jsd", tied=False),
     Case("ddp_lora", loss="reverse_kl_chunked", lora=True),
-    Case("ddp_accumulated", accumulation=2),
+    Case("ddp_accumulated", accumulation=2, token_weight="top_entropy"),
     Case("fsdp_chunked_tied", fsdp=True),
     Case("fsdp_chunked_untied", loss="skew_reverse_kl_chunked", tied=False, fsdp=True),
     Case("fsdp_plain_tied", loss="forward_kl", fsdp=True),
@@ -121,11 +122,16 @@ def step(case: Case, base: Path) -> tuple[dict[str, torch.Tensor], dict[str, flo
         shard(teacher)
     chunked = case.loss.endswith("_chunked")
     more = {"chunk_size": 5, "compiled": False} if chunked else {}
+    weighting = None
+    if case.token_weight is not None:
+        weight = kdlosses.get_weight(case.token_weight)
+        weighting = kdlosses.TokenWeighting(weight, "both", "running")
     trainer = InOrder(
         model=student,
         teacher=teacher,
         loss=kdlosses.get_loss(case.loss, **more),
         kd_ratio=0.7,
+        token_weight=weighting,
         args=arguments,
         data_collator=Collator(0),
         train_dataset=rows(),

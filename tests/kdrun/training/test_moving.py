@@ -11,7 +11,7 @@ import torch
 import transformers
 from bare import bare_arguments
 
-from kdlosses import Linear, Step, get_loss
+from kdlosses import Linear, Step, TokenWeighting, get_loss, get_weight
 from kdrun import DistillTrainer
 from kdrun.cli import main
 from kdrun.config.load import load_config
@@ -35,7 +35,9 @@ def make(seed: int) -> Any:
     )
 
 
-def trainer(folder: Path, spec: str = SPEC, **options: Any) -> DistillTrainer:
+def trainer(
+    folder: Path, spec: str = SPEC, token_weight: Any = None, **options: Any
+) -> DistillTrainer:
     generator = torch.Generator().manual_seed(0)
     data = []
     for length in (5, 12, 8, 6, 9, 7, 11, 10):
@@ -52,6 +54,7 @@ def trainer(folder: Path, spec: str = SPEC, **options: Any) -> DistillTrainer:
         teacher=make(0),
         loss=loss,
         kd_ratio=Linear(start=0.2, end=0.8),
+        token_weight=token_weight,
         args=bare_arguments(
             folder,
             max_steps=6,
@@ -101,6 +104,32 @@ def test_a_resumed_run_continues_schedules_and_state_bit_for_bit(tmp_path: Path)
         assert torch.equal(ours, theirs)
     assert resumed.objective.moving_values == whole.objective.moving_values
     assert resumed.objective.moving_values["taid.momentum"] != 0
+
+
+def weighting() -> TokenWeighting:
+    return TokenWeighting(get_weight("top_entropy:share=0.3"), "both", "running")
+
+
+def test_token_weights_are_logged_and_their_state_resumes_bit_for_bit(tmp_path: Path) -> None:
+    whole = trainer(tmp_path, token_weight=weighting())
+    whole.train()
+    lines = [line for line in whole.state.log_history if "class_loss" in line]
+    # An indicator: its mean is the share of the tokens; the threshold follows from the shares.
+    threshold, means = 0.0, []
+    for line in lines:
+        assert line["token_weight"] == pytest.approx(line["token_weight_share"])
+        assert line["weight.threshold"] == pytest.approx(threshold)
+        assert line["weight.running_mean"] == pytest.approx(sum(means or [1.0]) / len(means or [1]))
+        means.append(line["token_weight"])
+        threshold = max(0.0, threshold + 0.5 * (means[-1] - 0.3))
+    resumed = trainer(tmp_path / "elsewhere", token_weight=weighting())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert resumed.objective.moving_values == whole.objective.moving_values
+    other = trainer(tmp_path / "other", token_weight="entropy")
+    with pytest.raises(TrainingError, match="was saved with the token weight TopEntropy"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 def test_a_checkpoint_of_another_loss_is_refused(tmp_path: Path) -> None:

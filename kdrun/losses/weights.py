@@ -1,0 +1,76 @@
+"""The output of ``kdrun weights``."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import asdict
+
+from rich.markup import escape
+from rich.table import Table
+
+from kdlosses import BrokenWeightError, WeightSpecError, available_weights, find_weight, get_weight
+from kdrun.losses.check import print_results, verdict_of
+from kdrun.losses.describe import parameters
+from kdrun.losses.show import plain_console, print_parameters
+
+
+def print_list() -> None:
+    """Print one row per token weight, with the summary line of its docstring."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "distribution", "what it is"):
+        table.add_column(heading, no_wrap=heading != "what it is")
+    for ref in available_weights():
+        try:
+            text = inspect.cleandoc(type(get_weight(ref.name)).__doc__ or "-").splitlines()[0]
+        except (WeightSpecError, BrokenWeightError) as error:
+            text = f"broken: {error}"
+        table.add_row(*map(escape, (ref.name, ref.distribution, text)))
+    plain_console().print(table)
+
+
+def print_weight(spec: str) -> None:
+    """Print the description, parameters and traits of a token weight.
+
+    Raises:
+        WeightSpecError: an unknown token weight.
+        BrokenWeightError: it cannot be imported.
+    """
+    weight = get_weight(spec)
+    console = plain_console()
+    console.print(inspect.cleandoc(type(weight).__doc__ or "(no docstring)"), markup=False)
+    console.print()
+    print_parameters(console, parameters(weight))
+    for trait in ("supports_top_k", "uses_position", "stateful"):
+        console.print(f"{trait}: {getattr(weight, trait)}")
+    ref = find_weight(spec.partition(":")[0].strip())
+    console.print(f"registered by {ref.distribution} as {ref.name}", markup=False)
+
+
+def print_checks(spec: str, as_json: bool) -> bool:
+    """Run the conformance checks of a token weight and print the results.
+
+    Returns:
+        Whether all checks passed.
+
+    Raises:
+        WeightSpecError: an unknown token weight.
+        BrokenWeightError: it cannot be imported.
+    """
+    from kdlosses import testing
+
+    weight = get_weight(spec)
+    results = testing.run_weight_checks(weight)
+    verdict = verdict_of(results)
+    if not as_json:
+        print_results(spec, results)
+        return verdict == "passed"
+    report = {
+        "conformance_version": testing.CONFORMANCE_VERSION,
+        "spec": spec,
+        "parameters": weight.model_dump(mode="json"),
+        "verdict": verdict,
+        "checks": [asdict(result) for result in results],
+    }
+    print(json.dumps(report, indent=1))
+    return verdict == "passed"
