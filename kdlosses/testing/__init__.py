@@ -5,12 +5,8 @@ plugin. The checks use relations and finite differences, so they need no referen
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Any
 
-from kdlosses.divergence import Loss
 from kdlosses.testing import (  # noqa: F401 - imports fill the catalogue
     batches,
     extremes,
@@ -20,45 +16,44 @@ from kdlosses.testing import (  # noqa: F401 - imports fill the catalogue
     teachers,
     values,
 )
-from kdlosses.testing.catalogue import CHECKS, About, Check, LossLike, as_loss
+from kdlosses.testing.catalogue import CHECKS, Check, LossLike, as_loss
+from kdlosses.testing.features import (
+    FEATURE_CONFORMANCE_VERSION,
+    check_feature,
+    feature_checks_for,
+    parametrize_with_feature_checks,
+    report_feature_checks,
+    run_feature_checks,
+)
+from kdlosses.testing.verdicts import (
+    CheckResult,
+    ConformanceError,
+    demand,
+    describe,
+    parametrized,
+    verdicts_of,
+)
 
 __all__ = [
     "CONFORMANCE_VERSION",
+    "FEATURE_CONFORMANCE_VERSION",
     "Check",
     "CheckResult",
     "ConformanceError",
+    "check_feature",
     "check_loss",
     "checks_for",
+    "feature_checks_for",
     "parametrize_with_checks",
+    "parametrize_with_feature_checks",
     "report_checks",
+    "report_feature_checks",
     "run_checks",
+    "run_feature_checks",
 ]
 
 CONFORMANCE_VERSION = 1
 """Raised when a check is added or demands more, so that a verdict says what was checked."""
-
-Verdict = Literal["passed", "failed", "expected failure"]
-
-
-class ConformanceError(AssertionError):
-    """A loss fails checks; the message contains their names and reasons."""
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """The result of one check.
-
-    Attributes:
-        name: name of the check.
-        verdict: ``"passed"``, ``"failed"``, or ``"expected failure"`` if the loss declares it.
-        reason: why it failed, or the reason declared by the loss; empty if it passed.
-        about: subject of the check, ``"mathematics"`` or ``"documentation"``.
-    """
-
-    name: str
-    verdict: Verdict
-    reason: str
-    about: About = "mathematics"
 
 
 def checks_for(loss: LossLike) -> Iterator[Check]:
@@ -79,22 +74,7 @@ def run_checks(loss: LossLike) -> list[CheckResult]:
     A declared failure that passes counts as failed, because its declaration is out of date.
     """
     loss = as_loss(loss)
-    results = []
-    for check in checks_for(loss):
-        reason = _failure(check, loss)
-        declared = loss.expected_failures.get(check.name)
-        if declared is None:
-            result = CheckResult(
-                check.name, "failed" if reason else "passed", reason or "", check.about
-            )
-        elif reason:
-            result = CheckResult(check.name, "expected failure", declared, check.about)
-        else:
-            result = CheckResult(
-                check.name, "failed", f"passes, although declared to fail: {declared}", check.about
-            )
-        results.append(result)
-    return results
+    return verdicts_of(checks_for(loss), loss)
 
 
 def report_checks(loss: LossLike) -> dict[str, Any]:
@@ -106,19 +86,7 @@ def report_checks(loss: LossLike) -> dict[str, Any]:
         checks; and ``checks``, a list of objects with the fields of :class:`CheckResult`.
     """
     loss = as_loss(loss)
-    results = run_checks(loss)
-    verdicts = [result.verdict for result in results]
-    kinds: tuple[Verdict, ...] = ("passed", "failed", "expected failure")
-    kind = type(loss)
-    return {
-        "conformance_version": CONFORMANCE_VERSION,
-        "kdlosses": _installed_version(),
-        "loss": f"{kind.__module__}:{kind.__qualname__}",
-        "parameters": loss.model_dump(mode="json"),
-        "verdict": "failed" if "failed" in verdicts else "passed",
-        "counts": {name: verdicts.count(name) for name in kinds},
-        "checks": [asdict(result) for result in results],
-    }
+    return describe("loss", loss, run_checks(loss), CONFORMANCE_VERSION)
 
 
 def check_loss(loss: LossLike) -> None:
@@ -131,12 +99,7 @@ def check_loss(loss: LossLike) -> None:
         ConformanceError: contains the names and reasons of the failed checks.
     """
     loss = as_loss(loss)
-    results = run_checks(loss)
-    failed = [result for result in results if result.verdict == "failed"]
-    if failed:
-        lines = [f"  {result.name}: {result.reason}" for result in failed]
-        heading = f"{loss!r} fails {len(failed)} of {len(results)} checks:"
-        raise ConformanceError("\n".join([heading, *lines]))
+    demand(loss, run_checks(loss))
 
 
 def parametrize_with_checks(losses: Iterable[LossLike]) -> Any:
@@ -145,30 +108,4 @@ def parametrize_with_checks(losses: Iterable[LossLike]) -> Any:
     The test takes ``loss`` and ``check`` and calls ``check(loss)``. Declared failures become
     strict ``xfail`` marks with their reasons.
     """
-    pytest = import_module("pytest")  # only needed for writing tests
-    cases = []
-    for given in losses:
-        loss = as_loss(given)
-        label = given.__name__ if isinstance(given, type) else f"{given!r}".strip("'")
-        for check in checks_for(loss):
-            reason = loss.expected_failures.get(check.name)
-            marks = () if reason is None else pytest.mark.xfail(reason=reason, strict=True)
-            cases.append(pytest.param(loss, check, marks=marks, id=f"{label}-{check.name}"))
-    return pytest.mark.parametrize(("loss", "check"), cases)
-
-
-def _installed_version() -> str | None:
-    try:
-        return version("kdlosses")
-    except PackageNotFoundError:  # a checkout that is not installed
-        return None
-
-
-def _failure(check: Check, loss: Loss) -> str | None:
-    try:
-        check(loss)
-    except AssertionError as error:
-        return str(error) or "an assertion failed"
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+    return parametrized("loss", [(given, as_loss(given)) for given in losses], checks_for)

@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from kdlosses.divergence import Divergence, Loss
 from kdlosses.testing.cases import close, no_nan, normal, pair, permutation, rows
@@ -17,7 +17,16 @@ from kdlosses.testing.catalogue import CHECKS, conformance
 @conformance(about="documentation")
 def _docstring(loss: Loss) -> None:
     """The docstring has a formula in its summary and a reference; parameters are described."""
-    text = inspect.cleandoc(type(loss).__dict__.get("__doc__") or "")
+    check_docstring(type(loss))
+
+
+def check_docstring(kind: type[BaseModel]) -> None:
+    """Refuse a class without formula, reference, or description of its parameters.
+
+    Raises:
+        AssertionError: names what is missing.
+    """
+    text = inspect.cleandoc(kind.__dict__.get("__doc__") or "")
     if not text:
         raise AssertionError("the class has no docstring")
     summary = " ".join(text.split("\n\n", 1)[0].split())
@@ -29,7 +38,7 @@ def _docstring(loss: Loss) -> None:
         )
     if not re.search(r"^References?:\s*\S", text, re.MULTILINE):
         raise AssertionError("the docstring has no line 'Reference: ...'")
-    for name, field in type(loss).model_fields.items():
+    for name, field in kind.model_fields.items():
         if not field.description:
             raise AssertionError(f"parameter {name} has no description (Field(description=...))")
 
