@@ -24,6 +24,12 @@ FLAGS: tuple[tuple[str, str, str, str], ...] = (
     ("--eval-data", "data.eval", "ROWS", "Held-out rows; by default 5 % of the training rows."),
     ("--loss", "loss.spec", "SPEC", "Loss, such as generalized_jsd_chunked:beta=0.1."),
     ("--kd-ratio", "loss.kd_ratio", "R", "Weight of the loss; cross-entropy has weight 1 - R."),
+    (
+        "--features",
+        "features.spec",
+        "SPEC",
+        "Loss on hidden states, such as hidden_cosine:layers=uniform,weight=0.1.",
+    ),
     ("--temperature", "loss.temperature", "T", "Softens both distributions."),
     (
         "--procedure",

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from kdlosses import Schedule
 from kdrun.config.base import DType, Section
+from kdrun.config.features_section import FeaturesConfig
 from kdrun.config.served_section import ServedConfig
 from kdrun.config.training_sections import (
     EvaluationConfig,
@@ -390,6 +391,7 @@ class RunConfig(Section):
     served: ServedConfig = ServedConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
+    features: FeaturesConfig = FeaturesConfig()
     procedure: ProcedureConfig = ProcedureConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
