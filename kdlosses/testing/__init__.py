@@ -19,6 +19,7 @@ from kdlosses.testing import (  # noqa: F401 - imports fill the catalogue
 from kdlosses.testing.catalogue import CHECKS, Check, LossLike, as_loss
 from kdlosses.testing.features import (
     FEATURE_CONFORMANCE_VERSION,
+    FeatureCheck,
     check_feature,
     feature_checks_for,
     parametrize_with_feature_checks,
@@ -40,6 +41,7 @@ __all__ = [
     "Check",
     "CheckResult",
     "ConformanceError",
+    "FeatureCheck",
     "check_feature",
     "check_loss",
     "checks_for",

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
 from kdlosses import get_loss, parse_spec
 from kdrun.errors import InputError
 
@@ -81,7 +83,7 @@ class Parameter:
     meaning: str
 
 
-def doc_parts(loss: Loss) -> DocParts:
+def doc_parts(loss: BaseModel) -> DocParts:
     """Split a docstring into its parts; missing parts are empty."""
     text = inspect.cleandoc(type(loss).__doc__ or "")
     summary, *paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
@@ -105,7 +107,7 @@ def family(loss: Loss) -> str:
     return f"{kind}, stateful" if loss.stateful else kind
 
 
-def parameters(loss: Loss) -> list[Parameter]:
+def parameters(loss: BaseModel) -> list[Parameter]:
     """The hyper-parameters with their bounds."""
     return [
         Parameter(name, str(getattr(loss, name)), bounds(info.metadata), info.description or "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kdrun.errors import InputError
@@ -52,6 +53,41 @@ def files_of_features(spec: str | None) -> dict[str, str]:
         return {}
     with features_as_input():
         return feature_files(spec)
+
+
+@dataclass(frozen=True)
+class FeaturePlan:
+    """What a term on hidden states compares, without its projectors.
+
+    Attributes:
+        pairs: ``(teacher layer, student layer)``, counted from 1.
+        projected: number of weights of the projectors.
+        relation: whether a whole sequence is evaluated at a time.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    projected: int
+    relation: bool
+
+
+def plan_features(spec: str, teacher: Hidden, student: Hidden) -> FeaturePlan:
+    """Check a spec for two models.
+
+    Raises:
+        InputError: an unknown loss or parameter, or layers that a model does not have.
+    """
+    from kdlosses import LayerMapError, RelationLoss, build_feature, layer_pairs, parse_features
+
+    with features_as_input():
+        parsed = parse_features(spec)
+        loss = build_feature(parsed)
+    try:
+        pairs = layer_pairs(parsed.layers, teacher.layers, student.layers)
+    except LayerMapError as error:
+        raise InputError(f"features {spec!r}: {error}") from error
+    projected = loss.equal_widths and teacher.width != student.width
+    weights = len(pairs) * teacher.width * student.width if projected else 0
+    return FeaturePlan(pairs, weights, isinstance(loss, RelationLoss))
 
 
 def build_features(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kdrun.errors import InputError
-from kdrun.losses.features import build_features, check_features_name
+from kdrun.losses.features import FeaturePlan, build_features, check_features_name, plan_features
 from kdrun.models.address import is_address
 from kdrun.models.context import load_model_config
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from kdrun.config.sections import RunConfig
     from kdrun.models.locate import ModelSource
 
-_OF_THE_MODEL_ALONE = ("lomo", "layerwise", "muon", "dion")
-"""Parts of the names of optimisers that take a model, or step within the backward pass."""
+_IN_THE_BACKWARD_PASS = ("lomo", "layerwise")
+"""Parts of the names of optimisers that step within the student's backward pass."""
 
 
 def check_features(config: RunConfig) -> None:
@@ -50,28 +50,27 @@ def check_features(config: RunConfig) -> None:
 
 def check_features_layers(
     config: RunConfig, teacher: ModelSource | None, student: ModelSource
-) -> FeatureTerm | None:
-    """Build the term from the models' configurations alone; None without one.
+) -> FeaturePlan | None:
+    """Check the term against the models' configurations; None without a term.
 
     Raises:
         InputError: layers that a model does not have, or a wrong parameter of the loss.
     """
-    if config.features.spec is None or teacher is None:
+    spec, trust = config.features.spec, config.model.trust_remote_code
+    if spec is None or teacher is None:
         return None
     from kdrun.models.hidden import hidden_shape
 
-    trust = config.model.trust_remote_code
-    of_teacher, of_student = (
-        hidden_shape(load_model_config(model, trust)) for model in (teacher, student)
+    plan = plan_features(
+        spec, *(hidden_shape(load_model_config(model, trust)) for model in (teacher, student))
     )
-    term = build_features(config.features, of_teacher, of_student, config.training.seed)
-    optimizer, projected = config.optimizer.name or "", term is not None and len(term.projectors)
-    if projected and any(part in optimizer for part in _OF_THE_MODEL_ALONE):
+    optimizer = config.optimizer.name or ""
+    if plan.projected and any(part in optimizer for part in _IN_THE_BACKWARD_PASS):
         raise InputError(
-            f"features {config.features.spec}: optimizer.name={optimizer} does not train the "
-            "projectors between states of different widths; use another optimiser"
+            f"features {spec}: optimizer.name={optimizer} does not train the projectors between "
+            "states of different widths; use another optimiser"
         )
-    return term
+    return plan
 
 
 def open_features(config: RunConfig, teacher: Any, student: Any) -> FeatureTerm | None:

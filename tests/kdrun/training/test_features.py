@@ -14,6 +14,7 @@ from torch.nn.functional import cosine_similarity
 import kdlosses
 from kdrun import DistillTrainer
 from kdrun.data.collate import Collator
+from kdrun.errors import TrainingError
 from kdrun.models.hidden import find_layers, recorded
 from kdrun.training.features import Selected
 
@@ -208,22 +209,20 @@ def test_a_relation_stays_within_its_row(tmp_path: Path) -> None:
 
 
 def test_a_state_that_is_not_finite_is_reported_with_the_term(tmp_path: Path) -> None:
-    from kdrun.errors import TrainingError
-
-    teacher_of_nan = "hidden_mse:layers=last"
+    teacher = make(0, 16, 3)
+    teacher.model.layers[2].mlp.down_proj.weight.data[0] = float("nan")
+    shapes = kdlosses.Hidden(3, 16), kdlosses.Hidden(2, 16)
+    trainer = InOrder(
+        model=make(1, 16, 2),
+        teacher=teacher,
+        kd_ratio=0.0,
+        args=bare_arguments(tmp_path, max_steps=1),
+        data_collator=Collator(0),
+        train_dataset=rows(),
+        features=kdlosses.get_features("hidden_mse:layers=last", *shapes),
+    )
     with pytest.raises(TrainingError, match=r"nan at step 1 \(class loss .*feature loss nan\)"):
-        term = kdlosses.get_features(teacher_of_nan, kdlosses.Hidden(3, 16), kdlosses.Hidden(2, 16))
-        teacher = make(0, 16, 3)
-        teacher.model.layers[2].mlp.down_proj.weight.data[0] = float("nan")
-        InOrder(
-            model=make(1, 16, 2),
-            teacher=teacher,
-            kd_ratio=0.0,
-            args=bare_arguments(tmp_path, max_steps=1),
-            data_collator=Collator(0),
-            train_dataset=rows(),
-            features=term,
-        ).train()
+        trainer.train()
 
 
 def test_a_live_teacher_is_needed(tmp_path: Path) -> None:
