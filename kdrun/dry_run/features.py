@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 _FLOAT = 4
 # A weight of a projector, its gradient, and two values of the optimiser.
 _OF_A_WEIGHT = 4
-# Float32 copies of a chunk's states with their gradients, and matrices of a relation, that exist at
-# once, as recorded by the allocator on a CPU.
-_COPIES, _MATRICES = 6, 5
+# What exists at once in float32, as recorded on a CPU: copies of a chunk's states, of both sides,
+# with their gradients (3 without a projector, 5 with one); of a relation one copy, and matrices of
+# pairs of tokens.
+_COPIES, _COPIES_OF_RELATIONS, _MATRICES = 5, 1, 5
 
 
 def feature_bytes(
@@ -43,7 +44,8 @@ def feature_bytes(
     of_teacher: int = getattr(torch, config.model.teacher_type).itemsize * teacher.width
     layers = len({pair[0] for pair in plan.pairs})
     kept = tokens * (layers * of_teacher + len(plan.pairs) * student.width * item_size)
-    chunk = length if plan.relation else min(tokens, config.features.chunk_size)
-    states = _COPIES * chunk * (teacher.width + student.width) * _FLOAT
-    relation = _MATRICES * length**2 * _FLOAT if plan.relation else 0
-    return _OF_A_WEIGHT * _FLOAT * plan.projected + kept + states + relation
+    at_once = _COPIES * min(tokens, config.features.chunk_size) * (teacher.width + student.width)
+    if plan.relation:
+        states = _COPIES_OF_RELATIONS * (teacher.width + student.width)
+        at_once = length * (states + _MATRICES * length)
+    return kept + _FLOAT * (_OF_A_WEIGHT * plan.projected + at_once)
