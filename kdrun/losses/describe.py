@@ -7,12 +7,12 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
 from kdlosses import get_loss, parse_spec
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from kdlosses import Loss
 
 TRAITS = (

@@ -13,16 +13,13 @@ from rich.table import Table
 from kdlosses import (
     BrokenFeatureError,
     FeatureSpecError,
-    RelationLoss,
     available_features,
     build_feature,
     feature_files,
     find_feature,
     ignored_features,
     parse_features,
-    testing,
 )
-from kdrun.losses.check import print_all, print_results
 from kdrun.losses.describe import doc_parts, parameters
 from kdrun.losses.features import features_as_input
 
@@ -100,6 +97,9 @@ def check_features(spec: str) -> bool:
     Raises:
         InputError: an unknown loss, or one that cannot be imported.
     """
+    from kdlosses import testing
+    from kdrun.losses.check import print_results
+
     with features_as_input():
         return print_results(spec, testing.run_feature_checks(build_feature(spec)))
 
@@ -110,6 +110,9 @@ def check_all_features() -> bool:
     Returns:
         Whether all checks passed. A loss that cannot be used counts as failed.
     """
+    from kdlosses import testing
+    from kdrun.losses.check import print_all
+
     names = sorted({ref.name for ref in available_features()})
     return print_all(names, testing.run_feature_checks, _UNUSABLE, "losses on hidden states")
 
@@ -139,11 +142,15 @@ def print_features_json(spec: str | None) -> bool:
 
 
 def _report(spec: str) -> dict[str, Any]:
+    from kdlosses import testing
+
     report = testing.report_feature_checks(build_feature(spec))
     return {"spec": spec, "files": feature_files(spec), **report}
 
 
 def _kind(loss: HiddenLoss) -> str:
+    from kdlosses import RelationLoss
+
     return "relation between tokens" if isinstance(loss, RelationLoss) else "each token"
 
 
