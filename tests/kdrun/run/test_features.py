@@ -113,6 +113,7 @@ def test_refused_in_one_line(distil, tmp_path, given, said):
 def test_an_optimiser_without_parameter_groups_is_refused_if_there_are_projectors(tiny_pair):
     given = {
         "model": {"teacher": str(tiny_pair.teacher), "student": str(tiny_pair.student)},
+        "data": {"train": str(tiny_pair.rows)},
         "features": {"spec": COSINE},
         "optimizer": {"name": "lomo"},
     }
