@@ -15,6 +15,23 @@ if TYPE_CHECKING:
     from kdlosses.divergence import Loss as Loss
     from kdlosses.divergence import RowLoss as RowLoss
     from kdlosses.engine.plan import automatic_chunk_size as automatic_chunk_size
+    from kdlosses.feature_registry import BrokenFeatureError as BrokenFeatureError
+    from kdlosses.feature_registry import FeatureRef as FeatureRef
+    from kdlosses.feature_registry import FeatureSpecError as FeatureSpecError
+    from kdlosses.feature_registry import available_features as available_features
+    from kdlosses.feature_registry import build_feature as build_feature
+    from kdlosses.feature_registry import feature_files as feature_files
+    from kdlosses.feature_registry import find_feature as find_feature
+    from kdlosses.feature_registry import get_features as get_features
+    from kdlosses.feature_registry import ignored_features as ignored_features
+    from kdlosses.feature_registry import parse_features as parse_features
+    from kdlosses.feature_term import FeatureTerm as FeatureTerm
+    from kdlosses.feature_term import Hidden as Hidden
+    from kdlosses.hidden_loss import FeatureLoss as FeatureLoss
+    from kdlosses.hidden_loss import HiddenLoss as HiddenLoss
+    from kdlosses.hidden_loss import RelationLoss as RelationLoss
+    from kdlosses.layer_map import LayerMapError as LayerMapError
+    from kdlosses.layer_map import layer_pairs as layer_pairs
     from kdlosses.measures import Measures as Measures
     from kdlosses.measures import calibration_error as calibration_error
     from kdlosses.measures import measure as measure
@@ -52,13 +69,21 @@ if TYPE_CHECKING:
     from kdlosses.weights import get_weight as get_weight
 
 _HOME = {
+    "BrokenFeatureError": "feature_registry",
     "BrokenLossError": "registry",
     "BrokenWeightError": "weights",
     "Constant": "schedules",
     "Cosine": "schedules",
     "Divergence": "divergence",
+    "FeatureLoss": "hidden_loss",
+    "FeatureRef": "feature_registry",
+    "FeatureSpecError": "feature_registry",
+    "FeatureTerm": "feature_term",
+    "Hidden": "feature_term",
+    "HiddenLoss": "hidden_loss",
     "KDObjective": "objective",
     "KDOutput": "objective",
+    "LayerMapError": "layer_map",
     "Linear": "schedules",
     "Logits": "sources",
     "Loss": "divergence",
@@ -68,6 +93,7 @@ _HOME = {
     "PluginGroup": "plugins",
     "PluginRef": "plugins",
     "Projected": "sources",
+    "RelationLoss": "hidden_loss",
     "RowLoss": "divergence",
     "Sampled": "compressed",
     "Schedule": "schedules",
@@ -81,17 +107,25 @@ _HOME = {
     "WeightSpecError": "weights",
     "VocabParallel": "sources",
     "automatic_chunk_size": "engine.plan",
+    "available_features": "feature_registry",
     "available_losses": "registry",
     "available_weights": "weights",
+    "build_feature": "feature_registry",
     "calibration_error": "measures",
+    "feature_files": "feature_registry",
+    "find_feature": "feature_registry",
     "find_loss": "registry",
     "find_weight": "weights",
+    "get_features": "feature_registry",
     "get_loss": "registry",
     "get_weight": "weights",
+    "ignored_features": "feature_registry",
     "ignored_losses": "registry",
+    "layer_pairs": "layer_map",
     "loss_files": "registry",
     "measure": "measures",
     "one_term": "registry",
+    "parse_features": "feature_registry",
     "parse_spec": "registry",
     "state_variable": "definition",
 }

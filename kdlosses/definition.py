@@ -2,6 +2,7 @@
 
 from abc import ABC
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
@@ -37,6 +38,8 @@ class Definition(BaseModel, ABC):
     Every hyper-parameter has a default, so that it can be constructed without arguments.
 
     Attributes:
+        expected_failures: names of the checks of :mod:`kdlosses.testing` that it is known to fail,
+            each with a reason.
         stateful: it has state; set automatically if a :class:`state_variable` is declared.
     """
 
@@ -44,6 +47,7 @@ class Definition(BaseModel, ABC):
         frozen=True, extra="forbid", validate_default=True, ignored_types=(state_variable,)
     )
 
+    expected_failures: ClassVar[Mapping[str, str]] = MappingProxyType({})
     stateful: ClassVar[bool] = False
 
     @classmethod

@@ -7,7 +7,6 @@ are its traits, the declared properties that the conformance checks verify.
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -30,8 +29,6 @@ class Loss(Definition):
             both sides are softened by a temperature T; the softened term is multiplied by
             ``T ** temperature_power`` (Hinton et al. 2015, arXiv:1503.02531, for the power 2).
         detached: names of the quantities through which no gradient flows by design.
-        expected_failures: names of the checks of :mod:`kdlosses.testing` that the loss is known to
-            fail, each with a reason.
     """
 
     zero_at_equality: ClassVar[bool] = True
@@ -39,7 +36,6 @@ class Loss(Definition):
     coarse_graining_monotone: ClassVar[bool] = False
     temperature_power: ClassVar[int] = 2
     detached: ClassVar[tuple[str, ...]] = ()
-    expected_failures: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def curvature(self) -> float | None:
         """Second-order strength near equality, relative to the KL divergence (which has 1).

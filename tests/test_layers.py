@@ -83,6 +83,11 @@ ALLOWED = {
     "measures": {"token_loss", "engine", "compressed", "sources"},
     "plugins": set(),
     "loss_file": {"plugins"},
+    "layer_map": set(),
+    "hidden_loss": set(),
+    "features": {"hidden_loss"},
+    "feature_term": {"hidden_loss", "layer_map"},
+    "feature_registry": {"feature_term", "hidden_loss", "layer_map", "loss_file", "plugins"},
     "registry": {
         "loss_file",
         "plugins",
@@ -94,6 +99,9 @@ ALLOWED = {
     },
     "testing": {
         "testing",
+        "feature_registry",
+        "feature_term",
+        "hidden_loss",
         "schedules",
         "divergence",
         "engine",
@@ -126,27 +134,30 @@ def test_the_conformance_checks_need_pytest_only_when_asked_for_tests():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("name", ["__init__", "loss_file", "plugins", "registry"])
+@pytest.mark.parametrize(
+    "name", ["__init__", "feature_registry", "layer_map", "loss_file", "plugins", "registry"]
+)
 def test_names_load_without_torch(name):
     modules = [module for module, _ in imports(parse(LIBRARY / f"{name}.py"), at_import=True)]
     assert modules
     light = {*sys.stdlib_module_names, "kdlosses"}
     assert {module.split(".")[0] for module in modules} <= light
     names = {module for module in modules if module.startswith("kdlosses")}
-    assert names <= {"kdlosses.loss_file", "kdlosses.plugins"}
+    assert names <= {"kdlosses.layer_map", "kdlosses.loss_file", "kdlosses.plugins"}
 
 
-def test_every_loss_is_one_file_registered_by_one_line():
+@pytest.mark.parametrize("group", ["losses", "features"])
+def test_every_loss_is_one_file_registered_by_one_line(group):
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    registered = project["entry-points"]["kdlosses.losses"]
-    files = {path.stem for path in (LIBRARY / "losses").glob("*.py")} - {"__init__"}
+    registered = project["entry-points"][f"kdlosses.{group}"]
+    files = {path.stem for path in (LIBRARY / group).glob("*.py")} - {"__init__"}
     assert set(registered) == files
     for name, target in registered.items():
         module, _, attribute = target.partition(":")
-        assert module == f"kdlosses.losses.{name}"
-        tree = parse(LIBRARY / "losses" / f"{name}.py")
+        assert module == f"kdlosses.{group}.{name}"
+        tree = parse(LIBRARY / group / f"{name}.py")
         classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
         assert classes == [attribute]
 

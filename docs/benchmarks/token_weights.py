@@ -2,8 +2,8 @@
 
     python docs/benchmarks/token_weights.py [VOCAB WIDTH TOKENS ROUNDS]
 
-The fused, compiled loss of 512 tokens over 49152 entries from states of width 576, with gradients of
-states and head, as for SmolLM2-135M; without a weight and with each in turn, in several rounds.
+The fused, compiled loss of 512 tokens over 49152 entries from states of width 576, with gradients
+of states and head, as for SmolLM2-135M; without a weight and with each in turn, in several rounds.
 Prints as CSV the median over rounds of the ratio to the unweighted step of the same round.
 """
 

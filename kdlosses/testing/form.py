@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from kdlosses.definition import Definition
 from kdlosses.divergence import Divergence, Loss
@@ -24,8 +24,12 @@ def _docstring(loss: Loss) -> None:
     check_docstring(type(loss))
 
 
-def check_docstring(kind: type[Definition]) -> None:
-    """Raise an AssertionError unless a class has a formula, a reference, described parameters."""
+def check_docstring(kind: type[BaseModel]) -> None:
+    """Refuse a class without formula, reference, or description of its parameters.
+
+    Raises:
+        AssertionError: names what is missing.
+    """
     text = inspect.cleandoc(kind.__dict__.get("__doc__") or "")
     if not text:
         raise AssertionError("the class has no docstring")

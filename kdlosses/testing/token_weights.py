@@ -2,7 +2,9 @@
 
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,17 +15,99 @@ from kdlosses.numerics import LOG_ZERO
 from kdlosses.objective import KDObjective
 from kdlosses.sources import Projected
 from kdlosses.testing.cases import close, finite, normal, pair, permutation
+from kdlosses.testing.catalogue import About
 from kdlosses.testing.form import check_bounds, check_docstring
+from kdlosses.testing.verdicts import CheckResult, demand, describe, parametrized, verdicts_of
 from kdlosses.token_loss import TokenLoss
 from kdlosses.token_weight import TokenWeight
+from kdlosses.weights import get_weight
 
-WEIGHT_CHECKS: dict[str, Callable[[TokenWeight], None]] = {}
-"""All checks of token weights by name, in the order in which they run."""
+WEIGHT_CONFORMANCE_VERSION = 1
+"""Raised when a check is added or demands more, so that a verdict says what was checked."""
+
+WeightLike = str | TokenWeight | type[TokenWeight]
+
+
+@dataclass(frozen=True)
+class WeightCheck:
+    """One named check of a token weight; raises if it fails.
+
+    Attributes:
+        name: name in ``expected_failures`` and reports.
+        function: the check.
+        about: whether it checks the mathematics of a weight or its documentation.
+    """
+
+    name: str
+    function: Callable[[TokenWeight], None]
+    about: About
+
+    def __call__(self, weight: WeightLike) -> None:
+        """Check a token weight.
+
+        Raises:
+            AssertionError: it fails; any other exception is also a failure.
+        """
+        with torch.enable_grad():
+            self.function(as_weight(weight))
+
+
+_CHECKS: list[WeightCheck] = []
 
 
 def _check(function: Callable[[TokenWeight], None]) -> Callable[[TokenWeight], None]:
-    WEIGHT_CHECKS[function.__name__.lstrip("_")] = function
+    name = function.__name__.lstrip("_")
+    about: About = "documentation" if name == "documentation" else "mathematics"
+    _CHECKS.append(WeightCheck(name, function, about))
     return function
+
+
+def as_weight(weight: WeightLike) -> TokenWeight:
+    """The token weight given by a spec, a class or an instance.
+
+    Raises:
+        TypeError: none of the three.
+    """
+    if isinstance(weight, str):
+        return get_weight(weight)
+    found = weight() if isinstance(weight, type) else weight
+    if not isinstance(found, TokenWeight):
+        raise TypeError(f"expected a token weight or the name of one, got {weight!r}")
+    return found
+
+
+def run_weight_checks(weight: WeightLike) -> list[CheckResult]:
+    """Run all checks of a token weight and record failures instead of raising them.
+
+    Args:
+        weight: a spec such as ``"disagreement:power=0.5"``, a class, or an instance.
+    """
+    return verdicts_of(_CHECKS, as_weight(weight))
+
+
+def check_weight(weight: WeightLike) -> None:
+    """Run all checks of a token weight; argument as in :func:`run_weight_checks`.
+
+    Raises:
+        ConformanceError: contains the names and reasons of the failed checks.
+    """
+    weight = as_weight(weight)
+    demand(weight, run_weight_checks(weight))
+
+
+def report_weight_checks(weight: WeightLike) -> dict[str, Any]:
+    """Run all checks of a token weight and describe the result; see :func:`report_checks`."""
+    weight = as_weight(weight)
+    return describe("weight", weight, run_weight_checks(weight), WEIGHT_CONFORMANCE_VERSION)
+
+
+def parametrize_with_weight_checks(weights: Iterable[WeightLike]) -> Any:
+    """A pytest decorator that creates one test for each token weight and check.
+
+    The test takes ``weight`` and ``check`` and calls ``check(weight)``.
+    """
+    given = [(each, as_weight(each)) for each in weights]
+    return parametrized("weight", given, lambda weight: _CHECKS)
 
 
 def _bound(weight: TokenWeight, rows: int, dtype: torch.dtype = torch.float64) -> TokenWeight:

@@ -15,6 +15,7 @@ from kdrun.cli.compare import compare_losses, report
 from kdrun.cli.config import config_command
 from kdrun.cli.data import data
 from kdrun.cli.evaluate import evaluate
+from kdrun.cli.features import features
 from kdrun.cli.losses import losses
 from kdrun.cli.models import generate, init_student
 from kdrun.cli.procedures import procedures
@@ -33,6 +34,7 @@ from kdrun.errors import (
 
 for command in (
     losses,
+    features,
     procedures,
     weights,
     data,

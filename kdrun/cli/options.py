@@ -30,6 +30,12 @@ FLAGS: tuple[tuple[str, str, str, str], ...] = (
         "SPEC",
         "How much each token counts, such as disagreement:power=0.5.",
     ),
+    (
+        "--features",
+        "features.spec",
+        "SPEC",
+        "Loss on hidden states, such as hidden_cosine:layers=uniform,weight=0.1.",
+    ),
     ("--temperature", "loss.temperature", "T", "Softens both distributions."),
     (
         "--procedure",

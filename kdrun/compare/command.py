@@ -42,6 +42,7 @@ from kdrun.errors import InputError, Interrupted, signal_of
 from kdrun.models.address import is_address
 from kdrun.paths import expand_home
 from kdrun.procedures.registry import get_procedure
+from kdrun.run.features import check_features
 from kdrun.run.precision import settle_precision
 
 if TYPE_CHECKING:
@@ -151,8 +152,10 @@ def comparison_of(options: Options) -> Comparison:
     training: dict[str, Any] = {"save_steps": _NEVER, "precision": precision}
     if base.model.student == BUILT_IN and not _LENGTH & {*given, *stated}:
         training["max_steps"] = _BUILT_IN_STEPS
-    # A cache given by the user is used unchanged.
+    check_features(base)
+    # A cache given by the user is used unchanged; hidden states of layers come from a live teacher.
     cached = options.teacher_cache and base.model.teacher_cache is None
+    cached = cached and base.features.spec is None
     data = base.data
     if options.teacher_cache and "shift_windows" not in data.model_fields_set:
         data = data.model_copy(update={"shift_windows": False})  # as a cache requires

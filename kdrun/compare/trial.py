@@ -14,10 +14,12 @@ from typing import Any
 
 from kdrun.compare.plan import Part
 from kdrun.compare.record import Record, Trial
+from kdrun.config.features_section import FeaturesConfig
 from kdrun.config.sections import LossConfig, ProcedureConfig, RunConfig
 from kdrun.errors import InputError, Interrupted, TrainingError
 from kdrun.files import remove
 from kdrun.losses.build import files_of
+from kdrun.losses.features import files_of_features
 from kdrun.models.locate import STUDENT
 from kdrun.run import folder as runs
 
@@ -52,6 +54,8 @@ def trial_config(
     if arm.loss is None:
         # A run needs a loss even with weight 0; the schedules of the other arms do not apply to it.
         varied["loss"] |= {"spec": LossConfig().spec, "schedules": {}}
+        # Cross-entropy alone learns nothing from the teacher, its hidden states included.
+        base = base.model_copy(update={"features": FeaturesConfig()})
     if arm.procedure is None:
         base = base.model_copy(update={"procedure": ProcedureConfig()})
     else:
@@ -101,7 +105,9 @@ def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool
         "trial": trial,
         "command": f"kdrun --config {folder / runs.CONFIG} --output NEW-FOLDER",
         "hardware": hardware(),
-        "loss_files": {} if trial.arm.loss is None else files_of(trial.arm.loss),
+        "loss_files": {}
+        if trial.arm.loss is None
+        else files_of(trial.arm.loss) | files_of_features(config.features.spec),
     }
     try:
         summary = distill(config, console=quiet_console()).summary

@@ -23,8 +23,8 @@ from kdrun.errors import InputError
 
 TRAINER = "trainer"
 _NULL = ("", "null")
-_NONE = ("model.teacher", "procedure.spec")
-"""Keys that the word none unsets, since no teacher or procedure has that name."""
+_NONE = ("model.teacher", "procedure.spec", "features.spec")
+"""Keys that the word none unsets, since no teacher, procedure or feature loss has that name."""
 
 
 def load_config(file: Path | None = None, overrides: Sequence[tuple[str, Any]] = ()) -> RunConfig:
@@ -185,8 +185,8 @@ def parse_value(key: str, text: str) -> Any:
 
     Text keys take the value literally: a folder may be called ``1e3``, and a regular expression may
     contain ``#`` and ``:``. If the key may be null, ``null`` and the empty string set it to null,
-    and so does ``none`` for a teacher and a procedure. Every other value is parsed as YAML, except
-    that plain exponents (``1e-3``) are numbers.
+    and so does ``none`` for a teacher, a procedure and features. Every other value is parsed as
+    YAML, except that plain exponents (``1e-3``) are numbers.
 
     Args:
         key: ``section.key``.

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from kdlosses import Schedule
 from kdrun.config.base import DType, Section
+from kdrun.config.features_section import FeaturesConfig
 from kdrun.config.served_section import ServedConfig
 from kdrun.config.training_sections import (
     EvaluationConfig,
@@ -392,6 +393,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     token_weight: TokenWeightConfig = TokenWeightConfig()
+    features: FeaturesConfig = FeaturesConfig()
     procedure: ProcedureConfig = ProcedureConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()

@@ -20,6 +20,7 @@ from kdrun.paths import expand_home
 from kdrun.quiet import quiet_libraries
 from kdrun.run.arguments import settle
 from kdrun.run.check import check, procedure_of
+from kdrun.run.features import check_features_layers
 from kdrun.run.precision import autocast_type, notes_on_types, settle_precision
 from kdrun.run.prepare import prepare
 
@@ -201,8 +202,27 @@ def _memory(
         "optimiser": _optimizer_bytes(config.optimizer.name, student),
         "activations": None if activations is None else activations + kept,
         "loss": loss_bytes(settled.loss, pair.vocab_size, student, item_size, tokens, device.kind),
+        **_features(config, pair, batch, longest, item_size),
     }
     return student, teacher, memory
+
+
+def _features(
+    config: RunConfig, pair: Pair, rows: int, length: int, item_size: int
+) -> dict[str, int | None]:
+    """The part of a term on hidden states, if there is one."""
+    from kdrun.dry_run.features import feature_bytes
+    from kdrun.models.hidden import hidden_shape
+
+    plan = check_features_layers(config, pair.teacher, pair.student)
+    if plan is None or pair.teacher is None:
+        return {}
+    trust = config.model.trust_remote_code
+    teacher, student = (
+        hidden_shape(load_model_config(model, trust)) for model in (pair.teacher, pair.student)
+    )
+    size = feature_bytes(plan, config, teacher, student, rows, length, item_size)
+    return {"features": size}
 
 
 def _optimizer_bytes(name: str | None, student: ModelSize) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -62,18 +63,15 @@ def check_one(spec: str) -> bool:
         LossSpecError: an unknown loss.
         BrokenLossError: the loss cannot be imported.
     """
-    results = _results(spec)
-    print_results(spec, results)
-    return not _failed(results)
+    return print_results(spec, _results(spec))
 
 
-def verdict_of(results: list[testing.CheckResult]) -> str:
-    """``"passed"`` or ``"failed"``."""
-    return "failed" if _failed(results) else "passed"
+def print_results(spec: str, results: list[testing.CheckResult]) -> bool:
+    """Print a row for each check, and the verdict.
 
-
-def print_results(spec: str, results: list[testing.CheckResult]) -> None:
-    """Print a row for each check, and the verdict."""
+    Returns:
+        Whether all checks passed.
+    """
     table = Table(box=None, pad_edge=False)
     table.add_column("check", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -84,6 +82,7 @@ def print_results(spec: str, results: list[testing.CheckResult]) -> None:
     console = _console()
     console.print(table)
     console.print(f"\n{escape(spec)}: {_verdict(results)}")
+    return not _failed(results)
 
 
 def check_all() -> bool:
@@ -92,13 +91,33 @@ def check_all() -> bool:
     Returns:
         Whether all checks passed. A loss that cannot be used counts as failed.
     """
-    console = _console()
     names = sorted({ref.name for ref in available_losses()})
+    return print_all(names, _results, (BrokenLossError, LossSpecError), "losses")
+
+
+def print_all(
+    names: Sequence[str],
+    results_of: Callable[[str], list[testing.CheckResult]],
+    unusable: tuple[type[Exception], ...],
+    what: str,
+) -> bool:
+    """Run checks of several plugins; print a line for each, and its failures.
+
+    Args:
+        names: what to check.
+        results_of: runs the checks of one.
+        unusable: raised for one that cannot be used, which counts as failed.
+        what: the plural of what is checked.
+
+    Returns:
+        Whether all checks passed.
+    """
+    console = _console()
     good = 0
     for name in names:
         try:
-            results = _results(name)
-        except (BrokenLossError, LossSpecError) as error:
+            results = results_of(name)
+        except unusable as error:
             console.print(f"{name}: [red]broken[/red]: {escape(str(error))}")
             continue
         good += not _failed(results)
@@ -107,7 +126,7 @@ def check_all() -> bool:
             if result.verdict != "passed":
                 verdict = _coloured(result.verdict)
                 console.print(f"  {_named(result)}: {verdict}: {escape(result.reason)}")
-    console.print(f"\n{good} of {len(names)} losses pass")
+    console.print(f"\n{good} of {len(names)} {what} pass")
     return good == len(names)
 
 

@@ -11,7 +11,9 @@ from kdlosses import get_loss, parse_spec
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
-    from kdlosses import Loss, TokenWeight
+    from pydantic import BaseModel
+
+    from kdlosses import Loss
 
 TRAITS = (
     "zero_at_equality",
@@ -81,7 +83,7 @@ class Parameter:
     meaning: str
 
 
-def doc_parts(loss: Loss) -> DocParts:
+def doc_parts(loss: BaseModel) -> DocParts:
     """Split a docstring into its parts; missing parts are empty."""
     text = inspect.cleandoc(type(loss).__doc__ or "")
     summary, *paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
@@ -105,7 +107,7 @@ def family(loss: Loss) -> str:
     return f"{kind}, stateful" if loss.stateful else kind
 
 
-def parameters(loss: Loss | TokenWeight) -> list[Parameter]:
+def parameters(loss: BaseModel) -> list[Parameter]:
     """The hyper-parameters with their bounds."""
     return [
         Parameter(name, str(getattr(loss, name)), bounds(info.metadata), info.description or "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
@@ -181,11 +182,7 @@ def new_loss(name: str, output: str | None, source: str | None = None) -> Path:
         InputError: a name that is malformed, reserved or already registered, an existing folder, or
             a source that is not a loss of a file.
     """
-    if not _NAME.fullmatch(name):
-        raise InputError(
-            f"loss {name!r}: a name consists of lower-case letters, digits and single underscores, "
-            "such as my_divergence"
-        )
+    check_new_name("loss", name)
     if name.endswith(_RESERVED):
         raise InputError(
             f"loss {name!r}: the suffix {_RESERVED!r} is reserved, because every loss has that "
@@ -194,29 +191,67 @@ def new_loss(name: str, output: str | None, source: str | None = None) -> Path:
     taken = [ref.distribution for ref in available_losses() if ref.name == name]
     if taken:
         raise InputError(f"loss {name!r} is already registered by {taken[0]}; choose another name")
-    words = {
-        "name": name,
-        "distribution": f"kdlosses-{name.replace('_', '-')}",
-        "package": f"kdlosses_{name}",
-        "class_name": _class_name(name),
-        "range": _range(version("kdlosses")),
-    }
+    words = words_of(name, class_name_of(name, "Loss"))
     module, test = Template(_LOSS).substitute(words), _TEST
     if source is not None:
         module, class_name, value = _read_loss(source)
         words |= {"class_name": class_name, "value": f"{value:.6g}"}
         test = _TEST_OF_FILE
-    folder = Path(output or words["distribution"])
-    if folder.exists():
-        raise InputError(f"{folder} already exists; choose another folder with --output")
     files = {
         "pyproject.toml": _PYPROJECT,
         "README.md": _README,
         ".github/workflows/tests.yml": _CI,
-        f"src/{words['package']}/py.typed": "",
         f"tests/test_{name}.py": test,
     }
-    contents = {path: Template(template).substitute(words) for path, template in files.items()}
+    return write_package(words, files, module, output)
+
+
+def check_new_name(kind: str, name: str) -> None:
+    """Refuse a malformed name.
+
+    Raises:
+        InputError: states the form.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"{kind} {name!r}: a name consists of lower-case letters, digits and single "
+            "underscores, such as my_divergence"
+        )
+
+
+def words_of(name: str, class_name: str) -> dict[str, str]:
+    """The words of the templates of a package: its names, and the versions it accepts."""
+    return {
+        "name": name,
+        "distribution": f"kdlosses-{name.replace('_', '-')}",
+        "package": f"kdlosses_{name}",
+        "class_name": class_name,
+        "range": _range(version("kdlosses")),
+    }
+
+
+def write_package(
+    words: Mapping[str, str], templates: Mapping[str, str], module: str, output: str | None
+) -> Path:
+    """Write the files of a package.
+
+    Args:
+        words: from :func:`words_of`.
+        templates: contents by path, with ``$words``.
+        module: content of its module.
+        output: output folder; by default ``./<distribution>``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: the folder exists.
+    """
+    folder = Path(output or words["distribution"])
+    if folder.exists():
+        raise InputError(f"{folder} already exists; choose another folder with --output")
+    contents = {path: Template(template).substitute(words) for path, template in templates.items()}
+    contents[f"src/{words['package']}/py.typed"] = ""
     for path, content in {**contents, f"src/{words['package']}/__init__.py": module}.items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -256,7 +291,7 @@ def _range(installed: str) -> str:
     )
 
 
-def _class_name(name: str) -> str:
+def class_name_of(name: str, suffix: str) -> str:
     """``my_divergence`` becomes ``MyDivergenceLoss``; the suffix avoids imported names."""
     words = "".join(word.capitalize() for word in name.removesuffix("_loss").split("_"))
-    return f"{words}Loss"
+    return f"{words}{suffix}"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import asdict
 
 from rich.markup import escape
 from rich.table import Table
 
 from kdlosses import BrokenWeightError, WeightSpecError, available_weights, find_weight, get_weight
-from kdrun.losses.check import print_results, verdict_of
+from kdrun.losses.check import print_results
 from kdrun.losses.describe import parameters
 from kdrun.losses.show import plain_console, print_parameters
 
@@ -59,18 +58,8 @@ def print_checks(spec: str, as_json: bool) -> bool:
     """
     from kdlosses import testing
 
-    weight = get_weight(spec)
-    results = testing.run_weight_checks(weight)
-    verdict = verdict_of(results)
     if not as_json:
-        print_results(spec, results)
-        return verdict == "passed"
-    report = {
-        "conformance_version": testing.CONFORMANCE_VERSION,
-        "spec": spec,
-        "parameters": weight.model_dump(mode="json"),
-        "verdict": verdict,
-        "checks": [asdict(result) for result in results],
-    }
+        return print_results(spec, testing.run_weight_checks(spec))
+    report = {"spec": spec, **testing.report_weight_checks(spec)}
     print(json.dumps(report, indent=1))
-    return verdict == "passed"
+    return bool(report["verdict"] == "passed")

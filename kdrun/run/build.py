@@ -12,6 +12,7 @@ from kdrun.losses.build import build_loss, build_weighting
 from kdrun.run import folder as runs
 from kdrun.run.arguments import settle, training_arguments
 from kdrun.run.check import names_writer, procedure_of
+from kdrun.run.features import describe_features, open_features
 from kdrun.run.precision import autocast_type
 from kdrun.run.publish import reporting_hub
 from kdrun.run.trackers import place_logs
@@ -85,6 +86,7 @@ def build(config: RunConfig, prepared: Prepared, loaded: Loaded, start: Start) -
             processing_class=pair.tokenizer,
             procedure=procedure_of(config),
             sampling=prepared.sampling,
+            features=open_features(config, loaded.teacher.training, loaded.student),
         )
     arguments.save_only_model = False  # SavingTrainer keeps the optimiser's parts as well
     trainer.eval_teacher = evaluation = loaded.teacher.evaluation
@@ -146,6 +148,8 @@ def _tell(trainer: DistillTrainer, start: Start) -> None:
     for name, split in trainer.splits.items():
         if split.reason is not None:
             start.console.print(f"{name}: uses chunks of its full logits: {split.reason}")
+    if trainer.features is not None:
+        start.say(describe_features(trainer.features.term))
     if trainer.balancing.note is not None:
         start.say(trainer.balancing.note)
     if start.resume:

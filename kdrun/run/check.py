@@ -22,6 +22,7 @@ from kdrun.models.quantize import check_quantization, check_student_quantization
 from kdrun.paths import expand_home
 from kdrun.procedures.registry import get_procedure, takes_prompts
 from kdrun.run.arguments import check_optimizer
+from kdrun.run.features import check_features, check_features_layers
 from kdrun.run.precision import check_precision
 from kdrun.run.processes import check_deepspeed
 from kdrun.run.trackers import check_tracker
@@ -58,7 +59,8 @@ def check(config: RunConfig) -> RawRows:
     check_optimizer(config.optimizer)
     _check_best(config)
     _check_streaming(config)
-    locate_pair(config.model)
+    check_features(config)
+    check_features_layers(config, *locate_pair(config.model))
     rows = read_rows(config.data, takes_prompts(config))
     check_cached_rows(config.model.teacher_cache, config.data.shift_windows, rows)
     check_packed_rows(config.data, rows)

@@ -14,6 +14,7 @@ from kdrun.config.load import stated_values
 from kdrun.errors import InputError
 from kdrun.files import find_damage, hold_folder
 from kdrun.losses.build import changed_file, files_of
+from kdrun.losses.features import files_of_features
 from kdrun.models.locate import STUDENT, holds_model
 from kdrun.paths import expand_home
 from kdrun.quiet import make_console
@@ -185,6 +186,7 @@ _FIXED = (
     "token_weight.on",
     "token_weight.normalize",
     "procedure.spec",
+    "features.spec",
     "model.student_dtype",
     "model.teacher_dtype",
     "training.precision",
@@ -225,7 +227,11 @@ def compare_settings(config: RunConfig, file: Path) -> tuple[str, ...]:
                 f"{value!r}; it cannot change during a run: restore it, or start a "
                 f"new run from the student (--student {file.parent})"
             )
-    _check_loss_files(config.loss.spec, file.parent)
+    for spec, files in (
+        (config.loss.spec, files_of(config.loss.spec)),
+        (config.features.spec, files_of_features(config.features.spec)),
+    ):
+        _check_loss_files(str(spec), files, file.parent)
     _check_step(before.get("training", {}), config.training, file.parent)
     changed = [
         f"{section}.{name} {now[section][name]!r} (was {value!r})"
@@ -237,10 +243,10 @@ def compare_settings(config: RunConfig, file: Path) -> tuple[str, ...]:
     return (f"changed from here on: {', '.join(changed)}",) if changed else ()
 
 
-def _check_loss_files(spec: str, folder: Path) -> None:
+def _check_loss_files(spec: str, files: Mapping[str, str], folder: Path) -> None:
     """Refuse a loss whose file was edited, because it is another loss."""
     record = Record.read(folder)
-    changed = None if record is None else changed_file(record.sources.loss_files, files_of(spec))
+    changed = None if record is None else changed_file(record.sources.loss_files, files)
     if changed is not None:
         raise InputError(
             f"--resume: {changed} was changed after the run began, so {spec} is another loss; "

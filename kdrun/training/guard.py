@@ -27,12 +27,14 @@ class BadLoss:
         class_loss: its part from the data.
         kd_loss: its part from the teacher; None at a ratio of 0.
         rows: numbers of the training rows that cause it; empty if unknown.
+        feature_loss: its part from hidden states; None unless that is what is not finite.
     """
 
     value: float
     class_loss: float
     kd_loss: float | None
     rows: tuple[int, ...]
+    feature_loss: float | None = None
 
 
 class LossGuard:
@@ -68,7 +70,8 @@ class LossGuard:
         """Remember a bad micro-batch until the end of the step."""
         rows = f", from {self._name_rows(bad.rows)}" if bad.rows else ""
         kd = "" if bad.kd_loss is None else f", KD loss {bad.kd_loss:.4g}"
-        parts = f"class loss {bad.class_loss:.4g}{kd}"
+        hidden = "" if bad.feature_loss is None else f", feature loss {bad.feature_loss:.4g}"
+        parts = f"class loss {bad.class_loss:.4g}{kd}{hidden}"
         self._found.append(f"{_LOSS} is {bad.value} at step N ({parts}){rows}")
 
     def note_gradient(self, norm: float) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdrun.evaluation.measures import named_terms
 from kdrun.models.heads import BALANCING
+from kdrun.training.features import FEATURE_LOSS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,15 +26,20 @@ class LossSums:
         terms: number of terms of the loss.
         device: device of training.
         balanced: whether the student's experts have a load-balancing loss.
+        features: whether there is a term on hidden states.
 
     Attributes:
         supervised_tokens: number in all micro-batches so far.
         moving_values: scheduled or stateful values in the last step, by name.
     """
 
-    def __init__(self, terms: int, device: torch.device, balanced: bool = False) -> None:
-        self._shares = torch.zeros(3 + terms, device=device)
-        self._balanced = balanced
+    def __init__(
+        self, terms: int, device: torch.device, balanced: bool = False, features: bool = False
+    ) -> None:
+        self._extra = [
+            name for name, has in ((BALANCING, balanced), (FEATURE_LOSS, features)) if has
+        ]
+        self._shares = torch.zeros(2 + len(self._extra) + terms, device=device)
         self._step_terms = torch.zeros(terms, device=device)
         self._weights = torch.zeros(3, device=device)
         self._step_weights = self._weights.clone()
@@ -44,8 +50,7 @@ class LossSums:
 
     def add(self, outputs: Mapping[str, Tensor]) -> None:
         """Add a micro-batch's class loss, KD loss and terms."""
-        parts = [outputs["class_loss"], outputs["kd_loss"]]
-        parts.append(outputs[BALANCING] if self._balanced else torch.zeros_like(parts[0]))
+        parts = [outputs[name] for name in ("class_loss", "kd_loss", *self._extra)]
         self._shares += torch.cat([torch.stack(parts), outputs["kd_terms"]]).detach()
         self._step_terms += outputs["kd_terms"].detach()
         self._step_weights += outputs["weight_sums"].detach()
@@ -116,8 +121,8 @@ class LossSums:
             "loss": loss,
             "class_loss": shares[0],
             "kd_loss": shares[1] if objective.needs_teacher else None,
-            **({BALANCING: shares[2]} if self._balanced else {}),
-            **named_terms(objective.loss, shares[3:]),
+            **dict(zip(self._extra, shares[2:], strict=False)),
+            **named_terms(objective.loss, shares[2 + len(self._extra) :]),
             **self._mean_weight(objective, accelerator),
             **moving,
             **more,

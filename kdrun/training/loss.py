@@ -37,6 +37,7 @@ def prepare_loss(
     procedure: Procedure | None,
     tokens: StepTokens,
     guard: LossGuard | None,
+    ask_always: bool = False,
 ) -> tuple[Consumer, dict[str, Any]]:
     """Return the consumer that evaluates a micro-batch, and the inputs of the student's call.
 
@@ -47,6 +48,7 @@ def prepare_loss(
         procedure: evaluates rows with origins; None uses the objective for all.
         tokens: tokens that the loss is divided by.
         guard: records a loss that is not finite; None disables the check.
+        ask_always: call the teacher at a ratio of 0 too, for its hidden states.
 
     Returns:
         The consumer for the student's head, which returns ``loss``, ``class_loss``, ``kd_loss``,
@@ -57,7 +59,7 @@ def prepare_loss(
         {name: value for name, value in inputs.items() if name != ROLLOUT}
     )
     source = None
-    if teacher is not None and objective.kd_ratio > 0:
+    if teacher is not None and (objective.kd_ratio > 0 or ask_always):
         source = teacher.source(**features, shift_labels=labels)
 
     def evaluate(student: Any) -> KDOutput:

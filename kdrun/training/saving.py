@@ -5,11 +5,12 @@ The Trainer has no public hook at these places; its other behaviour is unchanged
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -29,6 +30,7 @@ from kdrun.training.checkpoint import (
     refusing_pickles,
     save_objective,
 )
+from kdrun.training.features import HiddenTerm
 from kdrun.training.guard import LossGuard
 from kdrun.training.served import RandomStates
 
@@ -44,12 +46,14 @@ class SavingTrainer(Trainer):
         objective: objective of training.
         guard: checks losses and gradients.
         session: session of the procedure, or None.
+        features: the term on hidden states, or None.
         lost: the failure of a server that ended an evaluation.
     """
 
     objective: KDObjective
     guard: LossGuard
     session: Session | None
+    features: HiddenTerm | None = None
     lost: ServerError | None = None
     _after_step: RandomStates | None = None
 
@@ -97,9 +101,28 @@ class SavingTrainer(Trainer):
         with refusing_pickles(Path(checkpoint)):
             self._load_from_checkpoint(str(checkpoint))
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Add the projectors of hidden states, which are not part of the student."""
+        made = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if made and self.features is not None:
+            self.features.join(optimizer, self.args.weight_decay)
+        return optimizer
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """Average the projectors' gradients before a scale of fp16 is removed from them."""
+        loss: Tensor = super().training_step(*args, **options)
+        if self.features is not None and self.accelerator.sync_gradients:
+            self.features.average(self.accelerator)
+        return loss
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Record the norm: no event lies between clipping, which computes it, and the optimiser."""
         norm = super()._get_grad_norm(model, grad_norm)
+        if self.features is not None and self.features.projectors:
+            own = self.features.clip(self.args.max_grad_norm)
+            if self.accelerator.scaler is None:
+                self.guard.note_gradient(own)
         # An fp16 scaler skips such a step itself, and lowers its scale for the next.
         if self.accelerator.scaler is None:
             self.guard.note_gradient(float(norm))
@@ -151,13 +174,16 @@ class SavingTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the objective too: on_train_begin comes after the first values are logged."""
-        if checkpoint is not None and self.is_distributed_loading_by_transformers:
-            folder = Path(checkpoint)
-            load_shards(self.model, self.optimizer.optimizer, folder / SHARDS)
-            self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        with self._without_projectors():
+            if checkpoint is not None and self.is_distributed_loading_by_transformers:
+                folder = Path(checkpoint)
+                load_shards(self.model, self.optimizer.optimizer, folder / SHARDS)
+                self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, weights_only=True))
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            if self.features is not None:
+                self.features.load(Path(checkpoint), self.optimizer.optimizer)
             self._set_present_rates()
             self.load_objective(checkpoint)
 
@@ -183,12 +209,21 @@ class SavingTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save every process's part; the Trainer would save only that of the main process."""
-        if not self.is_distributed_loading_by_transformers:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        save_shards(self.model, self.optimizer.optimizer, Path(output_dir) / SHARDS)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+        if self.features is not None and self.args.should_save:
+            self.features.save(Path(output_dir), self.optimizer.optimizer)
+        with self._without_projectors():
+            if not self.is_distributed_loading_by_transformers:
+                super()._save_optimizer_and_scheduler(output_dir)
+                return
+            save_shards(self.model, self.optimizer.optimizer, Path(output_dir) / SHARDS)
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _without_projectors(self) -> AbstractContextManager[None]:
+        """Keep the projectors' part of the optimiser in a file of its own."""
+        if self.features is None:
+            return nullcontext()
+        return self.features.apart(self.optimizer.optimizer)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Complete the checkpoint before older ones are removed; on_save comes after that."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from kdlosses import (
+    FeatureTerm,
     KDObjective,
     Schedule,
     TokenLoss,
@@ -41,6 +42,7 @@ from kdrun.procedures.session import Place, Session
 from kdrun.served.client import Client
 from kdrun.served.teacher import ServedTeacher
 from kdrun.training.callbacks import Advance, KeepSettings, MoveToEpoch, TellProcedure
+from kdrun.training.features import HiddenTerm
 from kdrun.training.guard import LossGuard
 from kdrun.training.log import LossSums
 from kdrun.training.loss import StepTokens, prepare_loss
@@ -69,6 +71,8 @@ class DistillTrainer(SavingTrainer):
             :func:`kdrun.procedures.get_procedure`; None learns from the data. It needs a
             live teacher, and the tokenizer as ``processing_class``.
         sampling: how the procedure's answers are sampled.
+        features: a term on hidden states from :func:`kdlosses.get_features`, which is added to the
+            loss at any ``kd_ratio``. It needs a live teacher.
         args: as for Trainer. ``average_tokens_across_devices`` must be on, its default.
         **options: as for Trainer.
 
@@ -85,10 +89,11 @@ class DistillTrainer(SavingTrainer):
         stops_evaluating: whether the run was asked to stop, so that an evaluation during training
             is interrupted.
         sums: sums for the means of the next log line.
+        features: the term on hidden states; None without one.
 
     Raises:
-        ValueError: no teacher at a ``kd_ratio`` above 0, tokens averaged per device, or options
-            that would have no effect.
+        ValueError: no teacher at a ``kd_ratio`` above 0, no live one for ``features``, tokens
+            averaged per device, or options that would have no effect.
     """
 
     # The loss is divided by the supervised tokens of the whole step, not of a micro-batch.
@@ -104,6 +109,7 @@ class DistillTrainer(SavingTrainer):
         procedure: Procedure | str | None = None,
         sampling: Sampling | None = None,
         token_weight: TokenWeight | TokenWeighting | str | None = None,
+        features: FeatureTerm | None = None,
         **options: Any,
     ) -> None:
         weight = get_weight(token_weight) if isinstance(token_weight, str) else token_weight
@@ -135,8 +141,13 @@ class DistillTrainer(SavingTrainer):
         self.model_accepts_loss_kwargs = True
         self.args.logging_nan_inf_filter = False  # it would log an old value instead of a NaN
         self.guard = LossGuard()
-        balanced = self.balancing.coefficient > 0
-        self.sums = LossSums(len(self.objective.loss.terms), self.args.device, balanced)
+        self.features = None if features is None else _open_features(self, features)
+        self.sums = LossSums(
+            len(self.objective.loss.terms),
+            self.args.device,
+            balanced=self.balancing.coefficient > 0,
+            features=features is not None,
+        )
         self._origin_tokens = torch.zeros(len(Origin), dtype=torch.int64, device=self.args.device)
         self.session: Session | None = None
         if procedure is not None:
@@ -209,7 +220,7 @@ class DistillTrainer(SavingTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Compute the objective of a micro-batch, over the supervised tokens of the whole step."""
-        outputs = self._outputs(model, inputs, num_items_in_batch, self.guard)
+        outputs = self._outputs(model, inputs, num_items_in_batch, self.guard, self.features)
         loss = outputs["loss"]
         if BALANCING in outputs:  # a mean over the micro-batches and processes of the step
             parts = 1 if num_items_in_batch is None else max(1, len(self.step_batches[0]))
@@ -245,14 +256,18 @@ class DistillTrainer(SavingTrainer):
         inputs: dict[str, Any],
         step_tokens: Tensor | int | None,
         guard: LossGuard | None,
+        hidden: HiddenTerm | None = None,
     ) -> dict[str, Tensor]:
         """Compute losses and tokens of a micro-batch."""
         procedure = None if self.session is None else self.session.procedure
         tokens = StepTokens(step_tokens, self._origin_tokens)
-        consume, features = prepare_loss(
-            inputs, self.objective, self.teacher, procedure, tokens, guard
-        )
-        return call(model, self._apart(consume), **features)
+        with nullcontext() if hidden is None else hidden.recording() as recording:
+            consume, features = prepare_loss(
+                inputs, self.objective, self.teacher, procedure, tokens, guard, hidden is not None
+            )
+            if recording is not None:
+                consume = recording.adding_to(consume, inputs, step_tokens, guard)
+            return call(model, self._apart(consume), **features)
 
     def _apart(self, consume: Consumer) -> Consumer:
         """Exclude a consumer from the model's compiled graphs; losses compile their own."""
@@ -278,6 +293,8 @@ class DistillTrainer(SavingTrainer):
             return
         # Without gradients, torch optimisers change neither weights nor their own state.
         self.model.zero_grad(set_to_none=True)
+        if self.features is not None:
+            self.features.clear()
         assert self._loss_before_step is not None, "a step has a beginning"
         self._tr_loss.copy_(self._loss_before_step)
         self.sums.leave_out_step()
@@ -287,6 +304,8 @@ class DistillTrainer(SavingTrainer):
 
         A skipped step advances only the schedules, which follow the step number.
         """
+        if self.features is not None:
+            self.features.clear()
         stateful = self.objective.loss.stateful and self.objective.kd_ratio > 0
         terms = self.sums.take_step_terms(self.accelerator, stateful and not self._left_out)
         weighed = self.objective.needs_weight_sums and self.objective.kd_ratio > 0
@@ -390,6 +409,14 @@ def _refuse_without_effect(args: TrainingArguments | None, options: dict[str, An
                 f"{name}: is never called; pass the loss as loss (evaluation returns no "
                 "predictions)"
             )
+
+
+def _open_features(trainer: DistillTrainer, term: FeatureTerm) -> HiddenTerm:
+    if not isinstance(trainer.teacher, FrozenTeacher):
+        raise ValueError("features: need the hidden states of a live teacher, got none")
+    if trainer.args.torch_compile:
+        raise ValueError("features: hidden states are not recorded in compiled models")
+    return HiddenTerm(term, trainer.teacher, trainer.model, trainer.args.device)
 
 
 def _open_session(

@@ -190,6 +190,7 @@ def test_a_learner_without_teacher_reports_null_measures(tmp_path: Path) -> None
     [
         (["--help"], "--kd-ratio", []),
         (["losses", "list"], "generalized_jsd", []),
+        (["features", "list"], "token_relation", []),
         (["config"], "kd_ratio", ["pydantic", "yaml"]),  # which it prints
     ],
 )

@@ -14,7 +14,9 @@ from kdrun.compare import estimate
 from kdrun.compare.command import comparison_of
 from kdrun.compare.labels import label_arms
 from kdrun.compare.plan import methods
+from kdrun.compare.record import Arm, Trial
 from kdrun.compare.trial import trial_config
+from kdrun.config.load import validate
 
 for package in ("scipy", "matplotlib", "jinja2"):
     pytest.importorskip(package)
@@ -145,3 +147,14 @@ def test_wrong_procedures_are_refused_before_anything_runs(
     given = ("--data", rows_file(tmp_path), "--output", tmp_path / "c")
     assert message in refused("compare-losses", *given, *arguments)
     assert not (tmp_path / "c").exists()
+
+
+def test_cross_entropy_alone_has_no_term_on_hidden_states(tmp_path: Path) -> None:
+    spec = "hidden_cosine:layers=last"
+    base = validate({"features": {"spec": spec}})
+    specs = {}
+    for loss, ratio in (("forward_kl_chunked", 0.5), (None, 0.0)):
+        arm = Arm(loss=loss, kd_ratio=ratio, lr=1e-3, teacher="builtin", student="builtin")
+        trial = Trial(arm=arm, seed=0, stage="final")
+        specs[loss] = trial_config(base, trial, tmp_path, "all", None).features.spec
+    assert specs == {"forward_kl_chunked": spec, None: None}

@@ -19,6 +19,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     worker.make(folder / "student-tied", True, 1)
     worker.make(folder / "student-untied", False, 2)
     worker.make(folder / "teacher", True, 3)
+    worker.make(folder / "wide", True, 4, width=24)
     for processes in (1, 2, 4):
         for done in script_in_processes(processes, worker.__file__, folder):
             assert done.returncode == 0, done.stderr[-4000:]
@@ -55,6 +56,9 @@ def test_r3_processes_equal_one(results: Path, case: worker.Case, processes: int
             one["lm_head.weight" if "lm_head.weight" in one else "model.embed_tokens.weight"]
             - before["model.embed_tokens.weight"]
         ).abs().max() > 1e-3
+    if case.features and not case.features.startswith("token_relation"):
+        first = worker.projecting(case.features).projectors[0]
+        assert (one["projector 0"] - first).abs().max() > 1e-3
     logged, others = (
         json.loads((results / f"{case.name}-{number}.json").read_text(encoding="utf-8"))
         for number in (1, processes)

@@ -45,6 +45,7 @@ class Case:
     lora: bool = False
     accumulation: int = 1
     token_weight: str | None = None
+    features: str | None = None
 
 
 CASES = (
@@ -57,14 +58,18 @@ CASES = (
     Case("fsdp_plain_tied", loss="forward_kl", fsdp=True),
     Case("fsdp_lora", fsdp=True, lora=True),
     Case("fsdp_accumulated", loss="taid_chunked", fsdp=True, accumulation=2),
+    Case("ddp_features", accumulation=2, features="hidden_cosine:weight=0.3"),
+    Case("ddp_relation", features="token_relation:layers=last,tokens=all"),
+    Case("fsdp_features", fsdp=True, features="hidden_mse:scale=teacher,layers=1-2,weight=0.1"),
+    Case("fsdp_lora_features", fsdp=True, lora=True, features="hidden_cosine:layers=2-1"),
 )
 
 
-def make(folder: Path, tied: bool, seed: int) -> None:
+def make(folder: Path, tied: bool, seed: int, width: int = 16) -> None:
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=16,
+        hidden_size=width,
         intermediate_size=24,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -111,7 +116,7 @@ def step(case: Case, base: Path) -> tuple[dict[str, torch.Tensor], dict[str, flo
     )
     # After the arguments, which start the process group.
     student = load(base / f"student-{heads}", dtype=torch.float32)
-    teacher = load(base / "teacher", dtype=torch.float32)
+    teacher = load(base / ("wide" if case.features else "teacher"), dtype=torch.float32)
     if case.lora:
         from peft import LoraConfig, get_peft_model
 
@@ -136,6 +141,7 @@ def step(case: Case, base: Path) -> tuple[dict[str, torch.Tensor], dict[str, flo
         data_collator=Collator(0),
         train_dataset=rows(),
         eval_dataset=rows()[:5],
+        features=None if case.features is None else projecting(case.features),
     )
     trainer.evaluate()  # as a run does before it trains
     trainer.train()
@@ -151,7 +157,15 @@ def step(case: Case, base: Path) -> tuple[dict[str, torch.Tensor], dict[str, flo
         full = value.full_tensor() if hasattr(value, "full_tensor") else value
         if value.requires_grad:
             weights[name] = full.detach().clone()
+    if trainer.features is not None:
+        for number, projector in enumerate(trainer.features.projectors):
+            weights[f"projector {number}"] = projector.detach().clone()
     return weights, logged
+
+
+def projecting(spec: str) -> kdlosses.FeatureTerm:
+    """The term between the wide teacher and a student."""
+    return kdlosses.get_features(spec, kdlosses.Hidden(2, 24), kdlosses.Hidden(2, 16), chunk_size=4)
 
 
 def guarded(base: Path, fsdp: bool) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The built-in losses on hidden states, one in each file."""

@@ -1,0 +1,154 @@
+"""``kdrun features new``: create a package with one loss on hidden states and its tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from string import Template
+
+from kdlosses import available_features
+from kdrun.errors import InputError
+from kdrun.losses.new import check_new_name, class_name_of, words_of, write_package
+
+_PYPROJECT = """\
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "$distribution"
+version = "0.1.0"
+description = "The loss on hidden states $name for kdlosses and kdrun."
+readme = "README.md"
+requires-python = ">=3.11"
+dependencies = ["kdlosses$range"]
+
+[project.optional-dependencies]
+dev = ["pytest>=8"]
+
+[project.entry-points."kdlosses.features"]
+$name = "$package:$class_name"
+
+[tool.setuptools.packages.find]
+where = ["src"]
+
+[tool.setuptools.package-data]
+$package = ["py.typed"]
+"""
+
+_MODULE = '''\
+"""The loss on hidden states $name: replace the example with your own formula."""
+
+from kdlosses import FeatureLoss
+from pydantic import Field
+from torch import Tensor
+
+
+class $class_name(FeatureLoss):
+    """Smooth distance of states, sum_i (sqrt(1 + (t_i - s_i)^2 / d^2) - 1) d^2 / H with d = knee.
+
+    t is the teacher's state of a token, s the student's, H the width. Quadratic below the knee and
+    linear above it, so that a few dimensions with large values do not determine the gradient.
+
+    Not recommended between layers whose states have very different scales: the knee is absolute.
+
+    Reference: Barron 2019, arXiv:1701.03077 (alpha = 1).
+    """
+
+    knee: float = Field(1.0, gt=0, description="difference above which the loss becomes linear")
+
+    def row(self, teacher_hidden: Tensor, student_hidden: Tensor) -> Tensor:
+        """Return one value per token, from states [..., H] of the same width."""
+        square = ((teacher_hidden - student_hidden) / self.knee).square()
+        return (square / ((1 + square).sqrt() + 1)).mean(-1) * self.knee**2
+'''
+
+_TEST = '''\
+"""The conformance checks of kdlosses, and a value computed by hand."""
+
+import kdlosses
+import pytest
+import torch
+from kdlosses.testing import FeatureCheck, parametrize_with_feature_checks
+from $package import $class_name
+
+NAME = "$name"
+
+
+@parametrize_with_feature_checks([NAME, f"{NAME}:knee=0.2"])
+def test_the_loss_conforms(loss: $class_name, check: FeatureCheck) -> None:
+    check(loss)
+
+
+def test_value_is_that_of_the_formula() -> None:
+    loss = kdlosses.build_feature(NAME)
+    value = loss.row(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    assert value.item() == pytest.approx((5**0.5 - 1 + 2**0.5 - 1) / 2, rel=1e-6)
+'''
+
+_CI = """\
+# Runs the tests and the conformance checks on GitHub; other services need the same three commands.
+name: tests
+on: [push, pull_request]
+jobs:
+  tests:
+    runs-on: ubuntu-latest
+    strategy:
+      matrix:
+        python: ["3.11", "3.13"]
+    steps:
+      - uses: actions/checkout@v4
+      - uses: actions/setup-python@v5
+        with:
+          python-version: $${{ matrix.python }}
+      - run: pip install -e '.[dev]'
+      - run: pytest
+      - run: kdrun features check $name --json
+"""
+
+_README = """\
+# $distribution
+
+The loss on hidden states `$name` for kdlosses and kdrun.
+
+```
+pip install -e '.[dev]'
+pytest
+kdrun features check $name
+kdrun --features $name:layers=uniform,weight=0.1
+```
+
+The loss is in `src/$package/__init__.py`: one value per token, the parameters with their bounds,
+and the traits. `pytest` runs the conformance checks, which find most mistakes in them.
+
+`pyproject.toml` accepts kdlosses$range, the versions whose interface the package was written for.
+Widen the range when the tests pass with a newer version.
+"""
+
+
+def new_feature(name: str, output: str | None) -> Path:
+    """Create a package that registers the loss on hidden states ``name``.
+
+    Args:
+        name: name of the loss on the command line.
+        output: output folder; by default ``./kdlosses-<name>``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: a name that is malformed or already registered, or an existing folder.
+    """
+    check_new_name("feature loss", name)
+    taken = [ref.distribution for ref in available_features() if ref.name == name]
+    if taken:
+        raise InputError(
+            f"feature loss {name!r} is already registered by {taken[0]}; choose another name"
+        )
+    words = words_of(name, class_name_of(name, "Features"))
+    templates = {
+        "pyproject.toml": _PYPROJECT,
+        "README.md": _README,
+        ".github/workflows/tests.yml": _CI,
+        f"tests/test_{name}.py": _TEST,
+    }
+    return write_package(words, templates, Template(_MODULE).substitute(words), output)
