@@ -17,7 +17,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from kdrun.builtin import DEFAULTS
-from kdrun.config.sections import BUILT_IN, KD_RATIO, SHORT_NAMES, RunConfig, Sources
+from kdrun.config.base import BUILT_IN
+from kdrun.config.data_section import Sources
+from kdrun.config.sections import KD_RATIO, SHORT_NAMES, RunConfig
 from kdrun.config.trainer_keys import type_of
 from kdrun.errors import InputError
 
@@ -76,6 +78,11 @@ def complete_pair(given: Mapping[str, Any]) -> dict[str, Any]:
     student = model.get("student")
     cached = model.get("teacher_cache") is not None
     if student in (None, BUILT_IN):
+        if str(model.get("teacher")).partition(":")[0] == "self":
+            raise InputError(
+                f"--teacher {model['teacher']} was given without --student; pass the student that "
+                "teaches itself"
+            )
         if model.get("teacher") not in (None, BUILT_IN):
             raise InputError(
                 f"--teacher {model['teacher']} was given without --student; "

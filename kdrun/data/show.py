@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
-    from kdrun.config.sections import DataConfig
+    from kdrun.config.data_section import DataConfig
     from kdrun.data.token_store import Tokens
 
 _LOOKED_AT = 10_000

@@ -55,7 +55,7 @@ def test_recipes_are_runs(file: Path) -> None:
     check_name(config.loss.spec)
     assert config.output.dir is not None
     assert config.output.dir.startswith("runs/")
-    assert config.data.packing
+    assert config.data.packing == (config.procedure.spec is None)
     assert (config.model.teacher is None) == (config.loss.kd_ratio == 0)
     head = file.read_text(encoding="utf-8").split("\nmodel:")[0]
     assert f"kdrun --config docs/recipes/{file.name} --dry-run" in head
