@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdrun.cache.choose import check_cache
 from kdrun.cache.manifest import read_manifest
 from kdrun.config.sections import KD_RATIO, RunConfig
 from kdrun.data.prepare import examples_in, lengths_of
+from kdrun.data.token_store import Tokens
 from kdrun.dry_run.devices import Device, find_device
 from kdrun.errors import InputError
 from kdrun.losses.build import build_loss, unchunked
@@ -147,11 +148,16 @@ def dry_run(
 
 def _longest_seen(examples: Examples, sampling: Sampling | None) -> int:
     """Return the tokens of the longest row that the teacher alone reads; 0 without such rows."""
-    name = "teacher_input_ids"
-    seen = [len(row[name]) for row in examples_in(examples.train) if name in row]
-    if not seen or sampling is None:
-        return max(seen, default=0)
-    return min(max(seen) + sampling.max_new_tokens, sampling.teacher_max_length or 0)
+    rows: Any = examples.train
+    if isinstance(rows, Tokens):
+        longest = int(rows.teacher_lengths().max()) if rows.has_view() else 0
+    else:
+        name = "teacher_input_ids"
+        seen = (len(row[name]) for row in examples_in(rows) if name in row)
+        longest = max(seen, default=0)
+    if not longest or sampling is None:
+        return longest
+    return min(longest + sampling.max_new_tokens, sampling.teacher_max_length or longest)
 
 
 def _adapters(config: RunConfig) -> str | None:

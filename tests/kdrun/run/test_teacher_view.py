@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from commands import kdrun
+from pair_configs import config_of
 
 from kdrun.errors import InputError
 
@@ -322,3 +323,42 @@ def test_a_mean_of_other_weights_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=problem):
         distil(tmp_path / "run", **view(rows, **given))
+
+
+def test_streamed_rows_have_both_sides(
+    distil: Distil, rows: Path, still_student: Path, tmp_path: Path
+) -> None:
+    given = view(rows, model__student=str(still_student), training__max_steps=1)
+    in_order = {"data__streaming": True, "data__shuffle_buffer": 1}
+    read = distil(tmp_path / "read", **given)
+    streamed = distil(tmp_path / "streamed", **given, **in_order)
+    assert lines(streamed, "kd_loss") == pytest.approx(lines(read, "kd_loss"), rel=1e-5)
+
+
+def test_the_rows_on_screen_tell_what_the_teacher_reads(rows: Path, tiny_pair: Any) -> None:
+    keys = {k.replace("__", "."): v for k, v in view(rows).items() if "teacher" in k}
+    given = ["--student", tiny_pair.student, "--max-length", "128"]
+    given += [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    shown = kdrun("data", "show", rows, *given)
+    assert shown.returncode == 0, shown.stderr
+    text = " ".join((shown.stdout + shown.stderr).split())
+    assert text.count("the teacher reads") >= 2
+    assert "question ask the user ask the user ask the user ask the user again" in text
+
+
+def test_the_dry_run_counts_a_copy_but_no_adapters_that_are_switched_off(
+    rows: Path, tiny_pair: Any
+) -> None:
+    from kdrun.dry_run.report import dry_run
+
+    given = view(rows, model__teacher="self")
+    plain, copied, adapted = (
+        dry_run(config_of(tiny_pair, **keys), "cpu").memory
+        for keys in (
+            {**given, "model__teacher": str(tiny_pair.student)},
+            given,
+            {**given, "lora__rank": 2},
+        )
+    )
+    assert copied["weights of the teacher"] == plain["weights of the teacher"] != 0
+    assert adapted["weights of the teacher"] == 0
