@@ -15,6 +15,7 @@ from kdrun.data.encode import encode
 from kdrun.data.pack import pack
 from kdrun.data.rows import ChatRow, Message, Position, SourceOf, load_sources
 from kdrun.data.teacher_prompt import TeacherPrompt
+from kdrun.data.templates import Rendering
 from kdrun.data.view import View
 from kdrun.errors import InputError
 
@@ -146,6 +147,27 @@ def test_each_side_has_its_own_maximum_and_targets_that_do_not_fit_one_are_on_ne
     assert full == [
         (0, "has a prompt for the teacher that leaves no room for an answer in 8 tokens")
     ]
+
+
+def test_the_teacher_may_have_other_variables_of_the_template() -> None:
+    tokenizer = words("{{ 'dog ' if mode else '' }}" + CHAT)
+    view = View(100, Rendering(arguments={"mode": True}), is_given=True)
+    found = encode([conversation("the", A)], tokenizer, 100, view=view)
+    (example,) = found.examples
+    dog = tokenizer.convert_tokens_to_ids("dog")
+    assert example["teacher_input_ids"] == [dog, *example["input_ids"]]
+    assert not found.rewritten
+
+
+def test_the_teacher_reads_the_students_tokens_where_its_template_writes_others() -> None:
+    thinks = "{{ '<think> ' if mode and m['role'] == 'assistant' else '' }}{{ m['content'] }}"
+    tokenizer = words(CHAT.replace("{{ m['content'] }}", thinks))
+    assert "think" in tokenizer.chat_template
+    view = View(100, Rendering(arguments={"mode": True}), is_given=True)
+    found = encode([conversation("the", A, "on", B)], tokenizer, 100, view=view)
+    assert found.rewritten == [0]
+    (example,) = found.examples
+    assert example["teacher_input_ids"] == example["input_ids"]
 
 
 def test_a_whole_prompt_leads_to_the_last_answer_alone() -> None:
