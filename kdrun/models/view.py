@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kdlosses import Logits, Projected, Sampled, TopK
-from kdrun.data.collate import IGNORE_INDEX, TEACHER_LABELS, split_inputs, teacher_inputs
+from kdrun.data.collate import IGNORE_INDEX, TEACHER, TEACHER_LABELS, split_inputs, teacher_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,11 +31,13 @@ def source_of(teacher: Teacher, inputs: Mapping[str, Any]) -> Any:
         inputs: the batch.
 
     Raises:
-        ValueError: the targets of both sides differ.
+        ValueError: the targets of both sides differ, or those of the teacher's side are not given.
     """
-    source = teacher.source(**teacher_inputs(inputs))
+    if f"{TEACHER}input_ids" not in inputs:
+        return teacher.source(**teacher_inputs(inputs))
     if TEACHER_LABELS not in inputs:
-        return source
+        raise ValueError(f"{TEACHER_LABELS}: needed with {TEACHER}input_ids, got none")
+    source = teacher.source(**teacher_inputs(inputs))
     labels, _ = split_inputs(inputs)
     return aligned(source, inputs[TEACHER_LABELS], labels)
 

@@ -148,3 +148,11 @@ def test_targets_that_are_not_the_same_are_refused(labels: list[list[int]]) -> N
     source = Projected(torch.zeros(1, 3, 2), torch.zeros(VOCAB, 2))
     with pytest.raises(ValueError, match="targets of a row"):
         aligned(source, seen, torch.tensor(labels))
+
+
+def test_a_teachers_prompt_without_its_targets_is_refused() -> None:
+    model = teacher_model()
+    batch = Collator(0)(EXAMPLES)  # type: ignore[arg-type]
+    del batch["teacher_shift_labels"]
+    with pytest.raises(ValueError, match="teacher_shift_labels: needed"):
+        source_of(FrozenTeacher(model, find_split(model)), batch)
