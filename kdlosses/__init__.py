@@ -61,17 +61,17 @@ if TYPE_CHECKING:
     from kdlosses.token_loss import TokenLoss as TokenLoss
     from kdlosses.token_weight import TokenWeight as TokenWeight
     from kdlosses.token_weight import TokenWeighting as TokenWeighting
-    from kdlosses.weights import BrokenWeightError as BrokenWeightError
-    from kdlosses.weights import WeightRef as WeightRef
-    from kdlosses.weights import WeightSpecError as WeightSpecError
-    from kdlosses.weights import available_weights as available_weights
-    from kdlosses.weights import find_weight as find_weight
-    from kdlosses.weights import get_weight as get_weight
+    from kdlosses.weight_registry import BrokenWeightError as BrokenWeightError
+    from kdlosses.weight_registry import WeightRef as WeightRef
+    from kdlosses.weight_registry import WeightSpecError as WeightSpecError
+    from kdlosses.weight_registry import available_weights as available_weights
+    from kdlosses.weight_registry import find_weight as find_weight
+    from kdlosses.weight_registry import get_weight as get_weight
 
 _HOME = {
     "BrokenFeatureError": "feature_registry",
     "BrokenLossError": "registry",
-    "BrokenWeightError": "weights",
+    "BrokenWeightError": "weight_registry",
     "Constant": "schedules",
     "Cosine": "schedules",
     "Divergence": "divergence",
@@ -103,22 +103,22 @@ _HOME = {
     "TokenWeight": "token_weight",
     "TokenWeighting": "token_weight",
     "TopK": "compressed",
-    "WeightRef": "weights",
-    "WeightSpecError": "weights",
+    "WeightRef": "weight_registry",
+    "WeightSpecError": "weight_registry",
     "VocabParallel": "sources",
     "automatic_chunk_size": "engine.plan",
     "available_features": "feature_registry",
     "available_losses": "registry",
-    "available_weights": "weights",
+    "available_weights": "weight_registry",
     "build_feature": "feature_registry",
     "calibration_error": "measures",
     "feature_files": "feature_registry",
     "find_feature": "feature_registry",
     "find_loss": "registry",
-    "find_weight": "weights",
+    "find_weight": "weight_registry",
     "get_features": "feature_registry",
     "get_loss": "registry",
-    "get_weight": "weights",
+    "get_weight": "weight_registry",
     "ignored_features": "feature_registry",
     "ignored_losses": "registry",
     "layer_pairs": "layer_map",

@@ -20,7 +20,7 @@ from kdlosses.testing.form import check_bounds, check_docstring
 from kdlosses.testing.verdicts import CheckResult, demand, describe, parametrized, verdicts_of
 from kdlosses.token_loss import TokenLoss
 from kdlosses.token_weight import TokenWeight
-from kdlosses.weights import get_weight
+from kdlosses.weight_registry import get_weight
 
 WEIGHT_CONFORMANCE_VERSION = 1
 """Raised when a check is added or demands more, so that a verdict says what was checked."""

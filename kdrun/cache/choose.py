@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from kdlosses import KDObjective
     from kdrun.cache.teacher import CachedTeacher
-    from kdrun.config.sections import DataConfig, LossConfig, ModelConfig
+    from kdrun.config.data_section import DataConfig
+    from kdrun.config.sections import LossConfig, ModelConfig
     from kdrun.data.prepare import Examples, RawRows
     from kdrun.models.heads import FrozenTeacher, Teacher
     from kdrun.models.pairs import Pair

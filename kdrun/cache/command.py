@@ -12,6 +12,7 @@ from kdrun.cache.choose import settle_date
 from kdrun.cache.manifest import MANIFEST, Kind
 from kdrun.cache.resume import read_plan
 from kdrun.cache.write import make_folder, prepare_folder
+from kdrun.data.collate import teacher_side
 from kdrun.data.encoder import Encoder
 from kdrun.data.prepare import encode_rows, examples_in, read_rows
 from kdrun.errors import InputError, Interrupted, Stopped, signal_of
@@ -20,11 +21,13 @@ from kdrun.models.address import is_address
 from kdrun.models.attention import check_attention
 from kdrun.models.device import find_device
 from kdrun.models.pairs import check_context, describe_model, find_pair, locate_pair, open_teacher
+from kdrun.models.self_teacher import refuse_self
 from kdrun.quiet import make_console, quiet_libraries, show_progress
 
 if TYPE_CHECKING:
     from kdrun.cache.outputs import TeacherOutputs
-    from kdrun.config.sections import DataConfig, ModelConfig
+    from kdrun.config.data_section import DataConfig
+    from kdrun.config.sections import ModelConfig
     from kdrun.config.served_section import ServedConfig
     from kdrun.models.pairs import Pair
 
@@ -77,11 +80,11 @@ def cache_teacher(
 
         begun = read_plan(folder)
         pair = find_pair(model)
-        check_context(pair, data.max_length, model.trust_remote_code)
+        check_context(pair, data.max_length, model.trust_remote_code, data.teacher_length)
         if is_address(model.teacher):  # before the rows are tokenised, which may take long
             from kdrun.served.probe import greet
 
-            greet(model, served, data.max_length, say)
+            greet(model, served, data.teacher_length, say)
         if begun is not None and data.date is None:  # it may have begun on another day
             data = data.model_copy(update={"date": begun.date})
         data = settle_date(data, None, pair.tokenizer)
@@ -89,12 +92,13 @@ def cache_teacher(
         examples = encode_rows(rows, encoder, seed, shift_windows=False)
         for note in (*pair.notes, *rows.notes, *examples.notes):
             console.print(note, markup=False)
-        every = (*examples_in(examples.train), *examples_in(examples.held_out))
+        both = (examples.train, examples.held_out)
+        every = tuple(teacher_side(one) for part in both for one in examples_in(part))
 
         if is_address(model.teacher):
             if kind == "top_k":
                 served = served.model_copy(update={"top_k": entries})
-            outputs = _served(model, served, pair, every, data.max_length, temperature, say)
+            outputs = _served(model, served, pair, every, data.teacher_length, temperature, say)
         else:
             outputs = _local(model, pair, say)
         recipe = Recipe(
@@ -103,7 +107,7 @@ def cache_teacher(
             temperature=temperature,
             seed=seed,
             vocab_size=pair.vocab_size,
-            max_length=data.max_length,
+            max_length=data.teacher_length,
             batch_size=batch_size,
             date=data.date,
         )
@@ -192,6 +196,7 @@ def _check(model: ModelConfig) -> None:
         raise InputError(
             "model.teacher_quantization: a cache cannot store a quantised teacher; remove it"
         )
+    refuse_self(model.teacher, "cache-teacher")
     check_attention(model)
     if model.teacher_device == "auto":
         raise InputError("model.teacher_device=auto: there is no student; remove it, or pass cpu")

@@ -9,7 +9,7 @@ from kdlosses import Projected, Sampled, TopK
 from kdrun.cache.fingerprint import print_tokenizer
 from kdrun.cache.read import Cache
 from kdrun.data.batch_rows import BatchRow, fill_columns, rows_of
-from kdrun.data.collate import Collator
+from kdrun.data.collate import Collator, teacher_side
 from kdrun.errors import InputError
 from kdrun.models.heads import HeadSplit
 
@@ -77,12 +77,14 @@ class CachedTeacher:
     def missing(self, examples: Iterable[Mapping[str, Sequence[int]]]) -> str | None:
         """Describe the first row that the cache lacks; None if it contains all rows.
 
+        A row is what the teacher reads: a cache is for its prompts, whatever the student reads.
+
         Args:
             examples: rows with ``input_ids`` and ``labels``, as the trainer collates them.
         """
         alone = Collator()
         for example in examples:
-            batch = alone([example])
+            batch = alone([teacher_side(example)])
             features = (batch["input_ids"], batch.get("attention_mask"), batch["shift_labels"])
             for row in rows_of(*features, batch.get("position_ids")):
                 if row.key not in self.cache:

@@ -40,8 +40,8 @@ def show(
     """
     from rich.console import Console
 
+    from kdrun.config.base import BUILT_IN
     from kdrun.config.load import load_config
-    from kdrun.config.sections import BUILT_IN
     from kdrun.data.show import show_rows
     from kdrun.models.generation import find_model
     from kdrun.models.tokenizers import load_tokenizer

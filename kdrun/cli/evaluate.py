@@ -68,8 +68,8 @@ def evaluate(
     ):
         if value is not None and not tasks:
             raise click.UsageError(f"{option} requires --task")
+    from kdrun.config.base import BUILT_IN
     from kdrun.config.load import load_config
-    from kdrun.config.sections import BUILT_IN
     from kdrun.evaluation.tasks import TaskChoice
     from kdrun.quiet import make_console
     from kdrun.run.evaluate import evaluate as run

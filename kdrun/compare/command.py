@@ -34,12 +34,14 @@ from kdrun.compare.references import measure_references
 from kdrun.compare.run import Caches, Comparison, check_pairs, run_comparison, watch_nothing
 from kdrun.compare.teachers import cache_teachers, check_named_cache
 from kdrun.compare.trial import quiet_console
+from kdrun.config.base import BUILT_IN
 from kdrun.config.load import load_config, stated_keys
-from kdrun.config.sections import BUILT_IN, KD_RATIO, ProcedureConfig, RunConfig
+from kdrun.config.sections import KD_RATIO, ProcedureConfig, RunConfig
 from kdrun.data.prepare import read_rows
 from kdrun.data.rows import TextRow
 from kdrun.errors import InputError, Interrupted, signal_of
 from kdrun.models.address import is_address
+from kdrun.models.self_teacher import refuse_self
 from kdrun.paths import expand_home
 from kdrun.procedures.registry import get_procedure
 from kdrun.run.features import check_features
@@ -141,6 +143,7 @@ def comparison_of(options: Options) -> Comparison:
     if base.model.teacher is None:
         raise InputError("compare-losses needs a --teacher")
     for named in (*options.teachers, base.model.teacher):
+        refuse_self(named, "compare-losses")
         if is_address(named):
             raise InputError(
                 f"--teacher {named}: a comparison also measures the teacher, whose weights a "

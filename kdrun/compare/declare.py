@@ -22,7 +22,8 @@ from kdrun.compare.plan import (
     shared_settings,
 )
 from kdrun.compare.run import Comparison, check_loss_files
-from kdrun.config.sections import BUILT_IN, DataConfig
+from kdrun.config.base import BUILT_IN
+from kdrun.config.data_section import DataConfig
 from kdrun.data.hashes import content_hash
 from kdrun.data.prepare import read_rows
 from kdrun.errors import InputError

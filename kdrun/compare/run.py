@@ -138,4 +138,9 @@ def check_pairs(comparison: Comparison) -> None:
             model = base.model.model_copy(update={"teacher": teacher, "student": student})
             locate_pair(model)
             check_quantization(model, fsdp=False)
-            check_context(find_pair(model), base.data.max_length, model.trust_remote_code)
+            check_context(
+                find_pair(model),
+                base.data.max_length,
+                model.trust_remote_code,
+                base.data.teacher_length,
+            )

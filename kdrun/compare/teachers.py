@@ -16,6 +16,7 @@ from kdrun.compare.plan import Part
 from kdrun.compare.record import Pair, Trial
 from kdrun.compare.run import Comparison
 from kdrun.config.sections import RunConfig
+from kdrun.data.collate import teacher_side
 from kdrun.data.encoder import Encoder
 from kdrun.data.prepare import encode_rows, examples_in, read_rows
 from kdrun.data.rows import TextRow
@@ -182,7 +183,7 @@ def _build(
             temperature=1.0,
             seed=0,
             vocab_size=models.vocab_size,
-            max_length=base.data.max_length,
+            max_length=base.data.teacher_length,
             batch_size=base.training.batch_size,
             date=base.data.date,
         )
@@ -222,5 +223,5 @@ def _examples(
         rows = read_rows(base.data.model_copy(update={"part": part}))
         examples = encode_rows(rows, encoder, base.training.seed, shift_windows=False)
         if number == 0:
-            yield from examples_in(examples.train)
-        yield from examples_in(examples.held_out)
+            yield from map(teacher_side, examples_in(examples.train))
+        yield from map(teacher_side, examples_in(examples.held_out))

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 ALL_LINEAR = "all-linear"
+BUILT_IN = "builtin"
 DType = Literal["float32", "bfloat16", "float16"]
 Measure = Literal[
     "eval_loss",

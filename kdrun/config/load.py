@@ -17,13 +17,15 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from kdrun.builtin import DEFAULTS
-from kdrun.config.sections import BUILT_IN, KD_RATIO, SHORT_NAMES, RunConfig, Sources
+from kdrun.config.base import BUILT_IN
+from kdrun.config.data_section import Sources
+from kdrun.config.sections import KD_RATIO, SHORT_NAMES, RunConfig
 from kdrun.config.trainer_keys import type_of
 from kdrun.errors import InputError
 
 TRAINER = "trainer"
 _NULL = ("", "null")
-_NONE = ("model.teacher", "procedure.spec", "features.spec")
+_NONE = ("model.teacher", "procedure.spec", "features.spec", "token_weight.spec")
 """Keys that the word none unsets, since no teacher, procedure or feature loss has that name."""
 
 
@@ -37,11 +39,20 @@ def load_config(file: Path | None = None, overrides: Sequence[tuple[str, Any]] =
     Raises:
         InputError: unreadable YAML, an unknown key (with a suggestion), or a wrong value.
     """
-    given = _read_yaml(file) if file is not None else {}
+    given = _spell_on(_read_yaml(file)) if file is not None else {}
     for key, value in overrides:
         _put(given, key, value)
     _check_keys(given, origin=str(file) if file is not None else "configuration")
     return validate(complete_pair(given))
+
+
+def _spell_on(values: dict[str, Any]) -> dict[str, Any]:
+    """Restore the key ``on`` of the token weight, which YAML 1.1 reads as true."""
+    section = values.get("token_weight")
+    if not isinstance(section, Mapping) or True not in section:
+        return values
+    spelled = {"on" if key is True else key: value for key, value in section.items()}
+    return {**values, "token_weight": spelled}
 
 
 def validate(values: Mapping[str, Any]) -> RunConfig:
@@ -76,6 +87,11 @@ def complete_pair(given: Mapping[str, Any]) -> dict[str, Any]:
     student = model.get("student")
     cached = model.get("teacher_cache") is not None
     if student in (None, BUILT_IN):
+        if str(model.get("teacher")).partition(":")[0] == "self":
+            raise InputError(
+                f"--teacher {model['teacher']} was given without --student; pass the student that "
+                "teaches itself"
+            )
         if model.get("teacher") not in (None, BUILT_IN):
             raise InputError(
                 f"--teacher {model['teacher']} was given without --student; "
@@ -185,7 +201,7 @@ def parse_value(key: str, text: str) -> Any:
 
     Text keys take the value literally: a folder may be called ``1e3``, and a regular expression may
     contain ``#`` and ``:``. If the key may be null, ``null`` and the empty string set it to null,
-    and so does ``none`` for a teacher, a procedure and features. Every other value is parsed as
+    and so does ``none`` for a teacher, a procedure, features and a token weight. Every other value is parsed as
     YAML, except that plain exponents (``1e-3``) are numbers.
 
     Args:

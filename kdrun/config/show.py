@@ -37,7 +37,7 @@ def _lines(config: RunConfig) -> Iterator[str]:
         for key, inner in type(section).model_fields.items():
             other = elsewhere.model_dump(mode="json")[key]
             yield from _comment(_describe(inner, values[key], other), "  ")
-            yield f"  {key}: {_dump(values[key])}"
+            yield f"  {_dump(key)}: {_dump(values[key])}"  # quoted if YAML would misread it
 
 
 def _describe(field: FieldInfo, value: Any, elsewhere: Any) -> str:

@@ -11,8 +11,17 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100
 LABELS = ("labels", "shift_labels")
+TEACHER = "teacher_"
+"""Prefix of the columns of what the teacher reads, where that is another prompt."""
+TEACHER_LABELS = f"{TEACHER}shift_labels"
 ROW = "row"
 """Optional field of an example with its number in the training set."""
+
+
+def teacher_side(example: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the teacher reads of an example, as an example."""
+    own = {k.removeprefix(TEACHER): x for k, x in example.items() if k.startswith(TEACHER)}
+    return own or example
 
 
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -34,8 +43,21 @@ def split_inputs(inputs: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any
     labels = inputs.get("shift_labels")
     if labels is None:
         labels = shift_labels(inputs["labels"])
-    features = {name: value for name, value in inputs.items() if name not in (*LABELS, ROW)}
+    features = {
+        name: value
+        for name, value in inputs.items()
+        if name not in (*LABELS, ROW) and not name.startswith(TEACHER)
+    }
     return labels, features
+
+
+def teacher_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a teacher is given of a batch, with ``shift_labels``: its own prompts, if any."""
+    own = {k.removeprefix(TEACHER): x for k, x in inputs.items() if k.startswith(TEACHER)}
+    if own:
+        return own
+    labels, features = split_inputs(inputs)
+    return {**features, "shift_labels": labels}
 
 
 @dataclass(frozen=True)
@@ -64,8 +86,19 @@ class Collator:
             own token, in Hugging Face's convention; ``shift_labels``, aligned with the logits.
             Packed rows have ``position_ids`` instead of the mask, as transformers requires; their
             padding is one more example, which nothing attends to. ``row`` is ``[rows]``, if the
-            examples have numbers.
+            examples have numbers. If the teacher reads another prompt in any row, there is the
+            same of what it reads, with names that begin with ``teacher_`` and without labels that
+            are not aligned, ``[rows, teacher_length]``.
         """
+        batch = self._padded(examples)
+        if not any(f"{TEACHER}input_ids" in example for example in examples):
+            return batch
+        seen = self._padded([teacher_side(example) for example in examples])
+        kept = (name for name in seen if name not in ("labels", ROW))
+        return {**batch, **{f"{TEACHER}{name}": seen[name] for name in kept}}
+
+    def _padded(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Build the batch of one side."""
         import torch
 
         length = max(len(example["input_ids"]) for example in examples)

@@ -11,12 +11,20 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from kdrun.data.chat import ChatRenderer, HiddenAnswersError, RenderedChat, refused_by_template
 from kdrun.data.collate import IGNORE_INDEX
-from kdrun.data.encode_report import EncodedRows, find_controls, no_room, report_on, too_long
+from kdrun.data.encode_report import (
+    EncodedRows,
+    find_controls,
+    no_room,
+    no_room_for_teacher,
+    report_on,
+    too_long,
+    too_long_for_teacher,
+)
 from kdrun.data.encoding import Encoding, Example
 from kdrun.data.fields import BadRowError
 from kdrun.data.formats import ChatRow
@@ -24,6 +32,7 @@ from kdrun.data.lost import Place, find_lost
 from kdrun.data.messages import Message
 from kdrun.data.templates import USUAL_RENDERING, Rendering, template_of
 from kdrun.data.turn_ends import special_tokens
+from kdrun.data.view import View, example_of, join_prompts, targets_in_both
 from kdrun.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,6 +40,10 @@ if TYPE_CHECKING:
 
 
 _BATCH = 1000
+_UNLED = (
+    "has several answers to learn, of which the teacher's prompt leads to the last alone; set "
+    "data.supervise=last, or give 'teacher_messages' with all of them"
+)
 LongRows = Literal["cut", "skip"]
 
 
@@ -77,48 +90,129 @@ def encode(
     max_length: int,
     long_rows: LongRows = "cut",
     rendering: Rendering = USUAL_RENDERING,
+    view: View | None = None,
 ) -> Encoding:
-    """Like `encode_chats`, without the report; there may be no examples."""
-    if max_length < 2:
-        raise InputError(f"data.max_length={max_length}: must be at least 2")
-    examples: list[Example] = []
-    skipped: list[tuple[int, str]] = []
-    cut: list[int] = []
-    lost: list[tuple[int, str]] = []
-    prompts: list[int] = []
-    lengths: list[int] = []
-    supervised = 0
+    """Like `encode_chats`, without the report; there may be no examples.
+
+    With a `view`, or where rows have messages for the teacher, examples have the teacher's tokens.
+    """
+    view = view or View(max_length, rendering)
+    for key, most in (("max_length", max_length), ("teacher_max_length", view.max_length)):
+        if most < 2:
+            raise InputError(f"data.{key}={most}: must be at least 2")
+    found = _Found(max_length, view.max_length, long_rows)
+    views = _views(rows, tokenizer, view)
     for number, tokens in enumerate(_tokenise(rows, tokenizer, rendering)):
-        if isinstance(tokens, BadRowError):
-            skipped.append((number, str(tokens)))
-            continue
-        prompts.append(tokens.answers[0].start)
-        lengths.append(len(tokens.ids))
-        if len(tokens.ids) > max_length and long_rows == "skip":
-            skipped.append((number, too_long(max_length)))
-            continue
-        example = _example(tokens, max_length)
-        # The first token of a row has no context that could predict it.
-        labels = example["labels"][1:]
-        targets = len(labels) - labels.count(IGNORE_INDEX)
-        if not targets:
-            skipped.append((number, no_room(max_length)))
-            continue
-        if len(tokens.ids) > max_length:
-            cut.append(number)
-        lost += [(number, kind) for kind in tokens.lost]
-        examples.append(example)
-        supervised += targets
+        found.add(number, tokens, next(views))
+    examples, prompts = found.examples, found.prompts
     return Encoding(
         examples=examples,
-        skipped=skipped,
-        cut=cut,
-        lost=lost,
+        skipped=found.skipped,
+        cut=found.cut,
+        lost=found.lost,
         controls=find_controls(rows, tokenizer),
-        shortest=(min(prompts), min(lengths)) if prompts else None,
+        shortest=(min(prompts), min(found.lengths)) if prompts else None,
         tokens=sum(len(example["input_ids"]) for example in examples),
-        supervised=supervised,
+        supervised=found.supervised,
+        rewritten=found.rewritten,
     )
+
+
+@dataclass
+class _Found:
+    """What becomes of rows, one after another.
+
+    Attributes:
+        max_length: maximum number of tokens of an example.
+        most: the same of what the teacher reads.
+        long_rows: what to do with longer rows.
+    """
+
+    max_length: int
+    most: int
+    long_rows: LongRows
+    examples: list[Example] = field(default_factory=list)
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+    cut: list[int] = field(default_factory=list)
+    lost: list[tuple[int, str]] = field(default_factory=list)
+    rewritten: list[int] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    supervised: int = 0
+
+    def add(
+        self, number: int, tokens: _Tokens | BadRowError, seen: _Tokens | BadRowError | None
+    ) -> None:
+        """Add the example of a row, or the reason why there is none.
+
+        Args:
+            number: of the row.
+            tokens: the student's.
+            seen: the teacher's; None if it reads the same.
+        """
+        if isinstance(tokens, BadRowError):
+            self.skipped.append((number, str(tokens)))
+            return
+        self.prompts.append(tokens.answers[0].start)
+        self.lengths.append(len(tokens.ids))
+        if len(tokens.ids) > self.max_length and self.long_rows == "skip":
+            self.skipped.append((number, too_long(self.max_length)))
+            return
+        example = _example(tokens, self.max_length)
+        # The first token of a row has no context that could predict it.
+        if not _targets(example):
+            self.skipped.append((number, no_room(self.max_length)))
+            return
+        is_cut = len(tokens.ids) > self.max_length
+        if seen is not None:
+            both = self._with_view(number, tokens, seen)
+            if both is None:
+                return
+            example, cut_there = both
+            is_cut = is_cut or cut_there
+        if is_cut:
+            self.cut.append(number)
+        self.lost += [(number, kind) for kind in tokens.lost]
+        self.examples.append(example)
+        self.supervised += _targets(example)
+
+    def _with_view(
+        self, number: int, tokens: _Tokens, seen: _Tokens | BadRowError
+    ) -> tuple[Example, bool] | None:
+        """Return an example with the teacher's tokens, and whether these are cut."""
+        if not isinstance(seen, BadRowError) and len(seen.answers) != len(tokens.answers):
+            seen = BadRowError(_UNLED)
+        if isinstance(seen, BadRowError):
+            self.skipped.append((number, f"cannot be shown to the teacher: it {seen}"))
+            return None
+        context, answers = join_prompts(tokens.ids, tokens.answers, seen.ids, seen.answers)
+        is_cut = answers[-1].stop > self.most
+        if is_cut and self.long_rows == "skip":
+            self.skipped.append((number, too_long_for_teacher(self.most)))
+            return None
+        targets = targets_in_both(tokens.answers, self.max_length, answers, self.most)
+        if not targets:
+            self.skipped.append((number, no_room_for_teacher(self.most)))
+            return None
+        if context != seen.ids:
+            self.rewritten.append(number)
+        return example_of(tokens.ids, context, targets), is_cut
+
+
+def _targets(example: Example) -> int:
+    labels = example["labels"][1:]
+    return len(labels) - labels.count(IGNORE_INDEX)
+
+
+def _views(
+    rows: Sequence[ChatRow], tokenizer: PreTrainedTokenizerBase, view: View
+) -> Iterator[_Tokens | BadRowError | None]:
+    """Yield what the teacher reads for each row; None if that is what the student reads."""
+    own = [view.is_given or row.teacher is not None for row in rows]
+    pairs = zip(rows, own, strict=True)
+    seen = [replace(row, messages=row.teacher or row.messages) for row, has_own in pairs if has_own]
+    found = _tokenise(seen, tokenizer, view.rendering)
+    yield from (next(found) if has_own else None for has_own in own)
 
 
 def _example(tokens: _Tokens, max_length: int) -> Example:

@@ -35,6 +35,8 @@ class EncodeReport:
         control: The first such token.
         tokens: Number of tokens in all examples.
         supervised_tokens: Number of targets among them.
+        rendered: Whether the rows were already rendered.
+        rewritten: The rows of which the teacher's rendering has other answer tokens.
     """
 
     rows: int
@@ -47,6 +49,7 @@ class EncodeReport:
     tokens: int
     supervised_tokens: int
     rendered: bool = False
+    rewritten: Sequence[Position] = ()
 
     def warnings(self) -> list[str]:
         """Return one line for each kind of loss, with the numbers of the first five rows."""
@@ -61,6 +64,12 @@ class EncodeReport:
                 f"{found[0].file}: the chat template omits or changes {kind} in {len(found)} "
                 f"of {self.rows} rows ({len(found) / self.rows:.0%}): {name_positions(found)}: "
                 f"{CONSEQUENCES[kind]}"
+            )
+        if self.rewritten:
+            lines.append(
+                f"{self.rewritten[0].file}: the teacher's rendering writes the answers of "
+                f"{len(self.rewritten)} of {self.rows} rows with other tokens: "
+                f"{name_positions(self.rewritten)}; the teacher reads the student's"
             )
         if self.controls and not self.rendered:
             lines.append(
@@ -122,6 +131,7 @@ def report_on(
         tokens=encoding.tokens,
         supervised_tokens=encoding.supervised,
         rendered=rendered,
+        rewritten=_places(rows, encoding.rewritten),
     )
     return EncodedRows(examples, report)
 
@@ -152,7 +162,11 @@ def find_controls(
 
 def _refuse_losses(rows: Sequence[ChatRow], encoding: Encoding, max_length: int) -> None:
     too_large = (too_long(max_length), no_room(max_length))
-    found = [(number, reason) for number, reason in encoding.skipped if reason not in too_large]
+    found = [
+        (number, reason)
+        for number, reason in encoding.skipped
+        if reason not in too_large and not _too_large_for_teacher(reason)
+    ]
     found += [(number, f"loses {kind} in the chat template") for number, kind in encoding.lost]
     if found:
         number, reason = min(found)
@@ -172,6 +186,12 @@ def _nothing_left(
             f"{skipped[0].position}: none of the {len(skipped)} {part}rows can be used; "
             f"this one {skipped[0].reason}"
         )
+    of_teacher = next((row for row in skipped if _too_large_for_teacher(row.reason)), None)
+    if of_teacher is not None:
+        return InputError(
+            f"{of_teacher.position}: none of the {len(skipped)} {part}rows can be used; this one "
+            f"{of_teacher.reason}; raise data.teacher_max_length"
+        )
     start = f"{skipped[0].position.file}: data.max_length={max_length}: all {len(skipped)} {part}"
     if any(row.reason == too_long(max_length) for row in skipped):
         return InputError(
@@ -184,6 +204,12 @@ def _nothing_left(
     )
 
 
+def _too_large_for_teacher(reason: str) -> bool:
+    number = re.search(r"\d+", reason)
+    size = int(number[0]) if number else 0
+    return reason in (too_long_for_teacher(size), no_room_for_teacher(size))
+
+
 def no_room(max_length: int) -> str:
     """Return the reason for skipping a row whose prompt fills the maximum length."""
     return f"has a prompt that leaves no room for an answer in {max_length} tokens"
@@ -192,3 +218,13 @@ def no_room(max_length: int) -> str:
 def too_long(max_length: int) -> str:
     """Return the reason for skipping a row with ``data.long_rows=skip``."""
     return f"has more than {max_length} tokens"
+
+
+def no_room_for_teacher(max_length: int) -> str:
+    """Return the reason for skipping a row whose prompt for the teacher fills its length."""
+    return f"has a prompt for the teacher that leaves no room for an answer in {max_length} tokens"
+
+
+def too_long_for_teacher(max_length: int) -> str:
+    """Return the reason for skipping what the teacher would have to cut."""
+    return f"has more than {max_length} tokens for the teacher (data.teacher_max_length)"

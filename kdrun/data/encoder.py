@@ -22,6 +22,7 @@ from kdrun.data.rows import BadRow, ChatRow, Row, TextRow, describe_bad_rows
 from kdrun.data.templates import USUAL_RENDERING, Rendering, read_template, uses_date
 from kdrun.data.token_cache import TokenCache, token_key
 from kdrun.data.token_store import Chunk, Tokens, pack_chunk, store_tokens
+from kdrun.data.view import View, view_of
 from kdrun.errors import InputError
 from kdrun.quiet import make_console, show_progress
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from kdrun.config.sections import DataConfig
+    from kdrun.config.data_section import DataConfig
 
 _ROWS_FOR_A_WORKER = 4 * BATCH
 """Fewer rows are encoded sooner than another process is started."""
@@ -84,6 +85,7 @@ class Encoder:
         left_out: tokens, with their ids, that only one model knows; rows with them are skipped.
         strict: refuse rows that the chat template rejects or does not write in full.
         workers: number of processes; None is one for each core.
+        view: how the teacher's conversations are encoded; None as the student's.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -94,6 +96,7 @@ class Encoder:
     left_out: Mapping[str, int] = field(default_factory=dict)
     strict: bool = False
     workers: int | None = None
+    view: View | None = None
 
     @classmethod
     def of(
@@ -124,6 +127,7 @@ class Encoder:
             left_out,
             data.strict,
             data.workers,
+            view_of(data),
         )
 
     def __call__(self, given: Sequence[Row], seed: int, phase: bool, part: str) -> Encoded:
@@ -213,6 +217,8 @@ class Encoder:
             f"{report.kept} of {report.rows} rows, {report.tokens} tokens, "
             f"{report.supervised_tokens} supervised"
         )
+        if encoding.teacher_tokens:
+            summary += f"; the teacher reads its own prompts, {encoding.teacher_tokens} tokens"
         thoughts = len(encoding.reasoning)
         if thoughts:
             fate = "learned" if self.rendering.reasoning == "keep" else "left out"
@@ -239,7 +245,10 @@ class Encoder:
         day = None
         if uses_date(self.tokenizer):
             day = self.rendering.date or date.today().isoformat()
+        view = self.view
+        seen = None if view is None else [view.max_length, view.rendering.key, view.is_given]
         settings = [self.max_length, self.long_rows, self.rendering.key, day, sorted(self.left_out)]
+        settings.append(seen)
         key = token_key(self.tokenizer, [kind, rows.fingerprint(), settings])
         cache = self.cache if key is not None else TokenCache(None)
         return cache.place("tokens", lambda: key or uuid.uuid4().hex, rows.characters())
@@ -270,6 +279,7 @@ def _encode_chats(job: _Job, start: int) -> Chunk:
         "lost": [(start + n, kind) for n, kind in found.lost],
         "controls": [(start + n, token) for n, token in found.controls],
         "unknown": [(start + n, token) for n, token in unknown],
+        "rewritten": [start + n for n in found.rewritten if n not in left],
         "reasoning": [start + n for n, row in enumerate(rows) if has_reasoning(row.messages)],
     }
     return pack_chunk(kept, [start + n for n in known], notes, found.shortest)
@@ -284,7 +294,7 @@ def _encode_some(
         What became of them, the examples, the row of each, and the rows with a token that only one
         model knows.
     """
-    found = encode(rows, own.tokenizer, own.max_length, own.long_rows, own.rendering)
+    found = encode(rows, own.tokenizer, own.max_length, own.long_rows, own.rendering, own.view)
     skipped = {number for number, _ in found.skipped}
     numbers = [number for number in range(len(rows)) if number not in skipped]
     return found, *_known(found.examples, numbers, own.left_out)
@@ -317,7 +327,8 @@ def _known(
     names = {number: token for token, number in left_out.items()}
     kept, known, unknown = [], [], []
     for number, example in zip(numbers, examples, strict=True):
-        found = next((token for token in example["input_ids"] if token in names), None)
+        read = (*example["input_ids"], *example.get("teacher_input_ids", ()))
+        found = next((token for token in read if token in names), None)
         if found is None:
             kept.append(example)
             known.append(number)

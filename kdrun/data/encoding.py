@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class Example(TypedDict):
-    """One row as models receive it."""
+    """One row as models receive it.
+
+    The teacher's columns are there if it reads another prompt; both sequences have the same
+    targets, in the same order.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    teacher_input_ids: NotRequired[list[int]]
+    teacher_labels: NotRequired[list[int]]
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,9 @@ class Encoding:
         supervised: Number of targets among them.
         unknown: Rows left out for a token that only one model knows, and the token.
         reasoning: Rows with reasoning in an answer.
+        rewritten: Rows of which the teacher's rendering has other answer tokens.
+        teacher_tokens: Number of tokens that the teacher reads; 0 if it reads what the student
+            reads.
     """
 
     examples: Sequence[Example]
@@ -41,3 +50,5 @@ class Encoding:
     supervised: int
     unknown: list[tuple[int, str]] = field(default_factory=list)
     reasoning: list[int] = field(default_factory=list)
+    rewritten: list[int] = field(default_factory=list)
+    teacher_tokens: int = 0

@@ -26,6 +26,7 @@ from kdrun.data import shapes
 from kdrun.data.fields import BadRowError, Fields
 from kdrun.data.messages import MESSAGES_NAMES, Message, as_prompt, complete
 from kdrun.data.records import Position
+from kdrun.data.teacher_prompt import STUDENTS_PROMPT, TeacherPrompt
 from kdrun.data.tools import tools_of
 from kdrun.errors import InputError
 
@@ -74,11 +75,13 @@ class ChatRow:
         messages: the turns. The answer to a prompt alone has no words.
         position: where it comes from.
         tools: what the assistant may call, in the form that chat templates take.
+        teacher: the turns that the teacher reads for the same answers; None if it reads these.
     """
 
     messages: tuple[Message, ...]
     position: Position
     tools: Sequence[dict[str, Any]] | None = None
+    teacher: tuple[Message, ...] | None = None
 
 
 Row = TextRow | ChatRow
@@ -93,6 +96,7 @@ def choose_converter(
     response_field: str | None,
     source: str,
     prompts: bool = False,
+    teacher: TeacherPrompt = STUDENTS_PROMPT,
 ) -> tuple[DataFormat, Converter]:
     """Choose how the records of one source are read.
 
@@ -104,6 +108,7 @@ def choose_converter(
         response_field: The same for the response.
         source: The file or data set, for messages.
         prompts: Whether rows without answers will do.
+        teacher: What the teacher reads.
 
     Returns:
         The format, and the function that converts the fields of a record to rows or raises
@@ -116,7 +121,8 @@ def choose_converter(
         raise InputError(
             f"data.format={data_format}: must be one of {', '.join(get_args(DataFormat))}"
         )
-    for key, field in (("prompt_field", prompt_field), ("response_field", response_field)):
+    own = (("prompt_field", prompt_field), ("response_field", response_field))
+    for key, field in (*own, *teacher.fields()):
         if field is not None and field not in keys:
             raise InputError(
                 f"{source}: no row has the field {field!r} (data.{key}); {_found(keys)}"
@@ -130,8 +136,14 @@ def choose_converter(
     if chosen == "text":
         if not any_text and "text" not in keys:
             raise _unfit(source, chosen, "text", keys)
+        if teacher.is_given:
+            raise InputError(
+                f"{source}: plain text has no prompt that could differ for the teacher; remove "
+                "the keys data.teacher_..., or use rows with prompts and answers"
+            )
         return chosen, _text_row
-    return chosen, _chats(_shape(chosen, keys, prompt_field, response_field, source), prompts)
+    shape = _shape(chosen, keys, prompt_field, response_field, source)
+    return chosen, _chats(shape, prompts, teacher)
 
 
 def unanswered(source: str, found: str = "") -> InputError:
@@ -232,12 +244,13 @@ def _text_row(fields: Fields, position: Position) -> list[Row]:
     return [TextRow(fields.text("text"), position)]
 
 
-def _chats(shape: shapes.Shape, prompts: bool) -> Converter:
+def _chats(shape: shapes.Shape, prompts: bool, teacher: TeacherPrompt) -> Converter:
     """Return the converter to conversations.
 
     Args:
         shape: of the records.
         prompts: whether conversations that end with a question are rows, too.
+        teacher: what the teacher reads.
     """
 
     def convert(fields: Fields, position: Position) -> list[Row]:
@@ -249,9 +262,11 @@ def _chats(shape: shapes.Shape, prompts: bool) -> Converter:
         for messages in shape(fields, position):
             if prompts and messages[-1].role != "assistant":
                 fields.say(NO_ANSWERS)
-                rows.append(ChatRow(as_prompt(fields, messages), position, tools))
+                own = as_prompt(fields, messages)
             else:
-                rows.append(ChatRow(complete(fields, messages), position, tools))
+                own = complete(fields, messages)
+            seen = teacher.conversation(fields, position, own)
+            rows.append(ChatRow(own, position, tools, seen))
         return rows
 
     return convert

@@ -9,10 +9,10 @@ so nothing is learned across examples.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NotRequired
 
-from kdrun.data.collate import IGNORE_INDEX
+from kdrun.data.collate import IGNORE_INDEX, TEACHER, teacher_side
 from kdrun.data.encoding import Example
 from kdrun.data.lazy import Lazy
 
@@ -24,6 +24,7 @@ class PackedExample(Example):
     """A row of several examples."""
 
     position_ids: list[int]
+    teacher_position_ids: NotRequired[list[int]]
 
 
 def pack(examples: Sequence[Example], max_length: int) -> Packed:
@@ -116,10 +117,23 @@ def arrange(lengths: Sequence[int] | np.ndarray, max_length: int) -> Members:
 
 
 def join(examples: Sequence[Example]) -> PackedExample:
-    """Build one row from several examples, in order."""
-    joined = PackedExample(input_ids=[], labels=[], position_ids=[])
-    for example in examples:
-        joined["input_ids"] += example["input_ids"]
-        joined["labels"] += [IGNORE_INDEX, *example["labels"][1:]]
-        joined["position_ids"] += range(len(example["input_ids"]))
+    """Build one row from several examples, in order, on both sides if the teacher has its own."""
+    ids, labels, positions = _joined(examples)
+    joined = PackedExample(input_ids=ids, labels=labels, position_ids=positions)
+    if any(f"{TEACHER}input_ids" in example for example in examples):
+        seen = _joined([teacher_side(example) for example in examples])
+        joined["teacher_input_ids"], joined["teacher_labels"] = seen[:2]
+        joined["teacher_position_ids"] = seen[2]
     return joined
+
+
+def _joined(examples: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int], list[int]]:
+    """Return tokens, labels and positions of one side."""
+    ids: list[int] = []
+    labels: list[int] = []
+    positions: list[int] = []
+    for example in examples:
+        ids += example["input_ids"]
+        labels += [IGNORE_INDEX, *example["labels"][1:]]
+        positions += range(len(example["input_ids"]))
+    return ids, labels, positions

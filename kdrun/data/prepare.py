@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from kdrun.builtin.text import load_text
-from kdrun.config.sections import BUILT_IN, DataConfig, SourceConfig, Sources
+from kdrun.config.base import BUILT_IN
+from kdrun.config.data_section import DataConfig, SourceConfig, Sources
 from kdrun.data.origins import Origins
 from kdrun.data.row_store import Rows, store_rows
 from kdrun.data.rows import (
@@ -20,6 +21,7 @@ from kdrun.data.rows import (
     load_sources,
 )
 from kdrun.data.split import hold_out, shared_prompts, shared_rows
+from kdrun.data.teacher_prompt import TeacherPrompt
 from kdrun.data.token_cache import TokenCache
 from kdrun.data.token_store import Tokens
 from kdrun.errors import InputError
@@ -204,13 +206,28 @@ def mix_training(
     return replace(examples, train=mixed, notes=(*examples.notes, *notes), origins=origins)
 
 
-def pack_training(examples: Examples, max_length: int) -> Examples:
-    """Pack training examples into rows; held-out ones are unchanged."""
+def pack_training(
+    examples: Examples, max_length: int, teacher_max_length: int | None = None
+) -> Examples:
+    """Pack training examples into rows; held-out ones are unchanged.
+
+    Args:
+        examples: the examples.
+        max_length: maximum number of tokens in a row.
+        teacher_max_length: the same of what the teacher reads.
+    """
+    import numpy as np
+
     from kdrun.data.pack import Packed, arrange
 
     loose: Any = examples.train
     lengths = lengths_of(loose)
-    members = arrange(lengths, max_length)
+    if teacher_max_length is not None and isinstance(loose, Tokens):
+        # Both of a row's sequences must fit: the fuller one counts.
+        scaled = -(-loose.teacher_lengths() * max_length // teacher_max_length)
+        members = arrange(np.maximum(lengths, scaled), max_length)
+    else:
+        members = arrange(lengths, max_length)
     packed: Any = Packed(loose, members)
     filled = lengths.sum() / (len(packed) * max_length)
     note = (
@@ -289,10 +306,11 @@ def sources_of(
     """
     names = (given,) if isinstance(given, str) else given
     fields = (config.format, config.prompt_field, config.response_field)
+    teacher = TeacherPrompt.of(config)
     return [
-        SourceOf(one, *fields, prompts)
+        SourceOf(one, *fields, prompts, teacher)
         if isinstance(one, str)
-        else SourceOf(one.path, one.format, one.prompt_field, one.response_field, prompts)
+        else SourceOf(one.path, one.format, one.prompt_field, one.response_field, prompts, teacher)
         for one in names
     ]
 

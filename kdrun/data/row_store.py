@@ -26,7 +26,10 @@ BATCH = 1000
 _DIGEST = 16
 _UNITS: tuple[Any, ...] = ("line", "row")
 _MESSAGE_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Message)}
-_OF_CHATS = [f.name for f in dataclasses.fields(ChatRow) if f.name not in ("messages", "position")]
+_CONVERSATIONS = ("messages", "teacher")
+_OF_CHATS = [
+    f.name for f in dataclasses.fields(ChatRow) if f.name not in (*_CONVERSATIONS, "position")
+]
 
 
 class Rows(Lazy[Row]):
@@ -231,21 +234,31 @@ class RowWriter:
 def _dump(row: Row) -> str:
     if isinstance(row, TextRow):
         return row.text
-    messages = [
+    talks = {name: getattr(row, name) for name in _CONVERSATIONS}
+    found = {name: _as_dicts(talk) for name, talk in talks.items() if talk is not None}
+    others = {name: getattr(row, name) for name in _OF_CHATS}
+    return json.dumps({**found, **others}, ensure_ascii=False, default=str)
+
+
+def _as_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return messages with the fields that differ from their defaults."""
+    return [
         {
             name: value
             for name, default in _MESSAGE_DEFAULTS.items()
             if (value := getattr(message, name)) != default
         }
-        for message in row.messages
+        for message in messages
     ]
-    others = {name: getattr(row, name) for name in _OF_CHATS}
-    return json.dumps({"messages": messages, **others}, ensure_ascii=False, default=str)
 
 
 def _load(content: str, is_text: bool, position: Position) -> Row:
     if is_text:
         return TextRow(content, position)
     found = json.loads(content)
-    messages = tuple(Message(**message) for message in found.pop("messages"))
-    return ChatRow(messages, position, **found)
+    talks: dict[str, Any] = {
+        name: tuple(Message(**message) for message in found.pop(name))
+        for name in _CONVERSATIONS
+        if name in found
+    }
+    return ChatRow(position=position, **talks, **found)

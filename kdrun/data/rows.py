@@ -26,6 +26,7 @@ from kdrun.data.messages import NO_ANSWER, Message
 from kdrun.data.records import Position, Record
 from kdrun.data.row_store import BATCH, Rows, RowWriter
 from kdrun.data.sources import Part, find_parts
+from kdrun.data.teacher_prompt import STUDENTS_PROMPT, TeacherPrompt
 from kdrun.errors import InputError
 from kdrun.quiet import make_console, show_progress
 
@@ -40,6 +41,7 @@ _CODE = (
     "shapes.py",
     "streams.py",
     "tables.py",
+    "teacher_prompt.py",
     "tools.py",
 )
 """The source files that determine what becomes of a record."""
@@ -156,6 +158,7 @@ class SourceOf:
         prompt_field: the field of the prompt, if its name is not a common one.
         response_field: the field of the response, if its name is not a common one.
         prompts: whether rows without answers will do.
+        teacher: what the teacher reads.
     """
 
     name: str
@@ -163,6 +166,7 @@ class SourceOf:
     prompt_field: str | None = None
     response_field: str | None = None
     prompts: bool = False
+    teacher: TeacherPrompt = STUDENTS_PROMPT
 
 
 def load_rows(
@@ -277,7 +281,13 @@ def reader_of(
     keys, any_text, number = _fields_of(islice(_records(parts, as_text), limit), source.name)
     fields_named = (source.prompt_field, source.response_field)
     chosen, convert = choose_converter(
-        keys, any_text, source.data_format, *fields_named, source.name, source.prompts
+        keys,
+        any_text,
+        source.data_format,
+        *fields_named,
+        source.name,
+        source.prompts,
+        source.teacher,
     )
 
     def read(record: Record) -> tuple[list[Row], Fields]:

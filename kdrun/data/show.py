@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from kdrun.data.collate import IGNORE_INDEX
+from kdrun.data.collate import IGNORE_INDEX, teacher_side
 from kdrun.data.encoder import Encoder
 from kdrun.data.prepare import sources_of
 from kdrun.data.rows import ChatRow, load_sources
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
-    from kdrun.config.sections import DataConfig
+    from kdrun.config.data_section import DataConfig
     from kdrun.data.token_store import Tokens
 
 _LOOKED_AT = 10_000
@@ -75,6 +75,9 @@ def _show_first(
     for number, row in zip(range(min(count, len(tokens))), tokens.rows(), strict=False):
         console.print(Text(str(rows.position(int(row))), style="dim"))
         console.print(_marked(tokens[number], tokenizer, colours))
+        if "teacher_input_ids" in tokens[number]:
+            console.print(Text("the teacher reads", style="dim"))
+            console.print(_marked(teacher_side(tokens[number]), tokenizer, colours))
         console.print()
 
 

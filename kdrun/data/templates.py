@@ -16,7 +16,7 @@ from kdrun.paths import expand_home
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from kdrun.config.sections import DataConfig
+    from kdrun.config.data_section import DataConfig
 
 PLAIN_TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}{{ '\\n' }}{% endif %}"

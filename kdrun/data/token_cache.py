@@ -41,6 +41,7 @@ _CODE = (
     "templates.py",
     "token_store.py",
     "turn_ends.py",
+    "view.py",
 )
 """The source files that determine the encoding and its cache."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -20,14 +20,18 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+_OF_TEACHER = ("teacher_input_ids", "teacher_labels")
 _RELEASED_EVERY = 500
 """Examples; reading one may map 64 KiB around it."""
 
 
-def hash_example(ids: Sequence[int], labels: Sequence[int]) -> int:
-    """Return a hash of the tokens and targets of an example, as a signed 64-bit number."""
-    digest = hashlib.blake2b(array("i", ids).tobytes(), digest_size=8)
-    digest.update(array("i", labels).tobytes())
+def hash_example(example: Mapping[str, Any]) -> int:
+    """Return a hash of an example's tokens and targets on both sides, as a signed 64-bit number."""
+    digest = hashlib.blake2b(array("i", example["input_ids"]).tobytes(), digest_size=8)
+    digest.update(array("i", example["labels"]).tobytes())
+    for column in _OF_TEACHER:
+        if column in example:
+            digest.update(array("i", example[column]).tobytes())
     return int.from_bytes(digest.digest(), "big", signed=True)
 
 
@@ -43,6 +47,9 @@ class Chunk:
         hashes: of the examples.
         notes: lists by kind, for :class:`Encoding`; their rows are numbered as in ``rows``.
         shortest: the fewest tokens before an answer, and the fewest in a row.
+        seen: tokens that the teacher reads of all examples.
+        seen_supervised: whether each of them is a target.
+        seen_lengths: of these examples; 0 where the teacher reads what the student reads.
     """
 
     ids: np.ndarray
@@ -52,6 +59,9 @@ class Chunk:
     hashes: list[int]
     notes: dict[str, list[Any]]
     shortest: tuple[int, ...] | None
+    seen: np.ndarray
+    seen_supervised: np.ndarray
+    seen_lengths: list[int]
 
 
 def pack_chunk(
@@ -63,15 +73,20 @@ def pack_chunk(
     """Return examples in the form of the store."""
     import numpy as np
 
-    labels = np.array([x for e in examples for x in e["labels"]], dtype=np.int32)
+    def joined(column: str) -> np.ndarray:
+        return np.array([x for e in examples for x in e.get(column, ())], dtype=np.int32)  # type: ignore[attr-defined]
+
     return Chunk(
-        ids=np.array([x for e in examples for x in e["input_ids"]], dtype=np.int32),
-        supervised=(labels != IGNORE_INDEX).astype(np.int8),
+        ids=joined("input_ids"),
+        supervised=(joined("labels") != IGNORE_INDEX).astype(np.int8),
         lengths=[len(e["input_ids"]) for e in examples],
         rows=list(rows),
-        hashes=[hash_example(e["input_ids"], e["labels"]) for e in examples],
+        hashes=[hash_example(e) for e in examples],
         notes=notes,
         shortest=shortest,
+        seen=joined("teacher_input_ids"),
+        seen_supervised=(joined("teacher_labels") != IGNORE_INDEX).astype(np.int8),
+        seen_lengths=[len(e.get("teacher_input_ids", ())) for e in examples],
     )
 
 
@@ -94,6 +109,8 @@ def store_tokens(place: Path | None, chunks: Iterable[Chunk]) -> Tokens:
             ("supervised", kind(pa.int8())),
             ("row", pa.int64()),
             ("hash", pa.int64()),
+            ("seen", kind(pa.int32())),
+            ("seen_supervised", kind(pa.int8())),
         ]
     )
     notes: dict[str, list[Any]] = {}
@@ -106,6 +123,8 @@ def store_tokens(place: Path | None, chunks: Iterable[Chunk]) -> Tokens:
                 lists(chunk.supervised, "int8", chunk.lengths),
                 numbers(chunk.rows, "int64"),
                 numbers(chunk.hashes, "int64"),
+                lists(chunk.seen, "int32", chunk.seen_lengths),
+                lists(chunk.seen_supervised, "int8", chunk.seen_lengths),
             ]
             if chunk.lengths:
                 writer.add(pa.RecordBatch.from_arrays(columns, schema=schema))
@@ -158,6 +177,17 @@ class Tokens(Lazy[Example]):
         """Return the number of tokens of each example."""
         return self._joined([part.stops[1:] - part.stops[:-1] for part in self._parts])
 
+    def teacher_lengths(self) -> np.ndarray:
+        """Return the number of tokens that the teacher reads of each example."""
+        import numpy as np
+
+        own = self._joined([part.seen_stops[1:] - part.seen_stops[:-1] for part in self._parts])
+        return np.where(own > 0, own, self.lengths())
+
+    def has_view(self) -> bool:
+        """Return whether the teacher reads another sequence of any example."""
+        return any(int(part.seen_stops[-1]) > 0 for part in self._parts)
+
     def rows(self) -> np.ndarray:
         """Return the number of the row of each example."""
         return self._joined([part.column("row") for part in self._parts])
@@ -181,6 +211,8 @@ class Tokens(Lazy[Example]):
             supervised=self._about["supervised"],
             unknown=[(number, token) for number, token in notes.get("unknown", [])],
             reasoning=notes.get("reasoning", []),
+            rewritten=notes.get("rewritten", []),
+            teacher_tokens=int(self.teacher_lengths().sum()) if self.has_view() else 0,
         )
 
     def flat(self) -> FlatTokens:
@@ -205,6 +237,10 @@ class _Part:
         self.stops = np.frombuffer(ids.buffers()[1], np.int64)[: len(batch) + 1]
         self.ids = np.frombuffer(ids.values.buffers()[1], np.int32)
         self._supervised = np.frombuffer(supervised.values.buffers()[1], np.int8)
+        seen, targets = batch.column("seen"), batch.column("seen_supervised")
+        self.seen_stops = np.frombuffer(seen.buffers()[1], np.int64)[: len(batch) + 1]
+        self._seen = np.frombuffer(seen.values.buffers()[1] or b"", np.int32)
+        self._seen_supervised = np.frombuffer(targets.values.buffers()[1] or b"", np.int8)
 
     def __len__(self) -> int:
         return len(self._batch)
@@ -216,11 +252,21 @@ class _Part:
         return np.frombuffer(self._batch.column(name).buffers()[1], np.int64)[: len(self)]
 
     def example(self, number: int) -> Example:
-        part = slice(self.stops[number], self.stops[number + 1])
-        ids: list[int] = self.ids[part].tolist()
-        kept = self._supervised[part].tolist()
-        labels = [token if k else IGNORE_INDEX for token, k in zip(ids, kept, strict=True)]
-        return Example(input_ids=ids, labels=labels)
+        ids, labels = _cut(self.ids, self._supervised, self.stops, number)
+        seen, targets = _cut(self._seen, self._seen_supervised, self.seen_stops, number)
+        if not seen:
+            return Example(input_ids=ids, labels=labels)
+        return Example(input_ids=ids, labels=labels, teacher_input_ids=seen, teacher_labels=targets)
+
+
+def _cut(
+    ids: np.ndarray, supervised: np.ndarray, stops: np.ndarray, number: int
+) -> tuple[list[int], list[int]]:
+    """Return the tokens and labels of one example of a batch."""
+    part = slice(stops[number], stops[number + 1])
+    found: list[int] = ids[part].tolist()
+    kept = supervised[part].tolist()
+    return found, [token if k else IGNORE_INDEX for token, k in zip(found, kept, strict=True)]
 
 
 class FlatTokens(Sequence[int]):

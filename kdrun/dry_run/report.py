@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdrun.cache.choose import check_cache
 from kdrun.cache.manifest import read_manifest
 from kdrun.config.sections import KD_RATIO, RunConfig
 from kdrun.data.prepare import examples_in, lengths_of
+from kdrun.data.token_store import Tokens
 from kdrun.dry_run.devices import Device, find_device
 from kdrun.errors import InputError
 from kdrun.losses.build import plain_objective
 from kdrun.models.cast import cast_weights
 from kdrun.models.context import load_model_config
+from kdrun.models.self_teacher import is_self
 from kdrun.paths import expand_home
 from kdrun.quiet import quiet_libraries
 from kdrun.run.arguments import settle
 from kdrun.run.check import check, procedure_of
 from kdrun.run.features import check_features_layers
+from kdrun.run.own_teacher import shares_weights
 from kdrun.run.precision import autocast_type, notes_on_types, settle_precision
 from kdrun.run.prepare import prepare
 
@@ -28,8 +31,10 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from kdrun.data.prepare import Examples
     from kdrun.dry_run.models import ModelSize
     from kdrun.models.pairs import Pair
+    from kdrun.procedures.sampling import Sampling
 
 # Values that an optimiser keeps for each trained weight, in its type or in 8 bits, by its name.
 _STATES = {"ademamix": 3, "adamw": 2, "lion": 1, "adagrad": 1, "rmsprop": 1}
@@ -111,7 +116,9 @@ def dry_run(
             made = procedure.cost(config).rows
             most = max(most, longest_written(examples_in(examples.train), prepared.sampling))
         batch = made * min(config.training.batch_size, count)
-        student, teacher, memory = _memory(config, pair, most, count, batch, device)
+        student, teacher, memory = _memory(
+            config, pair, most, count, batch, device, _longest_seen(examples, prepared.sampling)
+        )
         place = _where(config, device)
         if teacher is not None and place is not None:
             notes.append(
@@ -140,6 +147,20 @@ def dry_run(
     )
 
 
+def _longest_seen(examples: Examples, sampling: Sampling | None) -> int:
+    """Return the tokens of the longest row that the teacher alone reads; 0 without such rows."""
+    rows: Any = examples.train
+    if isinstance(rows, Tokens):
+        longest = int(rows.teacher_lengths().max()) if rows.has_view() else 0
+    else:
+        name = "teacher_input_ids"
+        seen = (len(row[name]) for row in examples_in(rows) if name in row)
+        longest = max(seen, default=0)
+    if not longest or sampling is None:
+        return longest
+    return min(longest + sampling.max_new_tokens, sampling.teacher_max_length or longest)
+
+
 def _adapters(config: RunConfig) -> str | None:
     kind = "DoRA" if config.lora.dora else "LoRA"
     stored = config.lora.quantization
@@ -158,7 +179,13 @@ def _steps(config: RunConfig, rows: int, processes: int) -> int:
 
 
 def _memory(
-    config: RunConfig, pair: Pair, longest: int, rows: int, batch: int, device: Device
+    config: RunConfig,
+    pair: Pair,
+    longest: int,
+    rows: int,
+    batch: int,
+    device: Device,
+    most_seen: int = 0,
 ) -> tuple[ModelSize, ModelSize | None, dict[str, int | None]]:
     import torch
 
@@ -172,6 +199,12 @@ def _memory(
         shadow.adapt(config)
     student = shadow.size()
     teacher, teacher_weights, width = None, 0, 0
+    if is_self(model.teacher):
+        width = student.head[1]
+        if not shares_weights(config):
+            kind = model.teacher_type if model.teacher_ema is None else model.student_type
+            teacher = Shadow(pair.student, shape, kind, trust, pair).size()
+            teacher_weights = _beside_student(config, teacher, device)
     if pair.teacher is not None:
         shape = load_model_config(pair.teacher, trust)
         stored = model.teacher_quantization
@@ -181,10 +214,10 @@ def _memory(
         manifest = read_manifest(expand_home(config.model.teacher_cache))
         teacher_weights += 0 if manifest.head is None else manifest.head.bytes
         width = manifest.entries
-    tokens = batch * longest
+    tokens, seen = batch * longest, batch * most_seen
     kept = 0  # teacher values for the loss: its last hidden states, or cached entries
     if config.loss.kd_ratio > 0 or KD_RATIO in config.loss.schedules:
-        kept = tokens * width * getattr(torch, model.teacher_type).itemsize
+        kept = (tokens + seen) * width * getattr(torch, model.teacher_type).itemsize
     checkpointing, autocast = config.training.gradient_checkpointing, autocast_type(config)
     if config.training.fsdp and autocast is not None:  # gathered in this type, without copies
         cast_weights(shadow.model, autocast)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel
 
-    from kdrun.config.sections import DataConfig, LossConfig
+    from kdrun.config.data_section import DataConfig
+    from kdrun.config.sections import LossConfig
     from kdrun.config.training_sections import EvaluationConfig
     from kdrun.models.heads import Teacher
     from kdrun.models.pairs import Pair

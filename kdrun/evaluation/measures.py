@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from kdlosses import KDObjective, TokenLoss, calibration_error, measure
-from kdrun.data.collate import IGNORE_INDEX, LABELS, Collator, split_inputs
+from kdrun.data.collate import IGNORE_INDEX, LABELS, TEACHER_LABELS, Collator, split_inputs
 from kdrun.errors import TrainingError
 from kdrun.models.device import find_device
 from kdrun.models.heads import Consumer, Teacher, call, find_split, install, uninstall
+from kdrun.models.view import source_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ def prepare_measures(
         model inputs.
     """
     labels, features = split_inputs(inputs)
-    source = None if teacher is None else teacher.source(**features, shift_labels=labels)
+    source = None if teacher is None else source_of(teacher, inputs)
 
     def consume(student: Any) -> dict[str, Tensor]:
         chunking = loss.chunking
@@ -141,7 +142,7 @@ def silence_repeats(
         return count
     first = (number * world + rank) * batch_size
     kept: int = min(count, max(0, total - first))
-    for name in LABELS:
+    for name in (*LABELS, TEACHER_LABELS):
         if name in inputs:
             inputs[name][kept:] = IGNORE_INDEX
     return kept

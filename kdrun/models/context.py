@@ -43,7 +43,12 @@ def context_limit(config: Any) -> int | None:
     return limit
 
 
-def check_length(source: ModelSource, max_length: int, trust_remote_code: bool = False) -> None:
+def check_length(
+    source: ModelSource,
+    max_length: int,
+    trust_remote_code: bool = False,
+    key: str = "data.max_length",
+) -> None:
     """Refuse rows that are longer than a model's context, without reading weights.
 
     Raises:
@@ -51,9 +56,10 @@ def check_length(source: ModelSource, max_length: int, trust_remote_code: bool =
     """
     limit = context_of(source, trust_remote_code)
     if limit is not None and max_length > limit:
+        cure = "pass --max-length" if key == "data.max_length" else f"set {key} to"
         raise InputError(
-            f"data.max_length={max_length}: the context of {source} is limited to {limit} tokens; "
-            f"pass --max-length {limit} or less"
+            f"{key}={max_length}: the context of {source} is limited to {limit} tokens; "
+            f"{cure} {limit} or less"
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrun.builtin import TEACHER_DIR
-from kdrun.config.sections import BUILT_IN
+from kdrun.config.base import BUILT_IN
 from kdrun.data.chat import ChatRenderer
 from kdrun.data.fields import BadRowError
 from kdrun.data.messages import Message

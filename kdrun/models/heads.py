@@ -75,7 +75,7 @@ def find_split(model: nn.Module) -> HeadSplit:
     training = inner.training
     inner.eval()
     try:
-        with torch.no_grad(), _in_16_bits_where_needed(inner):
+        with torch.no_grad(), in_16_bits_where_needed(inner):
             return _probe(inner, head, split)
     except Exception as error:  # any failure of the model's forward rules out the split
         return HeadSplit(reason=f"the probe of its head failed ({type(error).__name__}: {error})")
@@ -83,7 +83,7 @@ def find_split(model: nn.Module) -> HeadSplit:
         inner.train(training)
 
 
-def _in_16_bits_where_needed(model: Any) -> Any:
+def in_16_bits_where_needed(model: Any) -> Any:
     """Return the context for a model whose attention cannot compute in the type of its weights."""
     import torch
 

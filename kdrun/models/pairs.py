@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kdrun.builtin import STUDENT_DIR, TEACHER_DIR
-from kdrun.config.sections import BUILT_IN, ModelConfig
+from kdrun.config.base import BUILT_IN
+from kdrun.config.sections import ModelConfig
 from kdrun.errors import InputError
 from kdrun.models.address import clean_address, is_address
 from kdrun.models.cast import cast_weights
@@ -20,6 +21,7 @@ from kdrun.models.merge import adapter_rows
 from kdrun.models.nf4 import weights_in
 from kdrun.models.placement import teacher_devices
 from kdrun.models.quantize import quantize
+from kdrun.models.self_teacher import is_self
 from kdrun.models.stored import check_plain, check_stored
 from kdrun.models.tokenizers import compare_tokenizers, load_tokenizer, tokens_from
 
@@ -40,7 +42,8 @@ class Pair:
         tokenizer: the student's, which encodes for both.
         vocab_size: number of tokens that both models share; heads are cut to it.
         left_out: tokens, with their ids, that only one model has; rows with them are skipped.
-        teacher: location of the teacher; None without one, or if a server has it.
+        teacher: location of the teacher; None without one, if a server has it, or if the student
+            is its own.
         student: location of the student.
         fresh_student: whether the student is a configuration without weights.
         notes: harmless differences, one line each.
@@ -64,6 +67,8 @@ def locate_pair(config: ModelConfig) -> tuple[ModelSource | None, ModelSource]:
     teacher = None
     if is_address(config.teacher):
         _check_served(config)
+    elif is_self(config.teacher):
+        pass  # its tokenizer, head and context are the student's
     elif config.teacher is not None:
         found = _locate(config.teacher, TEACHER_DIR)
         teacher = at_revision(found, config.teacher_revision, "model.teacher_revision")
@@ -135,20 +140,33 @@ def _describe_left_out(left_out: Mapping[str, int], vocab_size: int) -> str:
     )
 
 
-def check_context(pair: Pair, max_length: int, trust_remote_code: bool) -> None:
+def check_context(
+    pair: Pair,
+    max_length: int,
+    trust_remote_code: bool,
+    teacher_max_length: int | None = None,
+    is_own_teacher: bool = False,
+) -> None:
     """Refuse rows that are longer than a model's context, reading only configurations.
 
     Args:
         pair: the models.
         max_length: tokens per row.
         trust_remote_code: whether a configuration may run its own code.
+        teacher_max_length: tokens that the teacher reads of a row; None for the same.
+        is_own_teacher: whether the student reads them.
 
     Raises:
         InputError: the rows are too long; names the model and its maximum.
     """
-    for source in (pair.teacher, pair.student):
-        if source is not None:
-            check_length(source, max_length, trust_remote_code)
+    if pair.teacher is not None:
+        longer = teacher_max_length is not None and teacher_max_length != max_length
+        key = "data.teacher_max_length" if longer else "data.max_length"
+        length = teacher_max_length or max_length
+        check_length(pair.teacher, length, trust_remote_code, key)
+    check_length(pair.student, max_length, trust_remote_code)
+    if is_own_teacher and teacher_max_length is not None and teacher_max_length > max_length:
+        check_length(pair.student, teacher_max_length, trust_remote_code, "data.teacher_max_length")
 
 
 def load_teacher(

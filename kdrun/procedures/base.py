@@ -178,6 +178,7 @@ class Procedure(BaseModel):
         defaults: by ``"section.key"``, values for keys that the user does not set.
         on_policy: whether the student generates text during training.
         takes_text: whether it also trains on plain text (``procedure.text``).
+        takes_views: whether its rows keep what the teacher reads instead of the student's prompt.
         mixes_models: whether two models together draw each token, so that no server can.
     """
 
@@ -189,6 +190,7 @@ class Procedure(BaseModel):
     on_policy: ClassVar[bool] = True
     takes_text: ClassVar[bool] = False
     mixes_models: ClassVar[bool] = False
+    takes_views: ClassVar[bool] = False
 
     @classmethod
     def parameters(cls) -> dict[str, str]:
@@ -222,6 +224,8 @@ class Procedure(BaseModel):
         if config.model.teacher is None:
             raise InputError(f"{name}: needs a --teacher")
         self._check_servers(name, config)
+        if config.data.teacher_keys and not self.takes_views:
+            raise InputError(self.refused_view(config.data.teacher_keys[0]))
         if config.data.packing:
             raise InputError(f"{name}: cannot be used with data.packing=true; remove it")
         if config.training.fsdp:
@@ -236,6 +240,18 @@ class Procedure(BaseModel):
             raise InputError(
                 f"{name}: with --kd-ratio 0 the student's own text has no effect; raise it"
             )
+
+    @classmethod
+    def refused_view(cls, what: str) -> str:
+        """Return the message for a run in which the teacher reads another prompt.
+
+        Args:
+            what: the key or field that says so.
+        """
+        return (
+            f"{what}: procedure {cls.__name__.lower()} shows teacher and student the same prompt; "
+            "remove it, or use gkd"
+        )
 
     def _check_servers(self, name: str, config: Settings) -> None:
         """Refuse servers that cannot write the text."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -31,6 +31,8 @@ class GKD(Procedure):
 
     Reference: Agarwal et al. 2024, arXiv:2306.13649.
     """
+
+    takes_views: ClassVar[bool] = True
 
     lambda_: float = Field(
         0.5,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kdrun.data.collate import IGNORE_INDEX, Collator, shift_labels
+from kdrun.data.collate import IGNORE_INDEX, TEACHER, TEACHER_LABELS, Collator, shift_labels
 from kdrun.data.encoding import Example
 from kdrun.errors import InputError
 from kdrun.procedures.base import ROLLOUT, MicroBatch, Origin
@@ -26,6 +26,7 @@ class Sampling:
     Attributes:
         max_new_tokens: maximum length of an answer.
         max_length: maximum number of tokens of prompt and answer together.
+        teacher_max_length: the same of what the teacher reads; None for ``max_length``.
         temperature: sampling temperature; 0 selects the most likely token.
         top_p: see :class:`kdrun.procedures.decode.Draw`.
         top_k: see :class:`kdrun.procedures.decode.Draw`.
@@ -38,14 +39,18 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     batch_size: int = 16
+    teacher_max_length: int | None = None
 
     @classmethod
-    def of(cls, given: ProcedureConfig, max_length: int) -> Sampling:
+    def of(
+        cls, given: ProcedureConfig, max_length: int, teacher_max_length: int | None = None
+    ) -> Sampling:
         """The sampling of a run.
 
         Args:
             given: section of the procedure.
             max_length: maximum number of tokens in a row.
+            teacher_max_length: the same of what the teacher reads; None for ``max_length``.
 
         Raises:
             InputError: answers that leave no room for a prompt.
@@ -63,6 +68,7 @@ class Sampling:
             given.top_p,
             given.top_k,
             given.batch_size,
+            teacher_max_length,
         )
 
     def prompt_of(self, example: Example) -> list[int]:
@@ -79,7 +85,18 @@ class Sampling:
             start = max(0, len(labels) - self.max_new_tokens)
         if start is None or start + self.max_new_tokens > self.max_length:
             return []
+        seen = self.teacher_prompt_of(example)
+        most = self.teacher_max_length or self.max_length
+        if seen is not None and len(seen) + self.max_new_tokens > most:
+            return []
         return list(example["input_ids"][:start])
+
+    def teacher_prompt_of(self, example: Example) -> list[int] | None:
+        """What the teacher reads before the last answer; None if that is the prompt."""
+        if "teacher_input_ids" not in example:
+            return None
+        start = _last_answer(example["teacher_labels"]) or 0
+        return list(example["teacher_input_ids"][:start])
 
 
 @dataclass(frozen=True)
@@ -91,17 +108,26 @@ class Sample:
         answer: token ids, including the end token if it was drawn; no ids if the answer is empty.
         origin: author of the answer.
         values: numbers per token of the answer, by name.
+        teacher_prompt: token ids that the teacher reads instead of the prompt; None for the prompt.
     """
 
     prompt: list[int]
     answer: list[int]
     origin: Origin
     values: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    teacher_prompt: list[int] | None = None
 
     def example(self) -> Example:
         """The sample as a row whose only targets are the answer and its end token."""
-        labels = [IGNORE_INDEX] * len(self.prompt) + self.answer
-        return Example(input_ids=self.prompt + self.answer, labels=labels)
+        found = _row(self.prompt, self.answer)
+        if self.teacher_prompt is not None:
+            seen = _row(self.teacher_prompt, self.answer)
+            found["teacher_input_ids"], found["teacher_labels"] = seen["input_ids"], seen["labels"]
+        return found
+
+
+def _row(prompt: list[int], answer: list[int]) -> Example:
+    return Example(input_ids=prompt + answer, labels=[IGNORE_INDEX] * len(prompt) + answer)
 
 
 def longest_written(examples: Iterable[Any], sampling: Sampling) -> int:
@@ -119,11 +145,24 @@ def sample_of(example: Example, origin: Origin) -> Sample:
 
 def examples_of(batch: MicroBatch) -> list[Example]:
     """The rows of a micro-batch without their padding."""
-    lengths = batch["attention_mask"].sum(-1).tolist()
-    ids, labels = batch["input_ids"].tolist(), batch["labels"].tolist()
+    found = _unpadded(batch["input_ids"], batch["attention_mask"], batch["labels"])
+    if f"{TEACHER}input_ids" not in batch:
+        return found
+    aligned = batch[TEACHER_LABELS]
+    labels = aligned.roll(1, dims=-1)  # the last position of a row has no target
+    seen = _unpadded(batch[f"{TEACHER}input_ids"], batch[f"{TEACHER}attention_mask"], labels)
+    for example, other in zip(found, seen, strict=True):
+        example["teacher_input_ids"] = other["input_ids"]
+        example["teacher_labels"] = other["labels"]
+    return found
+
+
+def _unpadded(ids: Tensor, mask: Tensor, labels: Tensor) -> list[Example]:
+    """Return rows that are padded on the right as lists."""
+    columns = (ids.tolist(), labels.tolist(), mask.sum(-1).tolist())
     return [
         Example(input_ids=row[:length], labels=own[:length])
-        for row, own, length in zip(ids, labels, lengths, strict=True)
+        for row, own, length in zip(*columns, strict=True)
     ]
 
 

@@ -196,7 +196,9 @@ class Session:
         samples = []
         for prompt, example in zip(prompts, examples, strict=True):
             if prompt:
-                samples.append(self._sample(prompt, next(written), list(writers), origin))
+                sample = self._sample(prompt, next(written), list(writers), origin)
+                seen = self.settings.teacher_prompt_of(example)
+                samples.append(replace(sample, teacher_prompt=seen))
             else:
                 samples.append(Sample(list(example["input_ids"][:1]), [], origin))
         return samples

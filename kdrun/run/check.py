@@ -23,9 +23,11 @@ from kdrun.paths import expand_home
 from kdrun.procedures.registry import get_procedure, takes_prompts
 from kdrun.run.arguments import check_optimizer
 from kdrun.run.features import check_features, check_features_layers
+from kdrun.run.own_teacher import check_own_teacher
 from kdrun.run.precision import check_precision
 from kdrun.run.processes import check_deepspeed
 from kdrun.run.trackers import check_tracker
+from kdrun.run.view import check_view
 
 if TYPE_CHECKING:
     from kdrun.procedures.base import Procedure
@@ -60,6 +62,8 @@ def check(config: RunConfig) -> RawRows:
     _check_best(config)
     _check_streaming(config)
     check_features(config)
+    check_view(config)
+    check_own_teacher(config)
     check_features_layers(config, *locate_pair(config.model))
     rows = read_rows(config.data, takes_prompts(config))
     check_cached_rows(config.model.teacher_cache, config.data.shift_windows, rows)
@@ -133,5 +137,5 @@ def procedure_of(config: RunConfig) -> Procedure | None:
 
     procedure = get_procedure(config.procedure.spec)
     procedure.check(config)
-    Sampling.of(config.procedure, config.data.max_length)
+    Sampling.of(config.procedure, config.data.max_length, config.data.teacher_length)
     return procedure

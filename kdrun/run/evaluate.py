@@ -35,6 +35,7 @@ from kdrun.models.pairs import (
 )
 from kdrun.models.placement import refuse_teacher_device
 from kdrun.models.quantize import check_quantization
+from kdrun.models.self_teacher import refuse_self
 from kdrun.quiet import quiet_libraries
 from kdrun.run.environment import versions
 from kdrun.run.precision import settle_precision
@@ -105,6 +106,7 @@ def evaluate(
     check_attention(config.model)
     check_quantization(config.model, fsdp=False)
     refuse_teacher_device(config.model, "kdrun evaluate")
+    refuse_self(config.model.teacher, "kdrun evaluate")
     for one in configs:
         locate_pair(one.model)
     rows, notes = _read(config)
@@ -174,7 +176,12 @@ def _measure_all(
     pairs = [find_pair(config.model) for config in configs]
     for config, pair in zip(configs, pairs, strict=True):
         if rows:
-            check_context(pair, config.data.max_length, config.model.trust_remote_code)
+            check_context(
+                pair,
+                config.data.max_length,
+                config.model.trust_remote_code,
+                config.data.teacher_length,
+            )
 
     questions = _choose_questions(configs, pairs, rows, progress)
 
@@ -231,7 +238,7 @@ def _served(config: RunConfig, pair: Pair, say: Callable[[str], None]) -> Any:
     """Open the server of a teacher, which is not measured itself."""
     from kdrun.served.probe import open_served
 
-    longest = config.data.max_length
+    longest = config.data.teacher_length
     found = open_served(
         config.model, config.served, pair.tokenizer, pair.vocab_size, [], longest, 1.0, 1, say
     )

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kdrun.data.teacher_prompt import FIELD
 from kdrun.errors import InputError
 from kdrun.losses.features import FeaturePlan, build_features, check_features_name, plan_features
 from kdrun.models.address import is_address
 from kdrun.models.context import load_model_config
+from kdrun.models.self_teacher import is_self
+from kdrun.run.view import has_view
 
 if TYPE_CHECKING:
     from kdlosses import FeatureTerm
     from kdrun.config.sections import RunConfig
+    from kdrun.data.prepare import Examples
     from kdrun.models.locate import ModelSource
 
+_OTHER_PROMPT = "hidden states are compared token by token, but the teacher reads another prompt"
 _IN_THE_BACKWARD_PASS = ("lomo", "layerwise")
 """Parts of the names of optimisers that step within the student's backward pass."""
 
@@ -41,10 +46,29 @@ def check_features(config: RunConfig) -> None:
         )
     if config.model.teacher is None:
         raise InputError(f"{name}: needs a --teacher, also at --kd-ratio 0")
+    if is_self(config.model.teacher):
+        raise InputError(
+            f"{name}: the hidden states of a student that teaches itself are not recorded; pass "
+            "the student's folder as --teacher"
+        )
+    if config.data.teacher_keys:
+        raise InputError(f"{name}: {_OTHER_PROMPT}; remove {config.data.teacher_keys[0]}")
     if config.training.torch_compile:
         raise InputError(
             f"{name}: hidden states are not recorded in compiled models; remove "
             "training.torch_compile=true"
+        )
+
+
+def check_features_view(config: RunConfig, examples: Examples) -> None:
+    """Refuse rows with messages for the teacher.
+
+    Raises:
+        InputError: names the field and the cure.
+    """
+    if config.features.spec is not None and has_view(examples):
+        raise InputError(
+            f"features {config.features.spec}: {_OTHER_PROMPT}; remove field {FIELD!r}"
         )
 
 

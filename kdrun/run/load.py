@@ -22,7 +22,9 @@ from kdrun.models.locate import ModelSource
 from kdrun.models.pairs import Pair, describe_cut, describe_model, load_student
 from kdrun.models.placement import teacher_devices
 from kdrun.models.quantize import quantize
+from kdrun.models.self_teacher import SelfTeacher, is_self
 from kdrun.run import folder as runs
+from kdrun.run.own_teacher import choose_self
 from kdrun.run.precision import notes_on_types
 
 if TYPE_CHECKING:
@@ -71,14 +73,17 @@ def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
     teacher_devices(config.model.teacher_device)
     pair = prepared.pair
     objective = plain_objective(config.loss, config.token_weight)
+    teacher = ChosenTeacher()
     if is_address(config.model.teacher):
         from kdrun.run.served import choose_served
 
         teacher = choose_served(config, prepared, objective, start)
-    else:
+    elif not is_self(config.model.teacher):
         sections = (config.model, config.loss)
         teacher = choose_teacher(*sections, pair, prepared.examples, objective)
     student: Any = load_student(pair, config.model, config.training.seed, start.say)
+    if is_self(config.model.teacher):
+        teacher = choose_self(config, prepared.examples, student)
     widths = {"student": student.get_output_embeddings().weight.shape[0], **teacher.widths}
     describe_cut(widths, pair.vocab_size, start.say)
     of_student = Asked(pair.tokenizer, context_limit(student.config), Rendering.of(config.data))
@@ -101,6 +106,8 @@ def load(config: RunConfig, prepared: Prepared, start: Start) -> Loaded:
     if config.lora.rank is not None:
         base, student = _with_adapters(student, pair, config.lora, config.training.seed, start)
         start.say(describe_adapters(student, config.lora))
+        if isinstance(teacher.training, SelfTeacher):
+            teacher.training.begin(student)
     if questions and start.world.size > 1:
         raise InputError(
             "evaluation.answers: not supported in several processes; set it to 0, and run 'kdrun "

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdrun.config.sections import BUILT_IN, Sources
+from kdrun.config.base import BUILT_IN
+from kdrun.config.data_section import Sources
 from kdrun.errors import InputError
 from kdrun.models.pairs import locate_pair
 from kdrun.paths import expand_home

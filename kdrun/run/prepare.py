@@ -18,12 +18,16 @@ from kdrun.data.prepare import (
 )
 from kdrun.models.address import is_address
 from kdrun.models.pairs import Pair, check_context, find_pair
+from kdrun.models.self_teacher import is_self
 from kdrun.models.stored import check_plain
+from kdrun.run.features import check_features_view
 from kdrun.run.procedure import leave_room, read_text
 from kdrun.run.processes import World
+from kdrun.run.view import check_procedure_view
 
 if TYPE_CHECKING:
-    from kdrun.config.sections import DataConfig, RunConfig
+    from kdrun.config.data_section import DataConfig
+    from kdrun.config.sections import RunConfig
     from kdrun.procedures.sampling import Sampling
 
 
@@ -64,22 +68,30 @@ def prepare(config: RunConfig, rows: RawRows, say: Callable[[str], None]) -> Pre
     seed = config.training.seed
     pair = find_pair(model)
     check_plain(pair.student, model.trust_remote_code)
-    check_context(pair, data.max_length, model.trust_remote_code)
+    check_context(
+        pair,
+        data.max_length,
+        model.trust_remote_code,
+        data.teacher_length,
+        is_self(model.teacher),
+    )
     if is_address(model.teacher):  # before the rows are tokenised, which may take long
         from kdrun.served.probe import greet
 
-        greet(model, config.served, data.max_length, say)
+        greet(model, config.served, data.teacher_length, say)
     data = settle_date(data, model.teacher_cache, pair.tokenizer)
     encoder = Encoder.of(data, pair.tokenizer, pair.left_out)
     with World().main_first():
         examples = encode_rows(rows, encoder, seed, data.shift_windows)
+    check_features_view(config, examples)
     if data.packing:
-        examples = pack_training(examples, data.max_length)
+        examples = pack_training(examples, data.max_length, data.teacher_length)
     sampling = None
     if procedure.spec is not None:
         from kdrun.procedures.sampling import Sampling
 
-        sampling = Sampling.of(procedure, data.max_length)
+        check_procedure_view(procedure.spec, examples)
+        sampling = Sampling.of(procedure, data.max_length, data.teacher_length)
         examples = leave_room(examples, sampling, pair.tokenizer)
     if data.streaming:
         examples = stream_training(examples, data, encoder, seed)

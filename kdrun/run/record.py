@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from kdrun.cache.choose import ChosenTeacher
-    from kdrun.config.sections import DataConfig, RunConfig
+    from kdrun.config.data_section import DataConfig
+    from kdrun.config.sections import RunConfig
     from kdrun.data.origins import Origins
     from kdrun.data.prepare import Examples
     from kdrun.run.prepare import Prepared
@@ -236,5 +237,5 @@ def _hashes(examples: Any) -> np.ndarray:
         examples = examples.examples
     if isinstance(examples, Tokens):
         return examples.hashes()
-    found = [hash_example(one["input_ids"], one["labels"]) for one in examples_in(examples)]
+    found = [hash_example(one) for one in examples_in(examples)]
     return np.array(found, dtype=np.int64)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdrun.cache.fingerprint import print_tokenizer
-from kdrun.data.collate import IGNORE_INDEX
+from kdrun.data.collate import IGNORE_INDEX, teacher_side
 from kdrun.errors import InputError
 from kdrun.files import remove
 from kdrun.models.heads import causal_lm
@@ -85,8 +85,9 @@ def tell_lost_mass(loaded: Loaded, prepared: Prepared, batch_size: int, start: S
     rows: Any = prepared.examples.train
     total, positions = 0.0, 0
     for number in range(min(batch_size, len(rows))):
-        ids_of_row = torch.tensor([rows[number]["input_ids"]], device=model.device)
-        targets = torch.tensor(rows[number]["labels"][1:], device=model.device) != IGNORE_INDEX
+        row = teacher_side(rows[number])
+        ids_of_row = torch.tensor([row["input_ids"]], device=model.device)
+        targets = torch.tensor(row["labels"][1:], device=model.device) != IGNORE_INDEX
         with torch.no_grad():
             logits = model(input_ids=ids_of_row, use_cache=False).logits[0, :-1][targets]
         total += float(logits.float().softmax(-1)[:, ids].sum())

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from kdrun.cache.choose import ChosenTeacher, check_loss
+from kdrun.data.collate import teacher_side
 from kdrun.data.prepare import examples_in
 from kdrun.errors import InputError
 from kdrun.models.address import is_address
@@ -49,8 +50,8 @@ def choose_served(
         config.served,
         pair.tokenizer,
         pair.vocab_size,
-        [one["input_ids"] for one in rows],
-        config.data.max_length,
+        [teacher_side(one)["input_ids"] for one in rows],
+        config.data.teacher_length,
         config.loss.temperature,
         start.world.size,
         start.say,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdlosses import Projected, TopK
 from kdrun.data.batch_rows import BatchRow, fill_columns, rows_of
-from kdrun.data.collate import split_inputs
+from kdrun.data.collate import teacher_inputs
 from kdrun.models.heads import HeadSplit
 from kdrun.served.client import ServerError
 from kdrun.served.states import Space
@@ -251,9 +251,9 @@ class ServedTeacher:
 
 
 def _rows(batch: Mapping[str, Any]) -> Iterator[BatchRow]:
-    labels, features = split_inputs(batch)
-    ids, mask = features["input_ids"], features.get("attention_mask")
-    return rows_of(ids, mask, labels, features.get("position_ids"))
+    given = teacher_inputs(batch)
+    ids, mask = given["input_ids"], given.get("attention_mask")
+    return rows_of(ids, mask, given["shift_labels"], given.get("position_ids"))
 
 
 class Ahead:

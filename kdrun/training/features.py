@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kdlosses import FeatureTerm
-from kdrun.data.collate import IGNORE_INDEX, split_inputs
+from kdrun.data.collate import IGNORE_INDEX, TEACHER_LABELS, split_inputs
 from kdrun.errors import TrainingError
 from kdrun.models.heads import Consumer, FrozenTeacher
 from kdrun.models.hidden import find_layers, recorded
@@ -212,6 +212,11 @@ class Recording:
             step_tokens: supervised tokens of the step; None counts those of the micro-batch.
             guard: records a term that is not finite; None disables the check.
         """
+        if TEACHER_LABELS in inputs:  # streamed rows, which are not looked at before
+            raise TrainingError(
+                "features: hidden states are compared token by token, but a row has messages for "
+                "the teacher; remove them, or features.spec"
+            )
         selected = Selected.of(inputs, self._term.tokens == "supervised")
         numbers = sorted({pair[0] for pair in self._term.pairs})
         teacher = {number: _rows(self._of_teacher.pop(number), selected) for number in numbers}

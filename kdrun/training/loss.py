@@ -13,6 +13,7 @@ from torch import Tensor
 from kdlosses import KDObjective, KDOutput
 from kdrun.data.collate import IGNORE_INDEX, ROW, split_inputs
 from kdrun.models.heads import Consumer, Teacher
+from kdrun.models.view import source_of
 from kdrun.procedures.base import ROLLOUT, LossRows, Procedure
 from kdrun.training.guard import BadLoss, LossGuard
 
@@ -60,7 +61,7 @@ def prepare_loss(
     )
     source = None
     if teacher is not None and (objective.kd_ratio > 0 or ask_always):
-        source = teacher.source(**features, shift_labels=labels)
+        source = source_of(teacher, {k: x for k, x in inputs.items() if k != ROLLOUT})
 
     def evaluate(student: Any) -> KDOutput:
         if rollout is None or procedure is None:

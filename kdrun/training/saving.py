@@ -16,7 +16,8 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from kdlosses import KDObjective
 from kdrun.errors import InputError
-from kdrun.models.heads import causal_lm
+from kdrun.models.heads import Teacher, causal_lm
+from kdrun.models.mean_teacher import MeanAdapters, MeanTeacher, save_mean
 from kdrun.models.shard import gather_trained, load_shards, save_shards
 from kdrun.procedures.session import Session
 from kdrun.served.client import Client, ServerError
@@ -47,6 +48,7 @@ class SavingTrainer(Trainer):
         guard: checks losses and gradients.
         session: session of the procedure, or None.
         features: the term on hidden states, or None.
+        teacher: the teacher for training; the mean of the student's weights is part of checkpoints.
         lost: the failure of a server that ended an evaluation.
     """
 
@@ -54,6 +56,7 @@ class SavingTrainer(Trainer):
     guard: LossGuard
     session: Session | None
     features: HiddenTerm | None = None
+    teacher: Teacher | None
     lost: ServerError | None = None
     _after_step: RandomStates | None = None
 
@@ -91,6 +94,8 @@ class SavingTrainer(Trainer):
             TrainingError: it was saved for another loss or procedure.
         """
         load_objective(Path(checkpoint), self.objective, self.guard, self.session)
+        if isinstance(self.teacher, MeanTeacher | MeanAdapters):
+            self.teacher.load(Path(checkpoint))
 
     def load_weights(self, checkpoint: str | Path) -> None:
         """Load only the student's weights from a checkpoint.
@@ -234,9 +239,14 @@ class SavingTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # each process writes its own file
         procedure = None if self.session is None else self.session.state_dict()
+        mean = None
+        if isinstance(self.teacher, MeanTeacher | MeanAdapters):
+            mean = self.teacher.state()
         if self.args.should_save and not self.args.save_only_model:
             folder = checkpoint_at(Path(self.args.output_dir), self.state.global_step)
             save_objective(folder, self.objective, self.guard, procedure)
+            if mean is not None:
+                save_mean(mean, folder)
             mark_complete(folder)
         if self.args.should_save:
             best = None

@@ -34,7 +34,9 @@ from kdrun.models.heads import (
     find_split,
     install,
 )
+from kdrun.models.mean_teacher import MeanAdapters, MeanTeacher
 from kdrun.models.routers import find_balancing
+from kdrun.models.self_teacher import SelfTeacher
 from kdrun.procedures.base import Origin, Procedure
 from kdrun.procedures.registry import get_procedure
 from kdrun.procedures.sampling import Sampling, tokens_by_origin
@@ -315,6 +317,8 @@ class DistillTrainer(SavingTrainer):
         if self._left_out:
             self.move_schedules()
         else:
+            if isinstance(self.teacher, MeanTeacher | MeanAdapters):
+                self.teacher.follow(self.model)
             self.sums.moving_values = self.objective.moving_values
             self.objective.advance(self._progress, terms, weights)
 
@@ -423,7 +427,7 @@ def _open_session(
     trainer: DistillTrainer, procedure: Procedure | str, sampling: Sampling
 ) -> Session:
     given = trainer.teacher
-    if not isinstance(given, FrozenTeacher | ServedTeacher):
+    if not isinstance(given, FrozenTeacher | SelfTeacher | ServedTeacher):
         raise ValueError("procedure: needs a live or a served teacher, got neither")
     teacher = given.model if isinstance(given, FrozenTeacher) else None
     if trainer.processing_class is None:
@@ -432,7 +436,7 @@ def _open_session(
     heads = [student.get_output_embeddings().weight.shape[0]]
     if isinstance(given, ServedTeacher):
         heads.append(given.width)
-    else:
+    elif isinstance(given, FrozenTeacher):
         heads.append(given.model.get_output_embeddings().weight.shape[0])
     shared = trainer.objective.loss.vocab_size
     return Session(

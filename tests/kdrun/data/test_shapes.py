@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from word_chats import words
 from words import CHAT, PROMPT
 
-from kdrun.config.sections import DataConfig
+from kdrun.config.data_section import DataConfig
 from kdrun.data.chat import ChatRenderer
 from kdrun.data.encode import encode_chats
 from kdrun.data.encoder import Encoder

@@ -19,8 +19,8 @@ from click.testing import CliRunner
 from cut_runs import cut_back
 
 from kdrun.cli import cli
+from kdrun.config.data_section import DataConfig
 from kdrun.config.load import load_config
-from kdrun.config.sections import DataConfig
 from kdrun.data.mixture import Mixture
 from kdrun.data.prepare import read_rows
 from kdrun.data.rows import ChatRow, RowSet, SourceOf, load_rows, load_sources

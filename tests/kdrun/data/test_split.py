@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kdrun.config.sections import DataConfig
+from kdrun.config.data_section import DataConfig
 from kdrun.data.hashes import content_hash, prompt_hash
 from kdrun.data.prepare import read_rows
 from kdrun.data.row_store import Rows, store_rows

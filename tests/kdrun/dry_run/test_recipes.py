@@ -126,7 +126,7 @@ def planned(local: Callable[[str], str], rows: Path) -> Callable[..., DryRun]:
         named = load_config(file).model
         given: list[tuple[str, Any]] = [("data.train", str(rows)), ("data.cache_dir", "none")]
         given.append(("model.student", local(named.student)))
-        if named.teacher is not None:
+        if named.teacher not in (None, "self"):
             given.append(("model.teacher", local(named.teacher)))
         return dry_run(load_config(file, given), device, processes)
 

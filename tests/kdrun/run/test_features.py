@@ -101,6 +101,11 @@ def test_a_run_with_the_term_is_not_resumed_without_it(distil, tmp_path):
             "a teacher cache has no hidden states",
         ),
         ({"features__spec": COSINE, "training__torch_compile": True}, "compiled models"),
+        ({"features__spec": COSINE, "model__teacher": "self"}, "a student that teaches itself"),
+        (
+            {"features__spec": COSINE, "data__teacher_system": "Judge."},
+            "the teacher reads another prompt; remove data.teacher_system",
+        ),
     ],
 )
 def test_refused_in_one_line(distil, tmp_path, given, said):
