@@ -201,8 +201,8 @@ def parse_value(key: str, text: str) -> Any:
 
     Text keys take the value literally: a folder may be called ``1e3``, and a regular expression may
     contain ``#`` and ``:``. If the key may be null, ``null`` and the empty string set it to null,
-    and so does ``none`` for a teacher, a procedure, features and a token weight. Every other value is parsed as
-    YAML, except that plain exponents (``1e-3``) are numbers.
+    and so does ``none`` for a teacher, a procedure, features and a token weight. Every other value
+    is parsed as YAML, except that plain exponents (``1e-3``) are numbers.
 
     Args:
         key: ``section.key``.
