@@ -9,7 +9,7 @@ import click
 
 @click.group()
 def weights() -> None:
-    """List, show and check token weights, which say how much each token counts."""
+    """List, show, check and create token weights, which say how much each token counts."""
 
 
 @weights.command("list")
@@ -38,3 +38,14 @@ def check_weights(name: str, as_json: bool) -> None:
 
     if not print_checks(name, as_json):
         sys.exit(1)
+
+
+@weights.command("new")
+@click.argument("name")
+@click.option("--output", metavar="DIR", help="Folder of the package; by default ./kdlosses-NAME.")
+def new_weights(name: str, output: str | None) -> None:
+    """Create a complete package with a token weight, its tests, a CI file and a README."""
+    from kdrun.losses.new_weight import new_weight
+
+    folder = new_weight(name, output)
+    click.echo(f"{folder}: cd there, then pip install -e '.[dev]' && pytest")

@@ -23,7 +23,7 @@ build-backend = "setuptools.build_meta"
 [project]
 name = "$distribution"
 version = "0.1.0"
-description = "The loss $name for kdlosses and kdrun."
+description = "The $what $name for kdlosses and kdrun."
 readme = "README.md"
 requires-python = ">=3.11"
 dependencies = ["kdlosses$range"]
@@ -31,7 +31,7 @@ dependencies = ["kdlosses$range"]
 [project.optional-dependencies]
 dev = ["pytest>=8"]
 
-[project.entry-points."kdlosses.losses"]
+[project.entry-points."kdlosses.$group"]
 $name = "$package:$class_name"
 
 [tool.setuptools.packages.find]
@@ -143,23 +143,23 @@ jobs:
           python-version: $${{ matrix.python }}
       - run: pip install -e '.[dev]'
       - run: pytest
-      - run: kdrun losses check $name --json
+      - run: kdrun $group check $name --json
 """
 
 _README = """\
 # $distribution
 
-The loss `$name` for kdlosses and kdrun.
+The $what `$name` for kdlosses and kdrun.
 
 ```
 pip install -e '.[dev]'
 pytest
-kdrun losses check $name
-kdrun --loss ${name}_chunked
+kdrun $group check $name
+kdrun $use
 ```
 
-The loss is in `src/$package/__init__.py`: the integrand, the parameters with their bounds, and the
-traits. `pytest` runs the conformance checks, which find most mistakes in them.
+It is in `src/$package/__init__.py`: $parts, the parameters with their bounds, and the traits.
+`pytest` runs the conformance checks, which find most mistakes in them.
 
 `pyproject.toml` accepts kdlosses$range, the versions whose interface the package was written for.
 Widen the range when the tests pass with a newer version.
@@ -192,18 +192,18 @@ def new_loss(name: str, output: str | None, source: str | None = None) -> Path:
     if taken:
         raise InputError(f"loss {name!r} is already registered by {taken[0]}; choose another name")
     words = words_of(name, class_name_of(name, "Loss"))
+    words |= {
+        "what": "loss",
+        "group": "losses",
+        "use": f"--loss {name}_chunked",
+        "parts": "the integrand",
+    }
     module, test = Template(_LOSS).substitute(words), _TEST
     if source is not None:
         module, class_name, value = _read_loss(source)
         words |= {"class_name": class_name, "value": f"{value:.6g}"}
         test = _TEST_OF_FILE
-    files = {
-        "pyproject.toml": _PYPROJECT,
-        "README.md": _README,
-        ".github/workflows/tests.yml": _CI,
-        f"tests/test_{name}.py": test,
-    }
-    return write_package(words, files, module, output)
+    return write_package(words, module, test, output)
 
 
 def check_new_name(kind: str, name: str) -> None:
@@ -230,15 +230,14 @@ def words_of(name: str, class_name: str) -> dict[str, str]:
     }
 
 
-def write_package(
-    words: Mapping[str, str], templates: Mapping[str, str], module: str, output: str | None
-) -> Path:
+def write_package(words: Mapping[str, str], module: str, test: str, output: str | None) -> Path:
     """Write the files of a package.
 
     Args:
-        words: from :func:`words_of`.
-        templates: contents by path, with ``$words``.
+        words: from :func:`words_of`, and ``what`` is registered, its ``group``, an example of its
+            ``use`` with kdrun, and its ``parts``.
         module: content of its module.
+        test: content of its test, with ``$words``.
         output: output folder; by default ``./<distribution>``.
 
     Returns:
@@ -250,6 +249,12 @@ def write_package(
     folder = Path(output or words["distribution"])
     if folder.exists():
         raise InputError(f"{folder} already exists; choose another folder with --output")
+    templates = {
+        "pyproject.toml": _PYPROJECT,
+        "README.md": _README,
+        ".github/workflows/tests.yml": _CI,
+        f"tests/test_{words['name']}.py": test,
+    }
     contents = {path: Template(template).substitute(words) for path, template in templates.items()}
     contents[f"src/{words['package']}/py.typed"] = ""
     for path, content in {**contents, f"src/{words['package']}/__init__.py": module}.items():

@@ -9,32 +9,6 @@ from kdlosses import available_features
 from kdrun.errors import InputError
 from kdrun.losses.new import check_new_name, class_name_of, words_of, write_package
 
-_PYPROJECT = """\
-[build-system]
-requires = ["setuptools>=77"]
-build-backend = "setuptools.build_meta"
-
-[project]
-name = "$distribution"
-version = "0.1.0"
-description = "The loss on hidden states $name for kdlosses and kdrun."
-readme = "README.md"
-requires-python = ">=3.11"
-dependencies = ["kdlosses$range"]
-
-[project.optional-dependencies]
-dev = ["pytest>=8"]
-
-[project.entry-points."kdlosses.features"]
-$name = "$package:$class_name"
-
-[tool.setuptools.packages.find]
-where = ["src"]
-
-[tool.setuptools.package-data]
-$package = ["py.typed"]
-"""
-
 _MODULE = '''\
 """The loss on hidden states $name: replace the example with your own formula."""
 
@@ -85,45 +59,6 @@ def test_value_is_that_of_the_formula() -> None:
     assert value.item() == pytest.approx((5**0.5 - 1 + 2**0.5 - 1) / 2, rel=1e-6)
 '''
 
-_CI = """\
-# Runs the tests and the conformance checks on GitHub; other services need the same three commands.
-name: tests
-on: [push, pull_request]
-jobs:
-  tests:
-    runs-on: ubuntu-latest
-    strategy:
-      matrix:
-        python: ["3.11", "3.13"]
-    steps:
-      - uses: actions/checkout@v4
-      - uses: actions/setup-python@v5
-        with:
-          python-version: $${{ matrix.python }}
-      - run: pip install -e '.[dev]'
-      - run: pytest
-      - run: kdrun features check $name --json
-"""
-
-_README = """\
-# $distribution
-
-The loss on hidden states `$name` for kdlosses and kdrun.
-
-```
-pip install -e '.[dev]'
-pytest
-kdrun features check $name
-kdrun --features $name:layers=uniform,weight=0.1
-```
-
-The loss is in `src/$package/__init__.py`: one value per token, the parameters with their bounds,
-and the traits. `pytest` runs the conformance checks, which find most mistakes in them.
-
-`pyproject.toml` accepts kdlosses$range, the versions whose interface the package was written for.
-Widen the range when the tests pass with a newer version.
-"""
-
 
 def new_feature(name: str, output: str | None) -> Path:
     """Create a package that registers the loss on hidden states ``name``.
@@ -145,10 +80,10 @@ def new_feature(name: str, output: str | None) -> Path:
             f"feature loss {name!r} is already registered by {taken[0]}; choose another name"
         )
     words = words_of(name, class_name_of(name, "Features"))
-    templates = {
-        "pyproject.toml": _PYPROJECT,
-        "README.md": _README,
-        ".github/workflows/tests.yml": _CI,
-        f"tests/test_{name}.py": _TEST,
+    words |= {
+        "what": "loss on hidden states",
+        "group": "features",
+        "use": f"--features {name}:layers=uniform,weight=0.1",
+        "parts": "one value per token",
     }
-    return write_package(words, templates, Template(_MODULE).substitute(words), output)
+    return write_package(words, Template(_MODULE).substitute(words), _TEST, output)

@@ -30,11 +30,12 @@ def run(*command: object, cwd: Path, path: Path) -> subprocess.CompletedProcess[
     )
 
 
-def test_a_new_loss_installs_and_passes_its_tests(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("group", ["losses", "weights", "features"])
+def test_a_new_package_installs_and_passes_its_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], group: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    cli.main(["losses", "new", "my_divergence"], standalone_mode=False)
+    cli.main([group, "new", "my_divergence"], standalone_mode=False)
     folder = Path("kdlosses-my-divergence").absolute()
     assert "kdlosses-my-divergence" in capsys.readouterr().out
     written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
@@ -53,7 +54,8 @@ def test_a_new_loss_installs_and_passes_its_tests(
     done = run("-m", "pytest", "-q", "-W", "error", cwd=folder, path=installed)
     assert done.returncode == 0, done.stdout
     assert "passed" in done.stdout
-    listing = "import kdlosses; print(kdlosses.find_loss('my_divergence').distribution)"
+    find = {"losses": "find_loss", "weights": "find_weight", "features": "find_feature"}[group]
+    listing = f"import kdlosses; print(kdlosses.{find}('my_divergence').distribution)"
     done = run("-c", listing, cwd=tmp_path, path=installed)
     assert done.stdout.strip() == "kdlosses-my-divergence"
 
