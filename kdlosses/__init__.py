@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from kdlosses.weight_registry import available_weights as available_weights
     from kdlosses.weight_registry import find_weight as find_weight
     from kdlosses.weight_registry import get_weight as get_weight
+    from kdlosses.weight_registry import weight_files as weight_files
 
 _HOME = {
     "BrokenFeatureError": "feature_registry",
@@ -128,6 +129,7 @@ _HOME = {
     "parse_features": "feature_registry",
     "parse_spec": "registry",
     "state_variable": "definition",
+    "weight_files": "weight_registry",
 }
 
 __all__ = sorted([*_HOME, "testing"])

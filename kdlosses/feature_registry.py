@@ -5,13 +5,20 @@ In a spec, ``FILE.py:CLASS`` takes the place of a name (:mod:`kdlosses.loss_file
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from kdlosses.layer_map import UNIFORM, LayerMapError, check_layers
-from kdlosses.loss_file import BrokenFileError, LossFileError, check_class, hash_file, load_class
+from kdlosses.loss_file import (
+    OF_FILE,
+    check_class,
+    hash_file,
+    load_class,
+    spec_errors,
+    split_name,
+)
 from kdlosses.plugins import PluginGroup, PluginRef
 
 if TYPE_CHECKING:
@@ -22,7 +29,6 @@ _SPEC = re.compile(
     r"\s*(?P<name>[a-z][a-z0-9_]*|[^:]*[^:\s/]\.py:[A-Za-z_]\w*)\s*(?::(?P<tail>.*))?"
 )
 _EXPECTED = "hidden_cosine, hidden_cosine:layers=last,weight=0.1 or hidden_mse:layers=4-1,8-3"
-_OF_FILE = ".py:"
 Tokens = Literal["supervised", "all"]
 """Which tokens of a batch are compared."""
 
@@ -146,9 +152,9 @@ def find_feature(name: str) -> FeatureRef:
             distributions, or a file that does not exist or has no such class.
         BrokenFeatureError: a file that is not valid Python.
     """
-    if _OF_FILE in name:
+    if OF_FILE in name:
         with _as_spec_error(name):
-            check_class(*_split(name))
+            check_class(*split_name(name))
         return FeatureRef(name, "file", name)
     return _GROUP.find(name)
 
@@ -181,9 +187,9 @@ def build_feature(spec: str | FeatureSpec) -> "HiddenLoss":
     from kdlosses.hidden_loss import FeatureLoss, RelationLoss
 
     bases, expected = (FeatureLoss, RelationLoss), "kdlosses.FeatureLoss or RelationLoss"
-    if _OF_FILE in name:
+    if OF_FILE in name:
         with _as_spec_error(name):
-            kind = load_class(*_split(name), bases, expected)
+            kind = load_class(*split_name(name), bases, expected)
     else:
         kind = _GROUP.load(name, bases, expected)
     return cast("HiddenLoss", _GROUP.build(name, kind, kind.model_fields, parsed.parameters))
@@ -224,16 +230,5 @@ def get_features(
         raise FeatureSpecError(f"features {spec!r}: {error}") from error
 
 
-def _split(name: str) -> tuple[str, str]:
-    path, _, class_name = name.rpartition(":")
-    return path, class_name
-
-
-@contextmanager
-def _as_spec_error(name: str) -> Iterator[None]:
-    try:
-        yield
-    except LossFileError as error:
-        raise FeatureSpecError(f"feature loss {name!r}: {error}") from error
-    except BrokenFileError as error:
-        raise BrokenFeatureError(f"feature loss {name!r}: {error}") from error
+def _as_spec_error(name: str) -> AbstractContextManager[None]:
+    return spec_errors(f"feature loss {name!r}", FeatureSpecError, BrokenFeatureError)

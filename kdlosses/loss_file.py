@@ -1,4 +1,4 @@
-"""Losses from a file that is not installed: ``my_loss.py:Triangular``.
+"""Losses and token weights from a file that is not installed: ``my_loss.py:Triangular``.
 
 The file is code that the user names, and is executed like an installed module. It is identified by
 the SHA-256 of its content: a changed file is another loss.
@@ -11,11 +11,16 @@ import inspect
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from kdlosses.plugins import DEBUG_VARIABLE
+
+OF_FILE = ".py:"
+"""In a spec, the end of a file's name before that of its class."""
 
 
 class LossFileError(ValueError):
@@ -24,6 +29,29 @@ class LossFileError(ValueError):
 
 class BrokenFileError(ImportError):
     """A file that cannot be executed; the message names the line."""
+
+
+@contextmanager
+def spec_errors(what: str, wrong: type[Exception], broken: type[Exception]) -> Iterator[None]:
+    """Context that turns errors of a file into those of a group of plugins.
+
+    Args:
+        what: what the file was named for, in messages.
+        wrong: replaces :class:`LossFileError`.
+        broken: replaces :class:`BrokenFileError`.
+    """
+    try:
+        yield
+    except LossFileError as error:
+        raise wrong(f"{what}: {error}") from error
+    except BrokenFileError as error:
+        raise broken(f"{what}: {error}") from error
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """File and class of ``FILE.py:CLASS``."""
+    path, _, class_name = name.rpartition(":")
+    return path, class_name
 
 
 def hash_file(path: str) -> str:

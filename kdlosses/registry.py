@@ -5,20 +5,21 @@ In a spec, ``FILE.py:CLASS`` takes the place of a name (:mod:`kdlosses.loss_file
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import PurePath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
 from kdlosses.loss_file import (
-    BrokenFileError,
-    LossFileError,
+    OF_FILE,
     check_class,
     classes_in,
     hash_file,
     load_class,
+    spec_errors,
+    split_name,
 )
 from kdlosses.plugins import PluginGroup, PluginRef
 
@@ -35,7 +36,6 @@ _TERM = re.compile(
 )
 # A plus sign before a term, but not in a number such as 1e+3.
 _PLUS = re.compile(r"\+(?=\s*(?:[+-]?[\d.]+(?:[eE][+-]?\d+)?\s*\*\s*)?(?:[a-z]|[^\s*+:]*\.py:))")
-_OF_FILE = ".py:"
 
 
 class LossSpecError(ValueError):
@@ -181,7 +181,9 @@ def parse_spec(spec: str) -> LossSpec:
     return LossSpec(tuple(term for term, _ in parsed), parsed[0][1])
 
 
-def one_term(spec: str, kind: str, example: str, wrong: type[Exception]) -> TermSpec:
+def one_term(
+    spec: str, kind: str, example: str, wrong: type[Exception], *, files: bool = False
+) -> TermSpec:
     """Parse a spec of a group without sums and chunked variants: ``name[:key=value,...]``.
 
     Args:
@@ -189,6 +191,7 @@ def one_term(spec: str, kind: str, example: str, wrong: type[Exception]) -> Term
         kind: what it names, for messages.
         example: a right spec, for messages.
         wrong: the exception.
+        files: whether ``FILE.py:CLASS`` may take the place of a name.
 
     Raises:
         Exception: of type ``wrong``: another form.
@@ -201,7 +204,7 @@ def one_term(spec: str, kind: str, example: str, wrong: type[Exception]) -> Term
             "with key=value after the colon, each key once"
         ) from error
     [term, *others] = parsed.terms
-    if others or parsed.chunked or term.weight != 1 or term.file is not None:
+    if others or parsed.chunked or term.weight != 1 or (term.file is not None and not files):
         raise wrong(f"{kind} {spec!r}: expected one name; only losses have weights and sums")
     return term
 
@@ -246,9 +249,9 @@ def find_loss(name: str) -> LossRef:
             or a file that does not exist or has no such class.
         BrokenLossError: a file that is not valid Python.
     """
-    if _OF_FILE in name:
+    if OF_FILE in name:
         with _as_spec_error(name):
-            check_class(*_split(name))
+            check_class(*split_name(name))
         return LossRef(name, "file", name)
     _check_suffix(name)
     return _GROUP.find(name)
@@ -266,9 +269,9 @@ def load_loss(name: str) -> "type[Loss]":
     from kdlosses.divergence import Divergence, RowLoss
 
     bases, expected = (Divergence, RowLoss), "kdlosses.Divergence or RowLoss"
-    if _OF_FILE in name:
+    if OF_FILE in name:
         with _as_spec_error(name):
-            return load_class(*_split(name), bases, expected)
+            return load_class(*split_name(name), bases, expected)
     return _GROUP.load(name, bases, expected)
 
 
@@ -372,21 +375,6 @@ def get_loss(
         raise LossSpecError(f"loss {spec!r}: {error}") from error
 
 
-def _split(name: str) -> tuple[str, str]:
-    path, _, class_name = name.rpartition(":")
-    return path, class_name
-
-
-@contextmanager
-def _as_spec_error(name: str) -> Iterator[None]:
-    try:
-        yield
-    except LossFileError as error:
-        raise LossSpecError(f"loss {name!r}: {error}") from error
-    except BrokenFileError as error:
-        raise BrokenLossError(f"loss {name!r}: {error}") from error
-
-
 def _check_suffix(name: str) -> None:
     """Refuse a loss registered with the reserved chunked suffix."""
     registered = {ref.name: ref for ref in available_losses()}
@@ -400,3 +388,7 @@ def _check_suffix(name: str) -> None:
         raise LossSpecError(
             f"loss {name!r}: {CHUNKED!r} is not part of a name and may appear only once in a spec"
         )
+
+
+def _as_spec_error(name: str) -> AbstractContextManager[None]:
+    return spec_errors(f"loss {name!r}", LossSpecError, BrokenLossError)

@@ -1,9 +1,18 @@
 """The registry of token weights, the entry-point group ``kdlosses.weights``."""
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, cast
 
+from kdlosses.loss_file import (
+    OF_FILE,
+    check_class,
+    hash_file,
+    load_class,
+    spec_errors,
+    split_name,
+)
 from kdlosses.plugins import PluginGroup, PluginRef
-from kdlosses.registry import BrokenLossError, LossSpecError, one_term
+from kdlosses.registry import BrokenLossError, LossSpecError, TermSpec, one_term
 
 if TYPE_CHECKING:
     from kdlosses.token_weight import TokenWeight
@@ -38,16 +47,36 @@ def available_weights() -> tuple[WeightRef, ...]:
 
 
 def find_weight(name: str) -> WeightRef:
-    """Find a token weight by name, without importing it.
+    """Find a token weight by name or ``FILE.py:CLASS``, without importing it.
 
     Raises:
-        WeightSpecError: an unknown name (with a suggestion), or one of two distributions.
+        WeightSpecError: an unknown name (with a suggestion), one of two distributions, or a file
+            that does not exist or has no such class.
     """
-    return _GROUP.find(name)
+    if OF_FILE not in name:
+        return _GROUP.find(name)
+    with _as_spec_error(name):
+        check_class(*split_name(name))
+    return WeightRef(name, "file", name)
+
+
+def weight_files(spec: str) -> dict[str, str]:
+    """The file of a token weight that is not registered, with its SHA-256; else empty.
+
+    Raises:
+        WeightSpecError: a malformed spec, or a file that cannot be read.
+    """
+    term = _parse(spec)
+    if term.file is None:
+        return {}
+    with _as_spec_error(term.name):
+        return {term.file: hash_file(term.file)}
 
 
 def get_weight(spec: str) -> "TokenWeight":
     """Build a token weight from a spec such as ``"disagreement:power=0.5"``.
+
+    ``FILE.py:CLASS`` takes the place of a name for a class that is not installed.
 
     Raises:
         WeightSpecError: another form, or an unknown token weight or parameter.
@@ -55,7 +84,19 @@ def get_weight(spec: str) -> "TokenWeight":
     """
     from kdlosses.token_weight import TokenWeight
 
-    term = one_term(spec, "token weight", "disagreement:power=0.5", WeightSpecError)
-    kind = _GROUP.load(term.name, (TokenWeight,), "kdlosses.TokenWeight")
+    term = _parse(spec)
+    if term.file is None:
+        kind = _GROUP.load(term.name, (TokenWeight,), "kdlosses.TokenWeight")
+    else:
+        with _as_spec_error(term.name):
+            kind = load_class(*split_name(term.name), (TokenWeight,), "kdlosses.TokenWeight")
     built = _GROUP.build(term.name, kind, kind.model_fields, term.parameters)
     return cast("TokenWeight", built)
+
+
+def _parse(spec: str) -> TermSpec:
+    return one_term(spec, "token weight", "disagreement:power=0.5", WeightSpecError, files=True)
+
+
+def _as_spec_error(name: str) -> AbstractContextManager[None]:
+    return spec_errors(f"token weight {name!r}", WeightSpecError, BrokenWeightError)

@@ -69,7 +69,7 @@ ALLOWED = {
     "losses": {"definition", "divergence", "numerics"},
     "token_weight": {"definition"},
     "weights": {"definition", "token_weight", "weights"},
-    "weight_registry": {"plugins", "registry", "token_weight"},
+    "weight_registry": {"loss_file", "plugins", "registry", "token_weight"},
     "engine": {
         "engine",
         "compressed",

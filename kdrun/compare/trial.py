@@ -18,7 +18,7 @@ from kdrun.config.features_section import FeaturesConfig
 from kdrun.config.sections import LossConfig, ProcedureConfig, RunConfig
 from kdrun.errors import InputError, Interrupted, TrainingError
 from kdrun.files import remove
-from kdrun.losses.build import files_of
+from kdrun.losses.build import files_of, files_of_weight
 from kdrun.losses.features import files_of_features
 from kdrun.models.locate import STUDENT
 from kdrun.run import folder as runs
@@ -107,7 +107,9 @@ def run_trial(trial: Trial, identity: str, config: RunConfig, keep_student: bool
         "hardware": hardware(),
         "loss_files": {}
         if trial.arm.loss is None
-        else files_of(trial.arm.loss) | files_of_features(config.features.spec),
+        else files_of(trial.arm.loss)
+        | files_of_features(config.features.spec)
+        | files_of_weight(config.token_weight.spec),
     }
     try:
         summary = distill(config, console=quiet_console()).summary

@@ -109,6 +109,22 @@ def build_weighting(config: TokenWeightConfig) -> TokenWeighting | None:
         raise InputError(str(error)) from error
 
 
+def files_of_weight(spec: str | None) -> dict[str, str]:
+    """The file of a token weight, if it is not registered, with its SHA-256.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    from kdlosses import WeightSpecError, weight_files
+
+    if spec is None:
+        return {}
+    try:
+        return weight_files(spec)
+    except WeightSpecError as error:
+        raise InputError(str(error)) from error
+
+
 def check_weighting(config: TokenWeightConfig, distilled: LossConfig) -> None:
     """Refuse a token weight that cannot be built or has no effect.
 

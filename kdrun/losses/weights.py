@@ -8,7 +8,14 @@ import json
 from rich.markup import escape
 from rich.table import Table
 
-from kdlosses import BrokenWeightError, WeightSpecError, available_weights, find_weight, get_weight
+from kdlosses import (
+    BrokenWeightError,
+    WeightSpecError,
+    available_weights,
+    find_weight,
+    get_weight,
+    weight_files,
+)
 from kdrun.losses.check import print_results
 from kdrun.losses.describe import parameters
 from kdrun.losses.show import plain_console, print_parameters
@@ -42,6 +49,9 @@ def print_weight(spec: str) -> None:
     print_parameters(console, parameters(weight))
     for trait in ("supports_top_k", "uses_position", "stateful"):
         console.print(f"{trait}: {getattr(weight, trait)}")
+    for file, digest in weight_files(spec).items():
+        console.print(f"from the file {file}, SHA-256 {digest}", markup=False)
+        return
     ref = find_weight(spec.partition(":")[0].strip())
     console.print(f"registered by {ref.distribution} as {ref.name}", markup=False)
 
@@ -60,6 +70,6 @@ def print_checks(spec: str, as_json: bool) -> bool:
 
     if not as_json:
         return print_results(spec, testing.run_weight_checks(spec))
-    report = {"spec": spec, **testing.report_weight_checks(spec)}
+    report = {"spec": spec, "files": weight_files(spec), **testing.report_weight_checks(spec)}
     print(json.dumps(report, indent=1))
     return bool(report["verdict"] == "passed")

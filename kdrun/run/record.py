@@ -19,7 +19,7 @@ from kdrun.data.prepare import examples_in
 from kdrun.data.token_store import Tokens, hash_example
 from kdrun.errors import InputError
 from kdrun.files import write_bytes
-from kdrun.losses.build import files_of
+from kdrun.losses.build import files_of, files_of_weight
 from kdrun.losses.features import files_of_features
 from kdrun.models.locate import commit_of
 from kdrun.run import folder as runs
@@ -129,7 +129,9 @@ def record_of(
         teacher_commit=None if pair.teacher is None else commit_of(pair.teacher),
         student_commit=commit_of(pair.student),
         served=_probe_of(teacher),
-        loss_files=files_of(config.loss.spec) | files_of_features(config.features.spec),
+        loss_files=files_of(config.loss.spec)
+        | files_of_features(config.features.spec)
+        | files_of_weight(config.token_weight.spec),
     )
     examples = prepared.examples
     return Record(sources, _hashes(examples.train), _hashes(examples.held_out))

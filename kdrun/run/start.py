@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kdrun.config.load import stated_values
 from kdrun.errors import InputError
 from kdrun.files import find_damage, hold_folder
-from kdrun.losses.build import changed_file, files_of
+from kdrun.losses.build import changed_file, files_of, files_of_weight
 from kdrun.losses.features import files_of_features
 from kdrun.models.locate import STUDENT, holds_model
 from kdrun.paths import expand_home
@@ -230,6 +230,7 @@ def compare_settings(config: RunConfig, file: Path) -> tuple[str, ...]:
     for spec, files in (
         (config.loss.spec, files_of(config.loss.spec)),
         (config.features.spec, files_of_features(config.features.spec)),
+        (config.token_weight.spec, files_of_weight(config.token_weight.spec)),
     ):
         _check_loss_files(str(spec), files, file.parent)
     _check_step(before.get("training", {}), config.training, file.parent)

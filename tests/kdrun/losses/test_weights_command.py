@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from commands import kdrun
+
+from kdrun.errors import InputError
 
 BUILT_IN = ("advantage_gap", "confidence", "disagreement", "entropy", "position", "top_entropy")
 
@@ -45,3 +48,36 @@ def test_refusals_are_one_line(arguments: tuple[str, ...], words: str, tmp_path:
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+SURPRISE = """
+from kdlosses import TokenWeight
+
+
+class Surprise(TokenWeight):
+    \"\"\"The surprise at the label, w = min(-log q_y, 5) / 5.
+
+    Reference: none.
+    \"\"\"
+
+    def weigh(self, teacher_log_probs, student_log_probs, labels):
+        label = student_log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        return (-label / 5).clamp(0, 1)
+"""
+
+
+def test_a_weight_of_a_file_is_checked_shown_and_recorded(
+    distil: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(SURPRISE, encoding="utf-8")
+    spec = f"{file}:Surprise"
+    assert "passed (9 checks)" in kdrun("weights", "check", spec).stdout
+    assert f"from the file {file}, SHA-256" in kdrun("weights", "show", spec).stdout
+    assert "has no class 'Surprize'" in kdrun("weights", "check", f"{file}:Surprize").stderr
+    folder = distil(tmp_path / "run", token_weight__spec=spec)
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert 0 < json.loads(lines[1])["token_weight"] <= 1
+    file.write_text(SURPRISE.replace("5", "4"), encoding="utf-8")
+    with pytest.raises(InputError, match=r"mine.py was changed after the run began"):
+        distil(folder, resume=True, training__max_steps=4, token_weight__spec=spec)
