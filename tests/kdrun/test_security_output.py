@@ -147,6 +147,7 @@ def test_marks_are_found_where_they_stand(tmp_path: Path) -> None:
     assert all(MARK.search(secret.encode()) for secret in SECRETS.values())
 
 
+@pytest.mark.slow
 def test_no_secret_of_the_environment_is_written(tmp_path: Path) -> None:
     pair = save_pair(tmp_path)
     shared = {"cwd": tmp_path, **SECRETS}

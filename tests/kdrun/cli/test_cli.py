@@ -112,6 +112,7 @@ def test_what_a_refused_start_leaves_is_no_foreign_folder(tmp_path: Path) -> Non
         prepare_folder(tmp_path, resume=False, overwrite=True)
 
 
+@pytest.mark.slow
 def test_the_written_configuration_repeats_the_run(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:

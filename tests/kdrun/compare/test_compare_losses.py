@@ -153,6 +153,7 @@ def test_the_report_is_of_all_that_the_folder_has_come_to_declare(
     }
 
 
+@pytest.mark.slow
 def test_a_schedule_moves_the_losses_and_leaves_the_baseline_alone(tmp_path: Path) -> None:
     moving = "loss.schedules={alpha: {kind: linear, start: 0.1, end: 0.5}}"
     given = ("--data", rows_file(tmp_path), "--seeds", 1, "--set", moving)

@@ -210,6 +210,7 @@ class TestCommand:
 
 
 @pytest.mark.real_model
+@pytest.mark.slow
 def test_a_gguf_teacher(smollm2_gguf: Path, tmp_path: Path) -> None:
     made = init_student(smollm2_gguf, 10, tmp_path / "student")
     assert made.kept_layers == (0, 3, 6, 10, 13, 16, 19, 23, 26, 29)
