@@ -322,7 +322,7 @@ class TestSmolLM2:
         assert encoded.report.kept == 999
         self.check(smollm2_tokenizer, encoded, rows)
 
-    def test_gsm8k_and_again_from_the_cache(
+    def test_gsm8k_in_ten_seconds_and_from_the_cache_in_one(
         self, smollm2_tokenizer: Any, shared_data: Path, tmp_path: Path
     ) -> None:
         rows: Sequence[Any] = load_rows(shared_data / "gsm8k_train.jsonl").rows
@@ -334,7 +334,8 @@ class TestSmolLM2:
             encoder = Encoder(smollm2_tokenizer, 100_000, cache=cache, workers=1)
             encodings.append(encoder.chats(rows).encoding())
             seconds.append(time.process_time() - start)
-        assert seconds[1] < seconds[0] / 5
+        assert seconds[0] < 10
+        assert seconds[1] < 1
         assert list(encodings[1].examples) == list(encodings[0].examples)
         encoded = report_on(rows, encodings[1], 100_000)
         assert encoded.report.kept == 7473
