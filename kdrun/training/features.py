@@ -230,7 +230,7 @@ class Recording:
                 selected.sequences,
             )
             loss = out["loss"] + weighted
-            if guard is not None and math.isfinite(out["loss"].item()):
+            if guard is not None:
                 _watch(guard, loss, out, mean)
             return {**out, "loss": loss, FEATURE_LOSS: mean}
 
@@ -244,6 +244,7 @@ def _rows(states: Tensor, selected: Selected) -> Tensor:
 
 
 def _watch(guard: LossGuard, loss: Tensor, out: Mapping[str, Tensor], mean: Tensor) -> None:
+    """Note a term that is not finite; an objective that is not has been noted already."""
     value = loss.detach().item()
-    if not math.isfinite(value):
+    if not math.isfinite(value) and math.isfinite(out["loss"].item()):
         guard.note(BadLoss(value, out["class_loss"].item(), out["kd_loss"].item(), (), mean.item()))

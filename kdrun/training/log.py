@@ -63,6 +63,7 @@ class LossSums:
     def leave_out_step(self) -> None:
         """Undo additions since :meth:`begin_step`."""
         self._shares.copy_(self._before_step)
+        self._step_weights.zero_()
 
     def take_step_terms(self, accelerator: Accelerator, wanted: bool) -> list[float] | None:
         """Return the terms of the loss in this step, over all processes; None if not needed."""
@@ -70,12 +71,9 @@ class LossSums:
         self._step_terms.zero_()
         return found
 
-    def take_step_weights(
-        self, accelerator: Accelerator, wanted: bool, skipped: bool
-    ) -> list[float] | None:
+    def take_step_weights(self, accelerator: Accelerator, wanted: bool) -> list[float] | None:
         """Return the sums of the token weights in this step, over all processes, if needed."""
-        if not skipped:
-            self._weights += self._step_weights
+        self._weights += self._step_weights
         found = accelerator.reduce(self._step_weights).tolist() if wanted else None
         self._step_weights.zero_()
         return found

@@ -311,9 +311,7 @@ class DistillTrainer(SavingTrainer):
         stateful = self.objective.loss.stateful and self.objective.kd_ratio > 0
         terms = self.sums.take_step_terms(self.accelerator, stateful and not self._left_out)
         weighed = self.objective.needs_weight_sums and self.objective.kd_ratio > 0
-        weights = self.sums.take_step_weights(
-            self.accelerator, weighed and not self._left_out, self._left_out
-        )
+        weights = self.sums.take_step_weights(self.accelerator, weighed and not self._left_out)
         if self._left_out:
             self.move_schedules()
         else:
