@@ -1,4 +1,4 @@
-"""The common base of losses and token weights: frozen parameters, traits and state variables."""
+"""The base of losses, token weights and losses on hidden states: parameters, traits, state."""
 
 from abc import ABC
 from collections.abc import Callable, Mapping

@@ -6,19 +6,10 @@ In a spec, ``FILE.py:CLASS`` takes the place of a name (:mod:`kdlosses.loss_file
 import math
 import re
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from kdlosses.layer_map import UNIFORM, LayerMapError, check_layers
-from kdlosses.loss_file import (
-    OF_FILE,
-    check_class,
-    hash_file,
-    load_class,
-    spec_errors,
-    split_name,
-)
 from kdlosses.plugins import PluginGroup, PluginRef
 
 if TYPE_CHECKING:
@@ -78,11 +69,6 @@ class FeatureSpec:
     layers: str = UNIFORM
     weight: float = 1.0
     tokens: Tokens = "supervised"
-
-    @property
-    def file(self) -> str | None:
-        """The file of a loss that is not registered."""
-        return self.name.rpartition(":")[0] or None
 
 
 def available_features() -> tuple[FeatureRef, ...]:
@@ -152,10 +138,6 @@ def find_feature(name: str) -> FeatureRef:
             distributions, or a file that does not exist or has no such class.
         BrokenFeatureError: a file that is not valid Python.
     """
-    if OF_FILE in name:
-        with _as_spec_error(name):
-            check_class(*split_name(name))
-        return FeatureRef(name, "file", name)
     return _GROUP.find(name)
 
 
@@ -165,11 +147,7 @@ def feature_files(spec: str) -> dict[str, str]:
     Raises:
         FeatureSpecError: a malformed spec, or a file that cannot be read.
     """
-    parsed = parse_features(spec)
-    if parsed.file is None:
-        return {}
-    with _as_spec_error(parsed.name):
-        return {parsed.file: hash_file(parsed.file)}
+    return _GROUP.files(parse_features(spec).name)
 
 
 def build_feature(spec: str | FeatureSpec) -> "HiddenLoss":
@@ -187,11 +165,7 @@ def build_feature(spec: str | FeatureSpec) -> "HiddenLoss":
     from kdlosses.hidden_loss import FeatureLoss, RelationLoss
 
     bases, expected = (FeatureLoss, RelationLoss), "kdlosses.FeatureLoss or RelationLoss"
-    if OF_FILE in name:
-        with _as_spec_error(name):
-            kind = load_class(*split_name(name), bases, expected)
-    else:
-        kind = _GROUP.load(name, bases, expected)
+    kind = _GROUP.load(name, bases, expected)
     return cast("HiddenLoss", _GROUP.build(name, kind, kind.model_fields, parsed.parameters))
 
 
@@ -228,7 +202,3 @@ def get_features(
         )
     except ValueError as error:
         raise FeatureSpecError(f"features {spec!r}: {error}") from error
-
-
-def _as_spec_error(name: str) -> AbstractContextManager[None]:
-    return spec_errors(f"feature loss {name!r}", FeatureSpecError, BrokenFeatureError)

@@ -6,19 +6,18 @@ Which layers are compared, the weight, masking, chunks, gradients, and the proje
 different widths are the same for all (:mod:`kdlosses.feature_term`).
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from types import MappingProxyType
+from abc import abstractmethod
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+
+from kdlosses.definition import Definition
 
 RESERVED = ("layers", "weight", "tokens")
 """Names in a spec that are not parameters of the loss."""
 
 
-class HiddenLoss(BaseModel, ABC):
+class HiddenLoss(Definition):
     """Common base class of :class:`FeatureLoss` and :class:`RelationLoss`; derive from one of them.
 
     Every hyper-parameter has a default, so that a loss can be constructed without arguments. None
@@ -30,21 +29,19 @@ class HiddenLoss(BaseModel, ABC):
         zero_at_equality: the value is 0 if the states are equal.
         nonnegative: no value is below 0.
         scale_invariant: multiplying one side by a positive number changes no value.
-        expected_failures: names of the checks of :mod:`kdlosses.testing` that the loss is known to
-            fail, each with a reason.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     equal_widths: ClassVar[bool] = True
     zero_at_equality: ClassVar[bool] = True
     nonnegative: ClassVar[bool] = True
     scale_invariant: ClassVar[bool] = False
-    expected_failures: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
+        if cls.stateful:
+            names = ", ".join(cls.state_names())
+            raise TypeError(f"{cls.__name__}: a loss on hidden states has no state ({names})")
         for name in RESERVED:
             if name in cls.model_fields:
                 raise TypeError(

@@ -1,4 +1,4 @@
-"""Losses and token weights from a file that is not installed: ``my_loss.py:Triangular``.
+"""Members of a group from a file that is not installed: ``my_loss.py:Triangular``.
 
 The file is code that the user names, and is executed like an installed module. It is identified by
 the SHA-256 of its content: a changed file is another loss.
@@ -17,10 +17,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from kdlosses.plugins import DEBUG_VARIABLE
+DEBUG_VARIABLE = "KDLOSSES_DEBUG"
+"""If this is set in the environment, messages about failed imports contain the traceback."""
 
-OF_FILE = ".py:"
-"""In a spec, the end of a file's name before that of its class."""
+_OF_FILE = ".py:"
 
 
 class LossFileError(ValueError):
@@ -48,10 +48,10 @@ def spec_errors(what: str, wrong: type[Exception], broken: type[Exception]) -> I
         raise broken(f"{what}: {error}") from error
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """File and class of ``FILE.py:CLASS``."""
+def split_name(name: str) -> tuple[str, str] | None:
+    """File and class of ``FILE.py:CLASS``; None for the name of a registered class."""
     path, _, class_name = name.rpartition(":")
-    return path, class_name
+    return (path, class_name) if _OF_FILE in name else None
 
 
 def hash_file(path: str) -> str:

@@ -1,7 +1,8 @@
 """Groups of entry points: named classes of installed distributions, imported on first use.
 
-Built-in members and plugins are registered in the same way. Listing only reads metadata; a plugin
-that cannot be imported does not affect others.
+Built-in members and plugins are registered in the same way; the class of a file that is not
+installed is named ``FILE.py:CLASS`` (:mod:`kdlosses.loss_file`). Listing only reads metadata; a
+plugin that cannot be imported does not affect others.
 """
 
 import difflib
@@ -10,11 +11,20 @@ import os
 import re
 import traceback
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-DEBUG_VARIABLE = "KDLOSSES_DEBUG"
+from kdlosses.loss_file import (
+    DEBUG_VARIABLE,
+    check_class,
+    hash_file,
+    load_class,
+    spec_errors,
+    split_name,
+)
+
 _BUILT_IN = "kdlosses"
 
 R = TypeVar("R", bound="PluginRef")
@@ -66,15 +76,35 @@ class PluginGroup(Generic[R]):
         return tuple(sorted(refs, key=lambda ref: (ref.name, ref.distribution)))
 
     def find(self, name: str) -> R:
-        """Find a member by name, without importing it.
+        """Find a member by name or ``FILE.py:CLASS``, without importing it.
 
         Built-in members cannot be replaced and take precedence over others of the same name.
 
         Raises:
-            Exception: of type ``wrong``: an unknown name (with a suggestion), or a name registered
-                by two distributions.
+            Exception: of type ``wrong``: an unknown name (with a suggestion), a name registered by
+                two distributions, or a file that does not exist or has no such class; of type
+                ``broken``: a file that is not valid Python.
         """
-        return self._ref(self._find(name))
+        in_file = split_name(name)
+        if in_file is None:
+            return self._ref(self._find(name))
+        with self._file_errors(name):
+            check_class(*in_file)
+        return self.ref(name, "file", name)
+
+    def files(self, name: str) -> dict[str, str]:
+        """The file of ``FILE.py:CLASS`` with its SHA-256; empty for a registered name.
+
+        A changed file is another member: record the result with what was computed, and compare it.
+
+        Raises:
+            Exception: of type ``wrong``: the file cannot be read.
+        """
+        in_file = split_name(name)
+        if in_file is None:
+            return {}
+        with self._file_errors(name):
+            return {in_file[0]: hash_file(in_file[0])}
 
     def ignored(self) -> tuple[R, ...]:
         """Members that are ignored because they use the name of a built-in one."""
@@ -99,7 +129,7 @@ class PluginGroup(Generic[R]):
         """Import the class of a member.
 
         Args:
-            name: name of the member.
+            name: name of the member, or ``FILE.py:CLASS``.
             bases: the class must derive from one of them and define its abstract methods.
             expected: name of the bases in messages.
 
@@ -108,6 +138,10 @@ class PluginGroup(Generic[R]):
                 ``broken``: the import failed. If the environment variable ``KDLOSSES_DEBUG`` is
                 set, the message contains the traceback.
         """
+        in_file = split_name(name)
+        if in_file is not None:
+            with self._file_errors(name):
+                return load_class(*in_file, bases, expected)
         entry = self._find(name)
         origin = f"{self.kind} {name!r} of distribution {_distribution(entry)!r} ({entry.value})"
         try:
@@ -157,6 +191,9 @@ class PluginGroup(Generic[R]):
             raise self.wrong(
                 f"{self.kind} {name!r}: {where}={first['input']!r}: {reason}"
             ) from error
+
+    def _file_errors(self, name: str) -> AbstractContextManager[None]:
+        return spec_errors(f"{self.kind} {name!r}", self.wrong, self.broken)
 
     def _entries(self) -> list[EntryPoint]:
         return list(entry_points(group=self.group))

@@ -6,21 +6,12 @@ In a spec, ``FILE.py:CLASS`` takes the place of a name (:mod:`kdlosses.loss_file
 import math
 import re
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import PurePath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
-from kdlosses.loss_file import (
-    OF_FILE,
-    check_class,
-    classes_in,
-    hash_file,
-    load_class,
-    spec_errors,
-    split_name,
-)
+from kdlosses.loss_file import classes_in, split_name
 from kdlosses.plugins import PluginGroup, PluginRef
 
 if TYPE_CHECKING:
@@ -249,11 +240,8 @@ def find_loss(name: str) -> LossRef:
             or a file that does not exist or has no such class.
         BrokenLossError: a file that is not valid Python.
     """
-    if OF_FILE in name:
-        with _as_spec_error(name):
-            check_class(*split_name(name))
-        return LossRef(name, "file", name)
-    _check_suffix(name)
+    if split_name(name) is None:
+        _check_suffix(name)
     return _GROUP.find(name)
 
 
@@ -269,9 +257,6 @@ def load_loss(name: str) -> "type[Loss]":
     from kdlosses.divergence import Divergence, RowLoss
 
     bases, expected = (Divergence, RowLoss), "kdlosses.Divergence or RowLoss"
-    if OF_FILE in name:
-        with _as_spec_error(name):
-            return load_class(*split_name(name), bases, expected)
     return _GROUP.load(name, bases, expected)
 
 
@@ -283,11 +268,9 @@ def loss_files(spec: str) -> dict[str, str]:
     Raises:
         LossSpecError: a malformed spec, or a file that cannot be read.
     """
-    found = {}
+    found: dict[str, str] = {}
     for term in parse_spec(spec).terms:
-        if term.file is not None:
-            with _as_spec_error(term.name):
-                found[term.file] = hash_file(term.file)
+        found |= _GROUP.files(term.name)
     return found
 
 
@@ -388,7 +371,3 @@ def _check_suffix(name: str) -> None:
         raise LossSpecError(
             f"loss {name!r}: {CHUNKED!r} is not part of a name and may appear only once in a spec"
         )
-
-
-def _as_spec_error(name: str) -> AbstractContextManager[None]:
-    return spec_errors(f"loss {name!r}", LossSpecError, BrokenLossError)

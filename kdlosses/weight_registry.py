@@ -1,16 +1,7 @@
 """The registry of token weights, the entry-point group ``kdlosses.weights``."""
 
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, cast
 
-from kdlosses.loss_file import (
-    OF_FILE,
-    check_class,
-    hash_file,
-    load_class,
-    spec_errors,
-    split_name,
-)
 from kdlosses.plugins import PluginGroup, PluginRef
 from kdlosses.registry import BrokenLossError, LossSpecError, TermSpec, one_term
 
@@ -53,11 +44,7 @@ def find_weight(name: str) -> WeightRef:
         WeightSpecError: an unknown name (with a suggestion), one of two distributions, or a file
             that does not exist or has no such class.
     """
-    if OF_FILE not in name:
-        return _GROUP.find(name)
-    with _as_spec_error(name):
-        check_class(*split_name(name))
-    return WeightRef(name, "file", name)
+    return _GROUP.find(name)
 
 
 def weight_files(spec: str) -> dict[str, str]:
@@ -66,11 +53,7 @@ def weight_files(spec: str) -> dict[str, str]:
     Raises:
         WeightSpecError: a malformed spec, or a file that cannot be read.
     """
-    term = _parse(spec)
-    if term.file is None:
-        return {}
-    with _as_spec_error(term.name):
-        return {term.file: hash_file(term.file)}
+    return _GROUP.files(_parse(spec).name)
 
 
 def get_weight(spec: str) -> "TokenWeight":
@@ -85,18 +68,10 @@ def get_weight(spec: str) -> "TokenWeight":
     from kdlosses.token_weight import TokenWeight
 
     term = _parse(spec)
-    if term.file is None:
-        kind = _GROUP.load(term.name, (TokenWeight,), "kdlosses.TokenWeight")
-    else:
-        with _as_spec_error(term.name):
-            kind = load_class(*split_name(term.name), (TokenWeight,), "kdlosses.TokenWeight")
+    kind = _GROUP.load(term.name, (TokenWeight,), "kdlosses.TokenWeight")
     built = _GROUP.build(term.name, kind, kind.model_fields, term.parameters)
     return cast("TokenWeight", built)
 
 
 def _parse(spec: str) -> TermSpec:
     return one_term(spec, "token weight", "disagreement:power=0.5", WeightSpecError, files=True)
-
-
-def _as_spec_error(name: str) -> AbstractContextManager[None]:
-    return spec_errors(f"token weight {name!r}", WeightSpecError, BrokenWeightError)

@@ -20,6 +20,7 @@ from kdlosses import (
     ignored_features,
     layer_pairs,
     parse_features,
+    state_variable,
 )
 from kdlosses.feature_registry import FeatureSpec
 from kdlosses.testing import (
@@ -275,6 +276,18 @@ def test_specs():
 def test_wrong_specs_name_the_cure(spec, said):
     with pytest.raises(FeatureSpecError, match=said):
         build_feature(spec)
+
+
+def test_state_is_refused_where_the_class_is_written():
+    with pytest.raises(TypeError, match=r"Moving: a loss on hidden states has no state \(share\)"):
+
+        class Moving(FeatureLoss):
+            @state_variable
+            def share(self):
+                return 0.0
+
+            def row(self, teacher_hidden, student_hidden):
+                return (teacher_hidden - student_hidden).square().mean(-1)
 
 
 def test_reserved_names_are_refused_where_the_class_is_written():
