@@ -16,10 +16,9 @@ from kdlosses.testing import (  # noqa: F401 - imports fill the catalogue
     teachers,
     values,
 )
-from kdlosses.testing.catalogue import CHECKS, Check, LossLike, as_loss
+from kdlosses.testing.catalogue import CONFORMANCE_VERSION, LOSSES, Check, LossLike
 from kdlosses.testing.features import (
     FEATURE_CONFORMANCE_VERSION,
-    FeatureCheck,
     check_feature,
     feature_checks_for,
     parametrize_with_feature_checks,
@@ -28,20 +27,12 @@ from kdlosses.testing.features import (
 )
 from kdlosses.testing.token_weights import (
     WEIGHT_CONFORMANCE_VERSION,
-    WeightCheck,
     check_weight,
     parametrize_with_weight_checks,
     report_weight_checks,
     run_weight_checks,
 )
-from kdlosses.testing.verdicts import (
-    CheckResult,
-    ConformanceError,
-    demand,
-    describe,
-    parametrized,
-    verdicts_of,
-)
+from kdlosses.testing.verdicts import CheckResult, ConformanceError
 
 __all__ = [
     "CONFORMANCE_VERSION",
@@ -50,8 +41,6 @@ __all__ = [
     "Check",
     "CheckResult",
     "ConformanceError",
-    "FeatureCheck",
-    "WeightCheck",
     "check_feature",
     "check_loss",
     "check_weight",
@@ -68,9 +57,6 @@ __all__ = [
     "run_weight_checks",
 ]
 
-CONFORMANCE_VERSION = 1
-"""Raised when a check is added or demands more, so that a verdict says what was checked."""
-
 
 def checks_for(loss: LossLike) -> Iterator[Check]:
     """The checks that apply to a loss, given its traits.
@@ -78,10 +64,7 @@ def checks_for(loss: LossLike) -> Iterator[Check]:
     Args:
         loss: a spec such as ``"skew_forward_kl:alpha=0.2"``, a class, or an instance.
     """
-    loss = as_loss(loss)
-    for check, applies in CHECKS.values():
-        if applies(loss):
-            yield check
+    return LOSSES.checks_for(loss)
 
 
 def run_checks(loss: LossLike) -> list[CheckResult]:
@@ -89,8 +72,7 @@ def run_checks(loss: LossLike) -> list[CheckResult]:
 
     A declared failure that passes counts as failed, because its declaration is out of date.
     """
-    loss = as_loss(loss)
-    return verdicts_of(checks_for(loss), loss)
+    return LOSSES.run(loss)
 
 
 def report_checks(loss: LossLike) -> dict[str, Any]:
@@ -101,8 +83,7 @@ def report_checks(loss: LossLike) -> dict[str, Any]:
         ``parameters``; ``verdict``, ``"passed"`` or ``"failed"``; ``counts`` of the verdicts of the
         checks; and ``checks``, a list of objects with the fields of :class:`CheckResult`.
     """
-    loss = as_loss(loss)
-    return describe("loss", loss, run_checks(loss), CONFORMANCE_VERSION)
+    return LOSSES.report(loss)
 
 
 def check_loss(loss: LossLike) -> None:
@@ -114,8 +95,7 @@ def check_loss(loss: LossLike) -> None:
     Raises:
         ConformanceError: contains the names and reasons of the failed checks.
     """
-    loss = as_loss(loss)
-    demand(loss, run_checks(loss))
+    LOSSES.demand(loss)
 
 
 def parametrize_with_checks(losses: Iterable[LossLike]) -> Any:
@@ -124,4 +104,4 @@ def parametrize_with_checks(losses: Iterable[LossLike]) -> Any:
     The test takes ``loss`` and ``check`` and calls ``check(loss)``. Declared failures become
     strict ``xfail`` marks with their reasons.
     """
-    return parametrized("loss", [(given, as_loss(given)) for given in losses], checks_for)
+    return LOSSES.parametrize("loss", losses)

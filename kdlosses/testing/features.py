@@ -1,101 +1,25 @@
 """Conformance checks of losses on hidden states, selected by their traits."""
 
-import inspect
 import pickle
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from kdlosses.feature_registry import build_feature
 from kdlosses.feature_term import FeatureTerm, Hidden
 from kdlosses.hidden_loss import FeatureLoss, HiddenLoss, RelationLoss
 from kdlosses.testing.cases import close, finite, normal, permutation
-from kdlosses.testing.catalogue import About
-from kdlosses.testing.form import check_docstring
-from kdlosses.testing.verdicts import (
-    CheckResult,
-    demand,
-    describe,
-    parametrized,
-    verdicts_of,
-)
+from kdlosses.testing.catalogue import Catalogue, Check
+from kdlosses.testing.form import check_bounds, check_docstring
+from kdlosses.testing.verdicts import CheckResult
 
 FEATURE_CONFORMANCE_VERSION = 1
 """Raised when a check is added or demands more."""
 
 FeatureLike = str | HiddenLoss | type[HiddenLoss]
 _LENGTHS = (4, 1, 3)  # of the sequences in a batch
-
-
-@dataclass(frozen=True)
-class FeatureCheck:
-    """One named check of a loss on hidden states.
-
-    Attributes:
-        name: name in ``expected_failures`` and reports.
-        description: the requirement, in one line.
-        function: raises if a loss fails.
-        about: whether it checks the mathematics of a loss or its documentation.
-    """
-
-    name: str
-    description: str
-    function: Callable[[HiddenLoss], None]
-    about: About = "mathematics"
-
-    def __call__(self, loss: FeatureLike) -> None:
-        """Check a loss.
-
-        Raises:
-            AssertionError: the loss fails; any other exception is also a failure.
-        """
-        with torch.enable_grad():
-            self.function(as_feature(loss))
-
-
-_Applies = Callable[[HiddenLoss], bool]
-_CHECKS: dict[str, tuple[FeatureCheck, _Applies]] = {}
-
-
-def feature_checks_for(loss: FeatureLike) -> Iterator[FeatureCheck]:
-    """The checks that apply to a loss, given its kind and traits.
-
-    Args:
-        loss: a spec such as ``"hidden_mse:scale=teacher"``, a class, or an instance.
-    """
-    loss = as_feature(loss)
-    return (check for check, applies in _CHECKS.values() if applies(loss))
-
-
-def run_feature_checks(loss: FeatureLike) -> list[CheckResult]:
-    """Run all checks of a loss and record failures instead of raising them."""
-    loss = as_feature(loss)
-    return verdicts_of(feature_checks_for(loss), loss)
-
-
-def report_feature_checks(loss: FeatureLike) -> dict[str, Any]:
-    """Run all checks and describe the result as :func:`report_checks` does, with ``features``."""
-    loss = as_feature(loss)
-    return describe("features", loss, run_feature_checks(loss), FEATURE_CONFORMANCE_VERSION)
-
-
-def check_feature(loss: FeatureLike) -> None:
-    """Run all checks of a loss on hidden states.
-
-    Raises:
-        ConformanceError: contains the names and reasons of the failed checks.
-    """
-    loss = as_feature(loss)
-    demand(loss, run_feature_checks(loss))
-
-
-def parametrize_with_feature_checks(losses: Iterable[FeatureLike]) -> Any:
-    """A pytest decorator like :func:`parametrize_with_checks`; the test takes ``loss, check``."""
-    return parametrized("loss", [(each, as_feature(each)) for each in losses], feature_checks_for)
 
 
 def as_feature(loss: FeatureLike) -> HiddenLoss:
@@ -113,16 +37,41 @@ def as_feature(loss: FeatureLike) -> HiddenLoss:
     return loss
 
 
-def _conformance(
-    applies: _Applies = lambda loss: True, about: About = "mathematics"
-) -> Callable[[Callable[[HiddenLoss], None]], Callable[[HiddenLoss], None]]:
-    def register(function: Callable[[HiddenLoss], None]) -> Callable[[HiddenLoss], None]:
-        name = function.__name__.lstrip("_")
-        description = inspect.getdoc(function) or ""
-        _CHECKS[name] = (FeatureCheck(name, description, function, about), applies)
-        return function
+_FEATURES: Catalogue[HiddenLoss] = Catalogue("features", as_feature, FEATURE_CONFORMANCE_VERSION)
+_conformance = _FEATURES.conformance
 
-    return register
+
+def feature_checks_for(loss: FeatureLike) -> Iterator[Check]:
+    """The checks that apply to a loss, given its kind and traits.
+
+    Args:
+        loss: a spec such as ``"hidden_mse:scale=teacher"``, a class, or an instance.
+    """
+    return _FEATURES.checks_for(loss)
+
+
+def run_feature_checks(loss: FeatureLike) -> list[CheckResult]:
+    """Run all checks of a loss and record failures instead of raising them."""
+    return _FEATURES.run(loss)
+
+
+def report_feature_checks(loss: FeatureLike) -> dict[str, Any]:
+    """Run all checks and describe the result as :func:`report_checks` does, with ``features``."""
+    return _FEATURES.report(loss)
+
+
+def check_feature(loss: FeatureLike) -> None:
+    """Run all checks of a loss on hidden states.
+
+    Raises:
+        ConformanceError: contains the names and reasons of the failed checks.
+    """
+    _FEATURES.demand(loss)
+
+
+def parametrize_with_feature_checks(losses: Iterable[FeatureLike]) -> Any:
+    """A pytest decorator like :func:`parametrize_with_checks`; the test takes ``loss, check``."""
+    return _FEATURES.parametrize("loss", losses)
 
 
 def _values(loss: HiddenLoss, teacher: Tensor, student: Tensor) -> Tensor:
@@ -144,32 +93,13 @@ def _docstring(loss: HiddenLoss) -> None:
 
 
 @_conformance()
-def _expected_failures(loss: HiddenLoss) -> None:
-    """Declared failures are names of existing checks with a reason."""
-    for name, reason in loss.expected_failures.items():
-        if name not in _CHECKS:
-            raise AssertionError(f"there is no check {name!r}; the checks are {', '.join(_CHECKS)}")
-        if not reason.strip():
-            raise AssertionError(f"{name} has no reason")
+def _bounds(loss: HiddenLoss) -> None:
+    """Parameters have defaults, bounds are enforced, and values on a bound give finite values."""
 
+    def usable(at_bound: HiddenLoss) -> None:
+        finite(f"the value of {at_bound!r}", _values(at_bound, *_states(5)))
 
-@_conformance()
-def _parameters(loss: HiddenLoss) -> None:
-    """Parameters have defaults, unknown ones are refused, and none can be changed."""
-    kind = type(loss)
-    kind()
-    try:
-        kind(**{**loss.model_dump(), "no_such_parameter": 1})
-    except ValidationError:
-        pass
-    else:
-        raise AssertionError("an unknown parameter is accepted")
-    for name in kind.model_fields:
-        try:
-            setattr(loss, name, getattr(loss, name))
-        except ValidationError:
-            continue
-        raise AssertionError(f"parameter {name} can be changed: keep frozen=True")
+    check_bounds(loss, usable)
 
 
 @_conformance()

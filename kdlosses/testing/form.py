@@ -5,7 +5,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -13,9 +13,7 @@ from pydantic import BaseModel, ValidationError
 from kdlosses.definition import Definition
 from kdlosses.divergence import Divergence, Loss
 from kdlosses.testing.cases import close, no_nan, normal, pair, permutation, rows
-from kdlosses.testing.catalogue import CHECKS, conformance
-
-D = TypeVar("D", bound=Definition)
+from kdlosses.testing.catalogue import D, conformance
 
 
 @conformance(about="documentation")
@@ -45,16 +43,6 @@ def check_docstring(kind: type[BaseModel]) -> None:
     for name, field in kind.model_fields.items():
         if not field.description:
             raise AssertionError(f"parameter {name} has no description (Field(description=...))")
-
-
-@conformance()
-def _expected_failures(loss: Loss) -> None:
-    """Declared failures are names of existing checks with a reason."""
-    for name, reason in loss.expected_failures.items():
-        if name not in CHECKS:
-            raise AssertionError(f"there is no check {name!r}; the checks are {', '.join(CHECKS)}")
-        if not reason.strip():
-            raise AssertionError(f"{name} has no reason")
 
 
 @conformance()

@@ -2,8 +2,7 @@
 
 import json
 import pickle
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from kdlosses.numerics import LOG_ZERO
 from kdlosses.objective import KDObjective
 from kdlosses.sources import Projected
 from kdlosses.testing.cases import close, finite, normal, pair, permutation
-from kdlosses.testing.catalogue import About
+from kdlosses.testing.catalogue import Catalogue
 from kdlosses.testing.form import check_bounds, check_docstring
-from kdlosses.testing.verdicts import CheckResult, demand, describe, parametrized, verdicts_of
+from kdlosses.testing.verdicts import CheckResult
 from kdlosses.token_loss import TokenLoss
 from kdlosses.token_weight import TokenWeight
 from kdlosses.weight_registry import get_weight
@@ -26,40 +25,6 @@ WEIGHT_CONFORMANCE_VERSION = 1
 """Raised when a check is added or demands more, so that a verdict says what was checked."""
 
 WeightLike = str | TokenWeight | type[TokenWeight]
-
-
-@dataclass(frozen=True)
-class WeightCheck:
-    """One named check of a token weight; raises if it fails.
-
-    Attributes:
-        name: name in ``expected_failures`` and reports.
-        function: the check.
-        about: whether it checks the mathematics of a weight or its documentation.
-    """
-
-    name: str
-    function: Callable[[TokenWeight], None]
-    about: About
-
-    def __call__(self, weight: WeightLike) -> None:
-        """Check a token weight.
-
-        Raises:
-            AssertionError: it fails; any other exception is also a failure.
-        """
-        with torch.enable_grad():
-            self.function(as_weight(weight))
-
-
-_CHECKS: list[WeightCheck] = []
-
-
-def _check(function: Callable[[TokenWeight], None]) -> Callable[[TokenWeight], None]:
-    name = function.__name__.lstrip("_")
-    about: About = "documentation" if name == "documentation" else "mathematics"
-    _CHECKS.append(WeightCheck(name, function, about))
-    return function
 
 
 def as_weight(weight: WeightLike) -> TokenWeight:
@@ -76,13 +41,17 @@ def as_weight(weight: WeightLike) -> TokenWeight:
     return found
 
 
+_WEIGHTS: Catalogue[TokenWeight] = Catalogue("weight", as_weight, WEIGHT_CONFORMANCE_VERSION)
+_conformance = _WEIGHTS.conformance
+
+
 def run_weight_checks(weight: WeightLike) -> list[CheckResult]:
     """Run all checks of a token weight and record failures instead of raising them.
 
     Args:
         weight: a spec such as ``"disagreement:power=0.5"``, a class, or an instance.
     """
-    return verdicts_of(_CHECKS, as_weight(weight))
+    return _WEIGHTS.run(weight)
 
 
 def check_weight(weight: WeightLike) -> None:
@@ -91,23 +60,17 @@ def check_weight(weight: WeightLike) -> None:
     Raises:
         ConformanceError: contains the names and reasons of the failed checks.
     """
-    weight = as_weight(weight)
-    demand(weight, run_weight_checks(weight))
+    _WEIGHTS.demand(weight)
 
 
 def report_weight_checks(weight: WeightLike) -> dict[str, Any]:
-    """Run all checks of a token weight and describe the result; see :func:`report_checks`."""
-    weight = as_weight(weight)
-    return describe("weight", weight, run_weight_checks(weight), WEIGHT_CONFORMANCE_VERSION)
+    """Run all checks and describe the result as :func:`report_checks` does, with ``weight``."""
+    return _WEIGHTS.report(weight)
 
 
 def parametrize_with_weight_checks(weights: Iterable[WeightLike]) -> Any:
-    """A pytest decorator that creates one test for each token weight and check.
-
-    The test takes ``weight`` and ``check`` and calls ``check(weight)``.
-    """
-    given = [(each, as_weight(each)) for each in weights]
-    return parametrized("weight", given, lambda weight: _CHECKS)
+    """A pytest decorator like :func:`parametrize_with_checks`; the test takes ``weight, check``."""
+    return _WEIGHTS.parametrize("weight", weights)
 
 
 def _bound(weight: TokenWeight, rows: int, dtype: torch.dtype = torch.float64) -> TokenWeight:
@@ -124,13 +87,13 @@ def _weigh(weight: TokenWeight, teacher: Tensor, student: Tensor, labels: Tensor
     return bound.weigh(p, q, labels)
 
 
-@_check
-def _documentation(weight: TokenWeight) -> None:
+@_conformance(about="documentation")
+def _docstring(weight: TokenWeight) -> None:
     """The docstring has a formula and a reference; parameters are described."""
     check_docstring(type(weight))
 
 
-@_check
+@_conformance()
 def _bounds(weight: TokenWeight) -> None:
     """Parameters have defaults, bounds are enforced, and values on a bound give finite weights."""
 
@@ -140,7 +103,7 @@ def _bounds(weight: TokenWeight) -> None:
     check_bounds(weight, usable)
 
 
-@_check
+@_conformance()
 def _serialization(weight: TokenWeight) -> None:
     """Pickle and JSON restore an equal weight."""
     kind = type(weight)
@@ -152,7 +115,7 @@ def _serialization(weight: TokenWeight) -> None:
             raise AssertionError(f"{how} gives {copy!r} for {weight!r}")
 
 
-@_check
+@_conformance()
 def _values(weight: TokenWeight) -> None:
     """One weight a row, finite and at least 0, also for impossible and certain tokens."""
     teacher, student, labels = pair(6, 9, 3.0)
@@ -174,7 +137,7 @@ def _values(weight: TokenWeight) -> None:
             raise AssertionError(f"the weight of {what} is {found.min().item():.3g}, below 0")
 
 
-@_check
+@_conformance()
 def _rows(weight: TokenWeight) -> None:
     """The weight of a row does not depend on the other rows of its tile."""
     teacher, student, labels = pair(7, 9)
@@ -187,7 +150,7 @@ def _rows(weight: TokenWeight) -> None:
     close("the weights of some of the rows", bound.weigh(p, q, labels[order]), whole[order])
 
 
-@_check
+@_conformance()
 def _precision(weight: TokenWeight) -> None:
     """Weights in float32 are close to those in float64."""
     sides = pair(50, 33, 3.0)
@@ -196,7 +159,7 @@ def _precision(weight: TokenWeight) -> None:
     close("the weight in float32", rounded.double(), exact, rtol=1e-4, atol=1e-5)
 
 
-@_check
+@_conformance()
 def _objective(weight: TokenWeight) -> None:
     """Plain, chunked and fused objectives give the weighted sum, without a gradient through it."""
     hidden, head = normal(6, 4), normal(9, 4)
@@ -221,11 +184,9 @@ def _objective(weight: TokenWeight) -> None:
         close(f"the {name} gradient", found, gradient)
 
 
-@_check
+@_conformance(lambda weight: weight.supports_top_k)
 def _top_k(weight: TokenWeight) -> None:
     """A weight that supports top-k teachers ignores labels, and all tokens but one are enough."""
-    if not weight.supports_top_k:
-        return
     teacher, student, labels = pair(6, 9)
     whole = _weigh(weight, teacher, student, labels)
     order = permutation(9)
@@ -233,7 +194,7 @@ def _top_k(weight: TokenWeight) -> None:
     close("the weight over events in another order, without labels", events, whole)
 
 
-@_check
+@_conformance(lambda weight: weight.stateful)
 def _state(weight: TokenWeight) -> None:
     """The next state has the same variables, as finite numbers."""
     state = weight.initial_state()

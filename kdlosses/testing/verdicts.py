@@ -6,8 +6,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
-from kdlosses.testing.catalogue import About
-
+About = Literal["mathematics", "documentation"]
 Verdict = Literal["passed", "failed", "expected failure"]
 
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
-from kdlosses import BrokenLossError, LossSpecError, available_losses, get_loss, parse_spec
+from kdlosses import (
+    BrokenLossError,
+    LossSpecError,
+    PluginRef,
+    available_losses,
+    get_loss,
+    parse_spec,
+)
 from kdrun.errors import InputError
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
@@ -166,6 +174,30 @@ Widen the range when the tests pass with a newer version.
 """
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a new package registers.
+
+    Attributes:
+        what: its name in messages and texts.
+        group: the group ``kdlosses.GROUP``, which is also the command ``kdrun GROUP``.
+        suffix: end of the name of its class.
+        use: how kdrun uses it, with ``$name``.
+        parts: what its method computes, for the README.
+        available: the registered members.
+    """
+
+    what: str
+    group: str
+    suffix: str
+    use: str
+    parts: str
+    available: Callable[[], Sequence[PluginRef]]
+
+
+_KIND = Kind("loss", "losses", "Loss", "--loss ${name}_chunked", "the integrand", available_losses)
+
+
 def new_loss(name: str, output: str | None, source: str | None = None) -> Path:
     """Create a package that registers the loss ``name``.
 
@@ -182,22 +214,12 @@ def new_loss(name: str, output: str | None, source: str | None = None) -> Path:
         InputError: a name that is malformed, reserved or already registered, an existing folder, or
             a source that is not a loss of a file.
     """
-    check_new_name("loss", name)
+    words = new_words(_KIND, name)
     if name.endswith(_RESERVED):
         raise InputError(
             f"loss {name!r}: the suffix {_RESERVED!r} is reserved, because every loss has that "
             f"variant; use {name.removesuffix(_RESERVED)!r}"
         )
-    taken = [ref.distribution for ref in available_losses() if ref.name == name]
-    if taken:
-        raise InputError(f"loss {name!r} is already registered by {taken[0]}; choose another name")
-    words = words_of(name, class_name_of(name, "Loss"))
-    words |= {
-        "what": "loss",
-        "group": "losses",
-        "use": f"--loss {name}_chunked",
-        "parts": "the integrand",
-    }
     module, test = Template(_LOSS).substitute(words), _TEST
     if source is not None:
         module, class_name, value = _read_loss(source)
@@ -206,27 +228,32 @@ def new_loss(name: str, output: str | None, source: str | None = None) -> Path:
     return write_package(words, module, test, output)
 
 
-def check_new_name(kind: str, name: str) -> None:
-    """Refuse a malformed name.
+def new_words(kind: Kind, name: str) -> dict[str, str]:
+    """The words of the templates of a package: its names, and the versions it accepts.
 
     Raises:
-        InputError: states the form.
+        InputError: a name that is malformed or already registered.
     """
     if not _NAME.fullmatch(name):
         raise InputError(
-            f"{kind} {name!r}: a name consists of lower-case letters, digits and single "
+            f"{kind.what} {name!r}: a name consists of lower-case letters, digits and single "
             "underscores, such as my_divergence"
         )
-
-
-def words_of(name: str, class_name: str) -> dict[str, str]:
-    """The words of the templates of a package: its names, and the versions it accepts."""
+    taken = [ref.distribution for ref in kind.available() if ref.name == name]
+    if taken:
+        raise InputError(
+            f"{kind.what} {name!r} is already registered by {taken[0]}; choose another name"
+        )
     return {
         "name": name,
         "distribution": f"kdlosses-{name.replace('_', '-')}",
         "package": f"kdlosses_{name}",
-        "class_name": class_name,
+        "class_name": _class_name(name, kind.suffix),
         "range": _range(version("kdlosses")),
+        "what": kind.what,
+        "group": kind.group,
+        "use": Template(kind.use).substitute(name=name),
+        "parts": kind.parts,
     }
 
 
@@ -234,8 +261,7 @@ def write_package(words: Mapping[str, str], module: str, test: str, output: str 
     """Write the files of a package.
 
     Args:
-        words: from :func:`words_of`, and ``what`` is registered, its ``group``, an example of its
-            ``use`` with kdrun, and its ``parts``.
+        words: from :func:`new_words`.
         module: content of its module.
         test: content of its test, with ``$words``.
         output: output folder; by default ``./<distribution>``.
@@ -296,7 +322,7 @@ def _range(installed: str) -> str:
     )
 
 
-def class_name_of(name: str, suffix: str) -> str:
+def _class_name(name: str, suffix: str) -> str:
     """``my_divergence`` becomes ``MyDivergenceLoss``; the suffix avoids imported names."""
     words = "".join(word.capitalize() for word in name.removesuffix("_loss").split("_"))
     return f"{words}{suffix}"

@@ -6,8 +6,7 @@ from pathlib import Path
 from string import Template
 
 from kdlosses import available_features
-from kdrun.errors import InputError
-from kdrun.losses.new import check_new_name, class_name_of, words_of, write_package
+from kdrun.losses.new import Kind, new_words, write_package
 
 _MODULE = '''\
 """The loss on hidden states $name: replace the example with your own formula."""
@@ -42,14 +41,14 @@ _TEST = '''\
 import kdlosses
 import pytest
 import torch
-from kdlosses.testing import FeatureCheck, parametrize_with_feature_checks
+from kdlosses.testing import Check, parametrize_with_feature_checks
 from $package import $class_name
 
 NAME = "$name"
 
 
 @parametrize_with_feature_checks([NAME, f"{NAME}:knee=0.2"])
-def test_the_loss_conforms(loss: $class_name, check: FeatureCheck) -> None:
+def test_the_loss_conforms(loss: $class_name, check: Check) -> None:
     check(loss)
 
 
@@ -58,6 +57,15 @@ def test_value_is_that_of_the_formula() -> None:
     value = loss.row(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
     assert value.item() == pytest.approx((5**0.5 - 1 + 2**0.5 - 1) / 2, rel=1e-6)
 '''
+
+_KIND = Kind(
+    "feature loss",
+    "features",
+    "Features",
+    "--features $name:layers=uniform,weight=0.1",
+    "one value per token",
+    available_features,
+)
 
 
 def new_feature(name: str, output: str | None) -> Path:
@@ -73,17 +81,5 @@ def new_feature(name: str, output: str | None) -> Path:
     Raises:
         InputError: a name that is malformed or already registered, or an existing folder.
     """
-    check_new_name("feature loss", name)
-    taken = [ref.distribution for ref in available_features() if ref.name == name]
-    if taken:
-        raise InputError(
-            f"feature loss {name!r} is already registered by {taken[0]}; choose another name"
-        )
-    words = words_of(name, class_name_of(name, "Features"))
-    words |= {
-        "what": "loss on hidden states",
-        "group": "features",
-        "use": f"--features {name}:layers=uniform,weight=0.1",
-        "parts": "one value per token",
-    }
+    words = new_words(_KIND, name)
     return write_package(words, Template(_MODULE).substitute(words), _TEST, output)

@@ -6,8 +6,7 @@ from pathlib import Path
 from string import Template
 
 from kdlosses import available_weights
-from kdrun.errors import InputError
-from kdrun.losses.new import check_new_name, class_name_of, words_of, write_package
+from kdrun.losses.new import Kind, new_words, write_package
 
 _MODULE = '''\
 """The token weight $name: replace the example with your own formula."""
@@ -43,14 +42,14 @@ import math
 import kdlosses
 import pytest
 import torch
-from kdlosses.testing import WeightCheck, parametrize_with_weight_checks
+from kdlosses.testing import Check, parametrize_with_weight_checks
 from $package import $class_name
 
 NAME = "$name"
 
 
 @parametrize_with_weight_checks([NAME, f"{NAME}:limit=0.5"])
-def test_the_weight_conforms(weight: $class_name, check: WeightCheck) -> None:
+def test_the_weight_conforms(weight: $class_name, check: Check) -> None:
     check(weight)
 
 
@@ -63,6 +62,15 @@ def test_value_is_that_of_the_formula() -> None:
     out = objective(student, teacher, torch.tensor([0]))
     assert out.weight_sums[0].item() == pytest.approx(math.log(4) / 5, rel=1e-6)
 '''
+
+_KIND = Kind(
+    "token weight",
+    "weights",
+    "Weight",
+    "--token-weight $name",
+    "one weight per token",
+    available_weights,
+)
 
 
 def new_weight(name: str, output: str | None) -> Path:
@@ -78,17 +86,5 @@ def new_weight(name: str, output: str | None) -> Path:
     Raises:
         InputError: a name that is malformed or already registered, or an existing folder.
     """
-    check_new_name("token weight", name)
-    taken = [ref.distribution for ref in available_weights() if ref.name == name]
-    if taken:
-        raise InputError(
-            f"token weight {name!r} is already registered by {taken[0]}; choose another name"
-        )
-    words = words_of(name, class_name_of(name, "Weight"))
-    words |= {
-        "what": "token weight",
-        "group": "weights",
-        "use": f"--token-weight {name}",
-        "parts": "one weight per token",
-    }
+    words = new_words(_KIND, name)
     return write_package(words, Template(_MODULE).substitute(words), _TEST, output)

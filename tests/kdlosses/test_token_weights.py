@@ -330,7 +330,7 @@ class Unbounded(TokenWeight):
     [
         (Negative, {"values"}),
         (OfTheTile, {"rows", "objective"}),
-        (Unbounded, {"values", "documentation"}),
+        (Unbounded, {"values", "docstring"}),
     ],
 )
 def test_the_kit_finds_faults(weight, failed):

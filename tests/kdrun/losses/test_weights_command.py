@@ -72,7 +72,7 @@ def test_a_weight_of_a_file_is_checked_shown_and_recorded(
     file = tmp_path / "mine.py"
     file.write_text(SURPRISE, encoding="utf-8")
     spec = f"{file}:Surprise"
-    assert "passed (9 checks)" in kdrun("weights", "check", spec).stdout
+    assert "passed (8 checks)" in kdrun("weights", "check", spec).stdout
     assert f"from the file {file}, SHA-256" in kdrun("weights", "show", spec).stdout
     assert "has no class 'Surprize'" in kdrun("weights", "check", f"{file}:Surprize").stderr
     folder = distil(tmp_path / "run", token_weight__spec=spec)
