@@ -15,6 +15,7 @@ from kdlosses import (
     BrokenLossError,
     LossRef,
     LossSpecError,
+    PluginRef,
     available_losses,
     find_loss,
     ignored_losses,
@@ -27,7 +28,7 @@ from kdrun.losses.describe import Parameter, doc_parts, family, parameters, sing
 if TYPE_CHECKING:
     from kdlosses import Loss
 
-_IGNORED = "ignored: the name belongs to a built-in loss"
+IGNORED = "ignored: the name belongs to a built-in loss"
 
 
 def print_list(details: bool) -> None:
@@ -38,14 +39,18 @@ def print_list(details: bool) -> None:
             for line in _details(ref):
                 console.print(line, markup=False)
         return
+    print_refs(available_losses(), ignored_losses())
+
+
+def print_refs(refs: Sequence[PluginRef], ignored: Sequence[PluginRef]) -> None:
+    """Print names and distributions, and which of them are ignored."""
     table = Table(box=None, pad_edge=False)
     for heading in ("name", "distribution", ""):
         table.add_column(heading, no_wrap=True)
-    ignored = ignored_losses()
-    for ref in available_losses():
-        note = _IGNORED if ref in ignored else ""
+    for ref in refs:
+        note = IGNORED if ref in ignored else ""
         table.add_row(escape(ref.name), escape(ref.distribution), note)
-    console.print(table)
+    plain_console().print(table)
 
 
 def print_loss(name: str, plot: Path | None = None) -> None:
@@ -113,7 +118,7 @@ def _details(ref: LossRef) -> list[str]:
     """Lines about one loss, since table cells are too narrow for formula and reference."""
     heading = [ref.name, ref.distribution]
     if ref in ignored_losses():
-        return ["  ".join([*heading, _IGNORED])]
+        return ["  ".join([*heading, IGNORED])]
     try:
         loss: Loss = single_loss(ref.name)
     except (BrokenLossError, LossSpecError) as error:

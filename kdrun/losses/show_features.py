@@ -6,10 +6,6 @@ import inspect
 import json
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from kdlosses import (
     BrokenFeatureError,
     FeatureSpecError,
@@ -22,6 +18,7 @@ from kdlosses import (
 )
 from kdrun.losses.describe import doc_parts, parameters
 from kdrun.losses.features import features_as_input
+from kdrun.losses.show import IGNORED, plain_console, print_parameters, print_refs
 
 if TYPE_CHECKING:
     from kdlosses import FeatureRef, HiddenLoss
@@ -34,25 +31,17 @@ _TRAITS = (
     "expected_failures",
 )
 _UNUSABLE = (BrokenFeatureError, FeatureSpecError)
-_IGNORED = "ignored: the name belongs to a built-in loss"
 
 
 def print_features(details: bool) -> None:
     """Print one row per loss; with ``details``, import each and report broken ones."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     if details:
         for ref in available_features():
             for line in _details(ref):
                 console.print(line, markup=False)
         return
-    table = Table(box=None, pad_edge=False)
-    for heading in ("name", "distribution", ""):
-        table.add_column(heading, no_wrap=True)
-    ignored = ignored_features()
-    for ref in available_features():
-        note = _IGNORED if ref in ignored else ""
-        table.add_row(escape(ref.name), escape(ref.distribution), note)
-    console.print(table)
+    print_refs(available_features(), ignored_features())
 
 
 def print_feature(spec: str) -> None:
@@ -64,21 +53,14 @@ def print_feature(spec: str) -> None:
     Raises:
         InputError: an unknown loss, or one that cannot be imported.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     with features_as_input():
         loss = build_feature(spec)
         ref = find_feature(parse_features(spec).name)
         files = feature_files(spec)
     console.print(inspect.cleandoc(type(loss).__doc__ or "(no docstring)"), markup=False)
     console.print()
-    if fields := parameters(loss):
-        table = Table(box=None, pad_edge=False)
-        for heading in ("parameter", "value", "bounds", "meaning"):
-            table.add_column(heading)
-        for field in fields:
-            table.add_row(*map(escape, (field.name, field.value, field.bounds, field.meaning)))
-        console.print(table)
-        console.print()
+    print_parameters(console, parameters(loss))
     console.print(f"kind: {_kind(loss)}")
     for name in _TRAITS:
         console.print(f"{name}: {getattr(loss, name)}", markup=False)
@@ -157,7 +139,7 @@ def _kind(loss: HiddenLoss) -> str:
 def _details(ref: FeatureRef) -> list[str]:
     heading = [ref.name, ref.distribution]
     if ref in ignored_features():
-        return ["  ".join([*heading, _IGNORED])]
+        return ["  ".join([*heading, IGNORED])]
     try:
         loss = build_feature(ref.name)
     except _UNUSABLE as error:
