@@ -1,8 +1,5 @@
 """Losses on hidden states: values by hand, layer maps, specs, chunks, projectors, plugins."""
 
-import sys
-import textwrap
-
 import numpy as np
 import pytest
 import torch
@@ -303,31 +300,13 @@ def test_reserved_names_are_refused_where_the_class_is_written():
 # Plugins.
 
 
-@pytest.fixture
-def install(tmp_path, monkeypatch):
-    """Put a distribution with entry points and modules on sys.path."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    made = []
-
-    def add(distribution, entry_points, **modules):
-        folder = tmp_path / f"{distribution.replace('-', '_')}-1.0.dist-info"
-        folder.mkdir()
-        (folder / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n", encoding="utf-8"
-        )
-        lines = "\n".join(f"{name} = {value}" for name, value in entry_points.items())
-        (folder / "entry_points.txt").write_text(f"[kdlosses.features]\n{lines}\n", "utf-8")
-        for module, text in modules.items():
-            (tmp_path / f"{module}.py").write_text(textwrap.dedent(text), encoding="utf-8")
-            made.append(module)
-
-    yield add
-    for module in made:
-        sys.modules.pop(module, None)
-
-
 def test_a_strangers_loss_works_by_name(install):
-    install("kdlosses-smooth", {"smooth": "smooth_features:Smooth"}, smooth_features=SMOOTH)
+    install(
+        "kdlosses-smooth",
+        {"smooth": "smooth_features:Smooth"},
+        "features",
+        smooth_features=SMOOTH,
+    )
     assert ("smooth", "kdlosses-smooth") in {(r.name, r.distribution) for r in available_features()}
     check_feature("smooth")
     term = get_features("smooth:power=3,layers=last", Hidden(2, 2), Hidden(2, 2), chunk_size=2)
@@ -338,7 +317,7 @@ def test_a_strangers_loss_works_by_name(install):
 
 
 def test_a_built_in_name_is_not_replaced_and_a_broken_plugin_harms_no_other(install):
-    install("odd", {"hidden_mse": "no_such:Thing", "gone": "no_such:Thing"})
+    install("odd", {"hidden_mse": "no_such:Thing", "gone": "no_such:Thing"}, "features")
     assert [ref.distribution for ref in ignored_features()] == ["odd"]
     assert type(build_feature("hidden_mse")).__name__ == "HiddenMSE"
     with pytest.raises(BrokenFeatureError, match="of distribution 'odd'"):

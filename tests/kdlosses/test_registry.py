@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import textwrap
 
 import pytest
 
@@ -30,30 +29,6 @@ class Triangular(Divergence):
         p, q = teacher_log_probs.exp(), student_log_probs.exp()
         return ((p - q) ** 2 / (p + q).clamp_min(1e-30)) ** self.power
 """
-
-
-@pytest.fixture
-def install(tmp_path, monkeypatch):
-    """Put distributions with entry points (and modules) on sys.path."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    made = []
-
-    def add(distribution, entry_points, **modules):
-        folder = tmp_path / f"{distribution.replace('-', '_')}-1.0.dist-info"
-        folder.mkdir()
-        (folder / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n", encoding="utf-8"
-        )
-        lines = "\n".join(f"{name} = {value}" for name, value in entry_points.items())
-        (folder / "entry_points.txt").write_text(f"[kdlosses.losses]\n{lines}\n", encoding="utf-8")
-        for module, text in modules.items():
-            (tmp_path / f"{module}.py").write_text(textwrap.dedent(text), encoding="utf-8")
-            made.append(module)
-        return folder
-
-    yield add
-    for module in made:
-        sys.modules.pop(module, None)
 
 
 # Specs.

@@ -358,3 +358,40 @@ def test_positions_of_every_shape():
         assert found == expected
         assert all(b in (0, a + 1) for a, b in pairwise(found))
     assert supervised_rows(torch.full((2, 3), -1), -1, 3).positions.tolist() == []
+
+
+SURPRISE = """
+from kdlosses import TokenWeight
+from pydantic import Field
+
+class Surprise(TokenWeight):
+    '''The surprise at the label, w = min(-log q_y, limit) / limit.
+
+    Reference: none.
+    '''
+
+    limit: float = Field(5.0, gt=0, description="in nats")
+
+    def weigh(self, teacher_log_probs, student_log_probs, labels):
+        label = student_log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        return (-label / self.limit).clamp(0, 1)
+"""
+
+
+def test_a_strangers_weight_works_by_name(install):
+    install("surprising", {"surprise": "surprising:Surprise"}, "weights", surprising=SURPRISE)
+    names = {(ref.name, ref.distribution) for ref in kdlosses.available_weights()}
+    assert ("surprise", "surprising") in names
+    testing.check_weight("surprise")
+    teacher, student = (torch.tensor(side).log()[None] for side in (P, Q))
+    for name in ("forward_kl", "forward_kl_chunked"):
+        objective = KDObjective(get_loss(name), 1.0, get_weight("surprise:limit=2"))
+        out = objective(student, teacher, torch.tensor([1]))
+        assert out.weight_sums[0].item() == pytest.approx(-math.log(0.3) / 2)
+
+
+def test_a_built_in_weight_is_not_replaced_and_a_broken_one_harms_no_other(install):
+    install("odd", {"entropy": "no_such:Thing", "gone": "no_such:Thing"}, "weights")
+    assert type(get_weight("entropy")).__name__ == "Entropy"
+    with pytest.raises(kdlosses.BrokenWeightError, match="of distribution 'odd'"):
+        get_weight("gone")
