@@ -131,7 +131,11 @@ def test_most_likely_tokens_are_those_of_the_live_teacher(
     both = torch.isfinite(dense[0]) & torch.isfinite(dense[1])
     assert both.sum() >= 0.99 * K * int(kept.sum())  # ranks of nearly equal tokens may change
     torch.testing.assert_close(dense[0][both], dense[1][both], rtol=0, atol=1e-3)
-    tails = source.tail_log_prob[kept].exp(), expected.tail_log_prob.exp()
+    # The server takes torch's softmax in float32, whose normaliser is up to 4e-5 off for 49152
+    # tokens, depending on the processor; kdrun's own is not, and the tail has the whole difference.
+    with torch.no_grad():
+        rounded = live.lm_head(hidden[kept]).log_softmax(-1).gather(-1, expected.indices)
+    tails = source.tail_log_prob[kept].double().exp(), 1 - rounded.double().exp().sum(-1)
     torch.testing.assert_close(*tails, rtol=0, atol=2e-5)  # 1 less 64 rounded probabilities
 
 
